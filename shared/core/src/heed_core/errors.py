@@ -1,0 +1,43 @@
+"""The faults of a user's input, raised by every package in one shape.
+
+A library raises; only a program prints. A program shows an `InputError` as the one line that `str` gives.
+"""
+
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used.
+
+    `str(error)` is one line: the file (and the place in it), what is wrong, and what to do.
+
+    Args:
+        problem: What is wrong, in plain words: what was found and what was expected.
+        path: The file or folder at fault.
+        place: Where in the file: a row, a key, a slice.
+        remedy: What the user can do about it.
+
+    Example:
+        >>> print(InputError("has no column 'label'", path="train.csv", remedy="add the column"))
+        train.csv: has no column 'label'; add the column
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | Path | None = None,
+        place: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.problem, self.path, self.place, self.remedy = problem, path, place, remedy
+        where = ", ".join(str(part) for part in (path, place) if part is not None)
+        line = f"{where}: {problem}" if where else problem
+        super().__init__(f"{line}; {remedy}" if remedy else line)
+
+
+class MissingExtra(ImportError):
+    """An optional dependency is needed and not installed; the message names the extra."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed; install it with: pip install '{extra}'")
