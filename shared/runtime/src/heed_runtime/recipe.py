@@ -1,11 +1,13 @@
 """A recipe: how one system is trained and used by an app.
 
-It is the only place where a domain meets the program. The runtime builds loaders, trains, resumes, shards over
-processes, writes files and draws progress; the recipe says what the data are, what the model and its loss are, and
-how one result is written, scored and drawn. The runtime knows nothing else of any domain.
+It is the only place where a domain meets the program. The runtime builds loaders, trains,
+resumes, shards over processes, writes files and draws progress; the recipe says what the data are,
+what the model and its loss are, and how one result is written, scored and drawn. The runtime knows
+nothing else of any domain.
 
-The way of a datum: a file on disk -> `inputs`/`cases`/`train_data` (data sets of the package) -> batch ->
-`module` (a LightningModule around the package's model) -> `write_prediction`, `score` or `explain`.
+The way of a datum: a file on disk -> `inputs`, `cases` or `train_data` (data sets of the package)
+-> batch -> `module` (a LightningModule around the package's model) -> `write_prediction`, `score`
+or `explain`.
 """
 
 from __future__ import annotations
@@ -168,8 +170,8 @@ class SizedData(Protocol):
 class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
     """How one system is trained and used. Sub-class it once per system, in the app.
 
-    A *case* is one unit of a user's data (a volume, a slide, a scan, a trial). Cases are loaded one at a time
-    and lazily, so that thousands of them need the memory of one.
+    A *case* is one unit of a user's data (a volume, a slide, a scan, a trial). Cases are loaded one
+    at a time and lazily, so that thousands of them need the memory of one.
     """
 
     card: ClassVar[Card]
@@ -180,8 +182,6 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
     monitor: ClassVar[tuple[str, Literal["max", "min"]]]
     """The metric logged by the module's validation that selects the best weights."""
 
-    # ---- data ------------------------------------------------------------------------------------------------
-
     @abstractmethod
     def sample(self, out: Path, *, seed: int) -> None:
         """Write a small data set in the system's real layout into the empty folder `out`."""
@@ -191,7 +191,7 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
         """Read the whole data set and report everything that is broken, not only the first."""
 
     def plan(self, settings: SettingsT, root: Path) -> SettingsT:
-        """Settle what depends on the data (classes, channels, sizes); the result is written to the run."""
+        """Settle what depends on the data (classes, channels); the run keeps the result."""
         return settings
 
     @abstractmethod
@@ -201,8 +201,8 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
     def augment(self, settings: SettingsT) -> Callable[[Any, np.random.Generator], Any] | None:
         """A pure function of a training sample and a generator, or None.
 
-        The runtime seeds the generator from (seed, epoch, index), so that a sample's augmentation does not depend
-        on workers, processes or on where training was resumed.
+        The runtime seeds the generator from (seed, epoch, index), so that a sample's augmentation
+        does not depend on workers, processes or on where training was resumed.
         """
         return None
 
@@ -214,13 +214,15 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
 
     @abstractmethod
     def cases(self, settings: SettingsT, root: Path, split: str) -> SizedData:
-        """The labelled cases of a split ("train", "val", "test"). Raises `InputError` if there are none."""
+        """The labelled cases of a split: "train", "val" or "test".
+
+        Raises:
+            InputError: There are none.
+        """
 
     @abstractmethod
     def inputs(self, settings: SettingsT, paths: Sequence[Path]) -> SizedData:
-        """The cases in files and folders that a user gives to `predict` and `explain`, labels not needed."""
-
-    # ---- model -----------------------------------------------------------------------------------------------
+        """The cases in files and folders given to `predict` and `explain`, without labels."""
 
     @abstractmethod
     def model(self, settings: SettingsT) -> nn.Module:
@@ -228,16 +230,16 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
 
     @abstractmethod
     def module(self, settings: SettingsT, model: nn.Module) -> L.LightningModule:
-        """Loss, optimiser and validation metrics around `model`, which it keeps as its attribute `model`.
+        """Loss, optimiser and validation metrics around `model`, its attribute of that name.
 
-        Its `training_step` takes a batch of `collate`; its `validation_step` and `predict_step` take a list of
-        cases, and `predict_step` returns the list of their predictions.
+        Its `training_step` takes a batch of `collate`; its `validation_step` and `predict_step`
+        take a list of cases, and `predict_step` returns the list of their predictions.
         """
 
-    # ---- results ---------------------------------------------------------------------------------------------
-
     @abstractmethod
-    def write_prediction(self, prediction: PredictionT, out: Path) -> list[Path]:
+    def write_prediction(
+        self, settings: SettingsT, prediction: PredictionT, out: Path
+    ) -> list[Path]:
         """Write one prediction into the folder `out`; the files' paths come back."""
 
     @abstractmethod
@@ -252,11 +254,9 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
     def explain(self, settings: SettingsT, module: L.LightningModule, case: CaseT) -> Explanation:
         """Where the model looked on this case."""
 
-    # ---- programs and comparison -----------------------------------------------------------------------------
-
     @abstractmethod
     def exportable(self, settings: SettingsT, model: nn.Module) -> Exportable:
-        """The model with example inputs, for `export`; `info` counts parameters and operations on it."""
+        """The model with example inputs, for `export`; `info` counts operations on it."""
 
     @abstractmethod
     def contenders(self, settings: SettingsT) -> list[Contender]:

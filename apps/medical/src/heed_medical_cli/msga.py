@@ -1,0 +1,327 @@
+"""The recipe of MSGA: multi-scale self-guided attention (arXiv 1906.02849) on 2-D slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from heed_medical.msga import Msga, MsgaConfig, load_backbone, load_official, msga_loss
+from heed_medical.segmentation.augmentation import SliceAugmentation, augment
+from heed_medical.segmentation.cases import SegmentationCase
+from heed_medical.segmentation.checking import check_data
+from heed_medical.segmentation.layouts import find_cases, find_inputs
+from heed_medical.segmentation.metrics import score_case, summarise
+from heed_medical.segmentation.phantoms import write_sample
+from heed_medical.segmentation.planning import plan_data
+from heed_medical.segmentation.prediction import SegmentationPrediction, predict_volume
+from heed_medical.segmentation.settings import SegmentationData
+from heed_medical.segmentation.slices import CaseData, SliceData, SliceSample
+from heed_medical.segmentation.writers import write_labels
+from heed_medical_cli.attention_maps import attention_maps
+from heed_medical_cli.pictures import draw_attention, draw_scores
+from heed_runtime.recipe import (
+    Card,
+    Check,
+    Contender,
+    Explanation,
+    Exportable,
+    Recipe,
+    Report,
+    Row,
+    Table,
+)
+from heed_runtime.settings import TrainerSettings
+
+LAYOUT = """\
+msd     imagesTr/CASE.nii.gz          labelsTr/CASE.nii.gz   dataset.json or cases.csv
+nnunet  imagesTr/CASE_0000.nii.gz     labelsTr/CASE.nii.gz   dataset.json; _0001 ... per modality
+nifti   images/CASE.nii.gz            labels/CASE.nii.gz     or CASE-label.nii.gz beside it
+png     {train,val,test}/Img/Subj_<s>slice_<k>.png           .../GT/ of the same name, grey
+pairs   images/NAME.png               masks/ or labels/      labels.csv: file, mask, split
+chaos   ID/T1DUAL/DICOM_anon/InPhase/*.dcm and ID/T1DUAL/Ground/*.png
+brats   CASE/CASE_{flair,t1,t1ce,t2,seg}.nii.gz
+
+Splits: folders, a column `split`, splits.json, or else 70/10/20 by patient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MsgaTraining:
+    """The loss and its minimisation; the defaults are the paper's."""
+
+    learning_rate: float = 1e-3
+    """Of Adam, at the start."""
+    halve_after: int = 50
+    """Halve the learning rate after this many validations without a better Dice."""
+    guide_weight: float = 0.25
+    """Weight of the guidance between the two steps."""
+    reconstruction_weight: float = 0.1
+    """Weight of the autoencoders' reconstruction."""
+    augmentation: SliceAugmentation = field(default_factory=SliceAugmentation)
+    weights: Path | None = None
+    """An official MSGA checkpoint to start from."""
+    backbone_weights: Path | None = None
+    """Weights of a torchvision ResNet or ResNeXt to start the backbone from."""
+    backbone_stem: Literal["sum", "mean"] = "sum"
+    """How the colour channels of those weights' first convolution become the image's channels."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.halve_after < 1:
+            raise ValueError(f"halve_after must be at least 1, got {self.halve_after}")
+        if min(self.guide_weight, self.reconstruction_weight) < 0:
+            raise ValueError("guide_weight and reconstruction_weight must not be negative")
+        if self.weights is not None and self.backbone_weights is not None:
+            raise ValueError("weights already holds a backbone: leave backbone_weights out")
+        if self.backbone_weights is None and self.backbone_stem != "sum":
+            raise ValueError("backbone_stem has no effect without backbone_weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MsgaSettings:
+    """All settings of MSGA."""
+
+    model: MsgaConfig = field(default_factory=MsgaConfig)
+    data: SegmentationData = field(default_factory=SegmentationData)
+    training: MsgaTraining = field(default_factory=MsgaTraining)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+
+def small() -> MsgaSettings:
+    """A network that trains on a laptop: ResNet-18, half the width."""
+    return MsgaSettings(
+        model=MsgaConfig(backbone="resnet18", width=32),
+        trainer=TrainerSettings(max_epochs=40, batch=16),
+    )
+
+
+def paper() -> MsgaSettings:
+    """The network and schedule of the paper: ResNeXt-101 32x8d, 500 epochs, batches of 8."""
+    return MsgaSettings(trainer=TrainerSettings(max_epochs=500, batch=8))
+
+
+class MsgaModule(L.LightningModule):
+    """Loss, optimiser and validation of MSGA."""
+
+    def __init__(self, model: Msga, settings: MsgaSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+
+    def training_step(self, batch: SliceSample, _: int) -> Tensor:
+        """The loss of a batch of slices."""
+        loss = msga_loss(
+            self.model.outputs(batch["image"]),
+            batch["label"],
+            guide_weight=self.settings.training.guide_weight,
+            reconstruction_weight=self.settings.training.reconstruction_weight,
+        )
+        count = len(batch["image"])
+        self.log("train/loss", loss.total, on_step=False, on_epoch=True, batch_size=count)
+        self.log(
+            "train/cross_entropy", loss.segmentation, on_step=False, on_epoch=True, batch_size=count
+        )
+        return loss.total
+
+    def validation_step(self, cases: list[SegmentationCase], _: int) -> None:
+        """Dice of whole cases, as the evaluation computes it."""
+        for case in cases:
+            rows = score_case(self._predict(case), self.settings.data.table.names)
+            dice = float(np.mean([row["dice"] for row in rows]))
+            self.log("val/dice", dice, on_epoch=True, batch_size=1, sync_dist=True, prog_bar=True)
+
+    def predict_step(self, cases: list[SegmentationCase], _: int) -> list[SegmentationPrediction]:
+        """Class numbers of whole cases."""
+        return [self._predict(case) for case in cases]
+
+    def configure_optimizers(self) -> Any:
+        """Adam; the learning rate is halved when the Dice of the validation stands still."""
+        training = self.settings.training
+        adam = torch.optim.Adam(
+            self.model.parameters(), lr=training.learning_rate, betas=(0.9, 0.99)
+        )
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            adam, mode="max", factor=0.5, patience=training.halve_after
+        )
+        schedule = {"scheduler": plateau, "monitor": "val/dice", "strict": False}
+        return {"optimizer": adam, "lr_scheduler": schedule}
+
+    def _predict(self, case: SegmentationCase) -> SegmentationPrediction:
+        return predict_volume(
+            self.model.logits,
+            case,
+            self.settings.data,
+            batch=self.settings.trainer.batch,
+            device=str(self.device),
+        )
+
+
+class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction]):
+    """Segment CT, MR and pictures slice by slice."""
+
+    card: ClassVar[Card] = Card(
+        name="msga",
+        title="MSGA: multi-scale self-guided attention",
+        task="segmentation of slices of volumes, and of pictures",
+        reads=("NIfTI", "DICOM series", "png and jpg", "nnU-Net and MSD folders"),
+        writes="NIfTI in the input's frame, or png masks",
+        paper="Sinha & Dolz, IEEE JBHI 2020, arXiv 1906.02849",
+        layout=LAYOUT,
+        verified="equal to the official network on fixed weights; 103,556,063 parameters",
+        trained="not trained here",
+        reproduced="none: the paper's CHAOS test labels are not public",
+        notice="research use only: not a medical device",
+    )
+    settings: ClassVar[type[MsgaSettings]] = MsgaSettings
+    presets: ClassVar[Mapping[str, Callable[[], MsgaSettings]]] = {"small": small, "paper": paper}
+    monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/dice", "max")
+
+    def sample(self, out: Path, *, seed: int) -> None:
+        """Volumes with organs whose class depends on where they lie, as an nnU-Net raw folder."""
+        write_sample(out, layout="nnunet", seed=seed)
+
+    def check(self, settings: MsgaSettings, root: Path) -> Check:
+        """Read every case."""
+        found = check_data(settings.data, root)
+        return Check(counts=found.counts, problems=found.problems, warnings=found.warnings)
+
+    def plan(self, settings: MsgaSettings, root: Path) -> MsgaSettings:
+        """Take classes, channels, slicing direction and slice size from the data."""
+        data = plan_data(settings.data, root)
+        channels = data.input_channels or settings.model.in_channels
+        model = replace(settings.model, classes=len(data.table), in_channels=channels)
+        return replace(settings, model=model, data=data)
+
+    def train_data(self, settings: MsgaSettings, root: Path) -> SliceData:
+        """Slices of the training cases."""
+        return SliceData(find_cases(root, settings.data, "train"), settings.data)
+
+    def augment(
+        self, settings: MsgaSettings
+    ) -> Callable[[SliceSample, np.random.Generator], SliceSample]:
+        """Flips and rotations."""
+        options = settings.training.augmentation
+        return lambda sample, rng: augment(sample, rng, options)
+
+    def cases(self, settings: MsgaSettings, root: Path, split: str) -> CaseData:
+        """Whole volumes or pictures with their labels."""
+        return CaseData(find_cases(root, settings.data, split), settings.data)
+
+    def inputs(self, settings: MsgaSettings, paths: Sequence[Path]) -> CaseData:
+        """Whole volumes or pictures."""
+        return CaseData(find_inputs(paths, settings.data), settings.data, label=False)
+
+    def model(self, settings: MsgaSettings) -> Msga:
+        """The network, from scratch or from the weights that the settings name."""
+        model = Msga(settings.model)
+        training = settings.training
+        if training.weights is not None:
+            load_official(model, training.weights)
+        if training.backbone_weights is not None:
+            load_backbone(model, training.backbone_weights, stem=training.backbone_stem)
+        return model
+
+    def module(self, settings: MsgaSettings, model: nn.Module) -> MsgaModule:
+        """The network with its loss."""
+        assert isinstance(model, Msga)
+        return MsgaModule(model, settings)
+
+    def write_prediction(
+        self, settings: MsgaSettings, prediction: SegmentationPrediction, out: Path
+    ) -> list[Path]:
+        """NIfTI in the frame of the input, or a png mask."""
+        return write_labels(prediction, out, settings.data.table)
+
+    def score(self, settings: MsgaSettings, prediction: SegmentationPrediction) -> list[Row]:
+        """Dice, volumetric similarity and surface distances per class."""
+        return list(score_case(prediction, settings.data.table.names))
+
+    def report(self, settings: MsgaSettings, rows: Sequence[Row]) -> Report:
+        """Means over cases and classes, with what failed told apart."""
+        summary = summarise(rows, seed=settings.trainer.seed)
+        return Report(
+            metrics=summary.metrics,
+            tables=[Table(title="scores per class", rows=summary.rows)],
+            plots={"dice": draw_scores(rows, "dice", "Dice")},
+        )
+
+    def explain(
+        self, settings: MsgaSettings, module: L.LightningModule, case: SegmentationCase
+    ) -> Explanation:
+        """Attention of the second step at every scale, over the slices with most foreground."""
+        assert isinstance(module, MsgaModule)
+        prediction = module.predict_step([case], 0)[0]
+        maps = attention_maps(module.model, case, prediction, device=module.device)
+        names = settings.data.table.names
+        return Explanation(
+            name=case.name,
+            arrays={name: array for one in maps for name, array in one.arrays().items()},
+            figures={f"slice{one.index}": draw_attention(one, names) for one in maps},
+        )
+
+    def exportable(self, settings: MsgaSettings, model: nn.Module) -> Exportable:
+        """Slices of any size to logits."""
+        channels = settings.model.in_channels
+        height, width = settings.data.size or (128, 128)
+        sizes = ((2, height, width), (3, height + 24, width + 8))
+        free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        return Exportable(
+            model=model.eval(),
+            examples=[(torch.rand(n, channels, h, w),) for n, h, w in sizes],
+            dynamic_shapes=(free,),
+            input_names=("image",),
+            output_names=("logits",),
+        )
+
+    def contenders(self, settings: MsgaSettings) -> list[Contender]:
+        """MSGA beside MONAI's networks, on a batch of four slices."""
+        channels, classes = settings.model.in_channels, settings.model.classes
+        height, width = settings.data.size or (128, 128)
+        shape = (4, channels, -(-height // 32) * 32, -(-width // 32) * 32)
+        labels = torch.randint(
+            0, classes, (4, *shape[2:]), generator=torch.Generator().manual_seed(0)
+        )
+
+        def inputs() -> tuple[Tensor, ...]:
+            return (torch.rand(shape, generator=torch.Generator().manual_seed(1)),)
+
+        def cross_entropy(output: Any) -> Tensor:
+            return nn.functional.cross_entropy(output, labels.to(output.device))
+
+        def ours(output: Any) -> Tensor:
+            return msga_loss(output, labels.to(output.logits.device)).total
+
+        peers = _monai_networks(channels, classes)
+        entries = [(f"heed MSGA ({settings.model.backbone})", lambda: Msga(settings.model), ours)]
+        entries += [(f"MONAI {name}", build, cross_entropy) for name, build in peers.items()]
+        return [
+            Contender(name=name, build=build, inputs=inputs, loss=loss, items=4)
+            for name, build, loss in entries
+        ]
+
+
+def _monai_networks(channels: int, classes: int) -> dict[str, Callable[[], nn.Module]]:
+    from monai.networks.nets import AttentionUnet, SwinUNETR, UNet
+
+    widths = (32, 64, 128, 256, 512)
+    common: dict[str, Any] = {
+        "spatial_dims": 2,
+        "in_channels": channels,
+        "out_channels": classes,
+    }
+    stages: dict[str, Any] = {"channels": widths, "strides": (2,) * 4, **common}
+    return {
+        "UNet": lambda: UNet(num_res_units=2, **stages),
+        "AttentionUnet": lambda: AttentionUnet(**stages),
+        "SwinUNETR": lambda: SwinUNETR(feature_size=24, **common),
+    }
+
+
+RECIPE = MsgaRecipe()

@@ -1,0 +1,101 @@
+"""The READMEs tell the truth: their commands run as typed, their tables are what the recipes say."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*/README.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def name_of(page: Path) -> str:
+    return str(page.parent.relative_to(ROOT))
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return [(match[1], match[2]) for match in BLOCK.finditer(page.read_text())]
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of shell blocks that are commands, without their comments."""
+    lines = [line for kind, text in blocks(page) if kind == "" for line in text.splitlines()]
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_commands_of_a_readme_run_as_typed(page: Path, tmp_path: Path):
+    for command in commands(page):
+        program = command.split()[0]
+        if program.startswith("tools/"):
+            assert os.access(ROOT / program, os.X_OK), command
+        elif program == "pip":
+            check_install(command)
+        elif program == "uv":
+            assert "heed-" in command
+        else:
+            finished = subprocess.run(
+                shlex.split(command),
+                cwd=tmp_path,
+                env=ENVIRONMENT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert finished.returncode == 0, f"{command}\n{finished.stderr}"
+
+
+def check_install(command: str) -> None:
+    """An install command names a member, and an extra that it has."""
+    projects = {
+        project["name"]: project
+        for project in (
+            tomllib.loads(path.read_text())["project"] for path in ROOT.glob("*/*/pyproject.toml")
+        )
+    }
+    for word in command.split()[2:]:
+        name, _, extra = word.rstrip("]").partition("[")
+        assert name in projects, command
+        assert not extra or extra in projects[name]["optional-dependencies"], command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_python_of_a_readme_runs(page: Path, tmp_path: Path):
+    for kind, text in blocks(page):
+        if kind == "python":
+            finished = subprocess.run(
+                [sys.executable, "-c", text],
+                cwd=tmp_path,
+                env=ENVIRONMENT,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert finished.returncode == 0, f"{text}\n{finished.stderr}"
+
+
+def test_the_tables_of_systems_are_what_the_recipes_say():
+    finished = subprocess.run(
+        [sys.executable, "tools/docs.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_links_of_a_readme_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
