@@ -1,0 +1,1 @@
+"""Observing and steering models of other libraries, with nothing of their source changed."""

@@ -1,0 +1,137 @@
+"""torch's FlexAttention, compiled: masks and biases are fused, masked blocks are skipped.
+
+It is worth its compilation (seconds on first use, and again for a new kind of call) on CUDA with
+large, sparse masks. On the CPU it has a forward pass only (pytorch/pytorch#169224).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import cast
+
+import torch
+import torch._dynamo
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from heed_core.dispatch import Facts
+
+MIN_CUDA_DIM = 16
+"""Smallest key and value width of the CUDA kernel."""
+
+MAX_KINDS = 256
+"""Kinds of calls (widths, masks, types) that one process may compile before torch raises."""
+
+
+def why_not(facts: Facts) -> str | None:
+    """Refuse what FlexAttention cannot do."""
+    if facts.device not in ("cpu", "cuda"):
+        return f"FlexAttention does not run on {facts.device!r}"
+    if facts.dropout > 0.0:
+        return "FlexAttention has no dropout"
+    if facts.dtype == torch.float64:
+        return "FlexAttention does not take torch.float64"
+    if facts.device == "cpu" and facts.needs_grad:
+        return "FlexAttention has no backward pass on the CPU"
+    if facts.queries == 0 or facts.keys == 0:
+        return "FlexAttention takes no empty sequence"
+    narrow = min(facts.key_dim, facts.value_dim)
+    if facts.device == "cuda" and narrow < MIN_CUDA_DIM:
+        return f"FlexAttention on CUDA needs at least {MIN_CUDA_DIM} channels, got {narrow}"
+    return None
+
+
+def run(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m e"],
+    *,
+    mask: Bool[Tensor, "*mask"] | None,
+    bias: Float[Tensor, "*bias"] | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+) -> Float[Tensor, "b h n e"]:
+    """Compute attention with a compiled FlexAttention kernel; `dropout` is 0."""
+    if scale <= 0.0:  # the kernel takes the maximum before it scales
+        query, scale = query * scale, 1.0
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    block_mask = None
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if mask is not None or causal:
+        block_mask = create_block_mask(
+            _mask_mod(mask, causal, keys - queries),
+            B=1 if mask is None or mask.ndim < 4 or mask.shape[-4] == 1 else batch,
+            H=1 if mask is None or mask.ndim < 3 or mask.shape[-3] == 1 else heads,
+            Q_LEN=queries,
+            KV_LEN=keys,
+            device=query.device,
+        )
+    return _kernel(
+        query,
+        key,
+        value,
+        score_mod=None if bias is None else _score_mod(bias),
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=heads != key.shape[1],
+    )
+
+
+Index = Tensor
+
+
+def _mask_mod(
+    mask: Tensor | None, causal: bool, offset: int
+) -> Callable[[Index, Index, Index, Index], Tensor]:
+    def past(b: Index, h: Index, i: Index, j: Index) -> Tensor:
+        return j <= i + offset
+
+    if mask is None:
+        return past
+    look_up = _reader(mask)
+
+    def both(b: Index, h: Index, i: Index, j: Index) -> Tensor:
+        return look_up(b, h, i, j) & past(b, h, i, j)
+
+    return both if causal else look_up
+
+
+def _score_mod(bias: Tensor) -> Callable[[Tensor, Index, Index, Index, Index], Tensor]:
+    look_up = _reader(bias)
+
+    def add(score: Tensor, b: Index, h: Index, i: Index, j: Index) -> Tensor:
+        return score + look_up(b, h, i, j)
+
+    return add
+
+
+def _reader(table: Tensor) -> Callable[[Index, Index, Index, Index], Tensor]:
+    """Read a broadcastable table by full indices, without expanding it."""
+    table = table.reshape(*[1] * (4 - table.ndim), *table.shape)
+    b_on, h_on, i_on, j_on = (int(size != 1) for size in table.shape)
+
+    def read(b: Index, h: Index, i: Index, j: Index) -> Tensor:
+        return table[b * b_on, h * h_on, i * i_on, j * j_on]
+
+    return read
+
+
+@cache
+def _compiled_kernel() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # with fullgraph torch raises where it would otherwise fall back to unfused code
+    return cast(Callable[..., Tensor], torch.compile(flex_attention, fullgraph=True))
+
+
+def _kernel(*args: Tensor, **options: object) -> Tensor:
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return cast(Tensor, flex_attention(*args, **options))
+    with torch._dynamo.config.patch(recompile_limit=MAX_KINDS):
+        return _compiled_kernel()(*args, **options)

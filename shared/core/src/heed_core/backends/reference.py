@@ -1,0 +1,121 @@
+"""Softmax attention written out: the specification of `attend` and the oracle of its back-ends.
+
+    S = scale * Q K^T + bias,   A = softmax over the permitted keys of S,   O = A V
+
+Q is (b, h, n, d), K is (b, g, m, d), V is (b, g, m, e); head i reads group i // (h / g). Products,
+softmax and sums run in float32 (float64 for float64), and O is cast back to the type of Q. A row
+without a permitted key has A = 0, O = 0 and zero gradients. Time O(n m (d + e)) and memory O(n m)
+per head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from heed_core.dispatch import Facts, autocasting
+
+
+def why_not(facts: Facts) -> str | None:
+    """Accept every call."""
+    return None
+
+
+def run(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m e"],
+    *,
+    mask: Bool[Tensor, "*mask"] | None,
+    bias: Float[Tensor, "*bias"] | None,
+    causal: bool,
+    scale: float,
+    dropout: float,
+) -> Float[Tensor, "b h n e"]:
+    """Compute attention step by step."""
+    allowed = permission(
+        mask, causal=causal, queries=query.shape[2], keys=key.shape[2], device=query.device
+    )
+    weights = masked_softmax(scores(query, key, scale=scale, bias=bias), allowed)
+    if dropout > 0.0:
+        weights = F.dropout(weights, dropout)
+    return mix(weights, value).to(query.dtype)
+
+
+def scores(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    *,
+    scale: float,
+    bias: Float[Tensor, "*bias"] | None = None,
+) -> Float[Tensor, "b h n m"]:
+    """Scaled products plus bias, before any permission is applied."""
+    products = grouped_product(_wide(query), _wide(key).transpose(-2, -1)) * scale
+    return products if bias is None else products + bias.to(products.dtype)
+
+
+def permission(
+    mask: Bool[Tensor, "*mask"] | None,
+    *,
+    causal: bool,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    rows: Int[Tensor, " rows"] | None = None,
+) -> Bool[Tensor, "*mask"] | None:
+    """Which pairs may attend: `mask` AND, if `causal`, j <= i + m - n. None = all.
+
+    Args:
+        mask: Broadcastable to (b, h, n, m), or to the chosen rows of it.
+        causal: Whether the future is hidden.
+        queries: n.
+        keys: m.
+        device: Where to build the causal part.
+        rows: Only these query rows.
+    """
+    if not causal:
+        return mask
+    rows = torch.arange(queries, device=device) if rows is None else rows
+    past = torch.arange(keys, device=device) <= rows.unsqueeze(1) + (keys - queries)  # (n, m)
+    return past if mask is None else past & mask
+
+
+def masked_softmax(
+    scores: Float[Tensor, "b h n m"], allowed: Bool[Tensor, "*mask"] | None
+) -> Float[Tensor, "b h n m"]:
+    """Softmax over the permitted keys; zeros and zero gradients where a row has none.
+
+    A key whose score is -inf counts as not permitted.
+    """
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+
+
+def mix(
+    weights: Float[Tensor, "b h n m"], value: Float[Tensor, "b g m e"]
+) -> Float[Tensor, "b h n e"]:
+    """Average the values by the weights, in the type of the weights."""
+    return grouped_product(weights, value.to(weights.dtype))
+
+
+def grouped_product(
+    left: Float[Tensor, "b h n k"], right: Float[Tensor, "b g k m"]
+) -> Float[Tensor, "b h n m"]:
+    """Matrix product of each head with its group, without a copy of the groups."""
+    if autocasting(left.device.type):  # would round the operands
+        with torch.autocast(left.device.type, enabled=False):
+            return grouped_product(left, right)
+    heads, groups = left.shape[1], right.shape[1]
+    if heads == groups:
+        return left @ right
+    batch, _, rows, width = left.shape
+    by_group = left.reshape(batch, groups, heads // groups, rows, width)
+    return (by_group @ right.unsqueeze(2)).flatten(1, 2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
