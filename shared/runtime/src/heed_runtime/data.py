@@ -1,0 +1,433 @@
+"""The one data module of all recipes: exact, stateless sampling and sharding over processes.
+
+The order of an epoch and the random numbers of a sample's augmentation depend on (seed, epoch,
+index) alone. So the batch of a step is the same set of samples whatever the number of processes and
+workers, and training that is resumed in the middle of an epoch goes on as if it had not been
+interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from heed_core.errors import InputError
+from heed_runtime import distributed
+from heed_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from heed_runtime.recipe import Recipe, SizedData
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["stop", "skip"]
+_ORDER, _SAMPLE = 0, 1  # spawn keys: order and augmentation draw from unrelated streams
+
+
+class Draw(NamedTuple):
+    """One training sample to be made: which, and the stream of its random numbers."""
+
+    index: int
+    seed: int
+    epoch: int
+
+    def generator(self) -> np.random.Generator:
+        """The random numbers of this sample in this epoch."""
+        key = (_SAMPLE, self.epoch, self.index)
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+
+
+class Fault(NamedTuple):
+    """A case or sample that could not be read."""
+
+    index: int
+    line: str
+
+
+class Loaded(NamedTuple):
+    """What a worker hands over: a batch, and what went wrong on the way."""
+
+    batch: Any
+    faults: tuple[Fault, ...]
+
+
+@dataclass
+class Skipped:
+    """Collects the faults of one pass over the data, each once."""
+
+    on_error: OnError
+    faults: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[str]:
+        """What was skipped, in the order of the data."""
+        return [self.faults[index] for index in sorted(self.faults)]
+
+    def meet(self, faults: Sequence[Fault]) -> None:
+        """Note the faults, or end with the first of them.
+
+        Raises:
+            InputError: `on_error` is "stop" and there is a fault.
+        """
+        for fault in faults:
+            if self.on_error == "stop":
+                raise InputError(fault.line)
+            if fault.index not in self.faults:
+                logger.warning("skipped: %s", fault.line)
+            self.faults[fault.index] = fault.line
+
+
+class Draws(Sampler[Draw]):
+    """The draws of one process in one epoch; at a step all processes together draw one batch.
+
+    Args:
+        size: Samples in the data set.
+        batch: Samples per step over all processes.
+        seed: With the epoch, gives the order.
+        rank: This process.
+        world: Processes.
+    """
+
+    def __init__(self, size: int, *, batch: int, seed: int, rank: int, world: int) -> None:
+        self.size, self.batch, self.seed, self.rank, self.world = size, batch, seed, rank, world
+        self.epoch, self.first_step = 0, 0
+
+    @property
+    def steps(self) -> int:
+        """Whole batches in an epoch; the samples left over differ from epoch to epoch."""
+        return self.size // self.batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch, counted from 0."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps * (self.batch // self.world)
+
+    def __iter__(self) -> Iterator[Draw]:
+        key = (_ORDER, self.epoch)
+        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
+        order = rng.permutation(self.size)
+        share = self.batch // self.world
+        for step in range(self.first_step, self.steps):
+            start = step * self.batch + self.rank * share
+            for index in order[start : start + share]:
+                yield Draw(int(index), self.seed, self.epoch)
+
+
+class _Batches(Sampler[list[Draw]]):
+    """Groups draws into the batches of one process."""
+
+    def __init__(self, draws: Draws) -> None:
+        self.draws = draws
+
+    def __len__(self) -> int:
+        return self.draws.steps - self.draws.first_step
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        share, batch = self.draws.batch // self.draws.world, []
+        for draw in self.draws:
+            batch.append(draw)
+            if len(batch) == share:
+                yield batch
+                batch = []
+
+
+class _Samples(Dataset[Loaded]):
+    """Training samples, augmented; one that cannot be read is replaced by the next that can."""
+
+    def __init__(
+        self,
+        data: SizedData,
+        augment: Callable[[Any, np.random.Generator], Any] | None,
+        on_error: OnError,
+    ) -> None:
+        self.data, self.augment, self.on_error = data, augment, on_error
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draw: Draw) -> Loaded:
+        faults: list[Fault] = []
+        for offset in range(len(self.data)):
+            index = (draw.index + offset) % len(self.data)
+            try:
+                sample = self.data[index]
+                if self.augment is not None:
+                    sample = self.augment(sample, draw.generator())
+            except InputError as error:
+                faults.append(Fault(index, str(error)))
+                if self.on_error == "stop":
+                    break
+            else:
+                return Loaded(sample, tuple(faults))
+        return Loaded(None, tuple(faults))
+
+
+class _Collate:
+    """The recipe's collation of the samples that could be read."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Loaded]) -> Loaded:
+        faults = tuple(fault for sample in samples for fault in sample.faults)
+        if any(sample.batch is None for sample in samples):
+            return Loaded(None, faults)
+        return Loaded(self.collate([sample.batch for sample in samples]), faults)
+
+
+class _Cases(Dataset[Loaded]):
+    """Cases one at a time, with what went wrong instead of an exception."""
+
+    def __init__(self, data: SizedData) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Loaded:
+        try:
+            return Loaded([self.data[index]], ())
+        except InputError as error:
+            return Loaded(None, (Fault(index, str(error)),))
+
+
+class TrainLoader:
+    """The batches of one process; Lightning tells it the epoch and stores where it stands."""
+
+    def __init__(self, loader: DataLoader[Loaded], draws: Draws, skipped: Skipped) -> None:
+        self.sampler, self.skipped = draws, skipped
+        self._loader, self._start, self._given = loader, 0, 0
+
+    def __len__(self) -> int:
+        return self.sampler.steps
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: the epoch is set after `iter` and before the first batch is asked for.
+        start, self._start = self._start, 0
+        self.sampler.first_step, self._given = start, start
+        for batch, faults in self._loader:
+            self._agree(faults)
+            if batch is None:
+                raise InputError(
+                    "no training sample can be read", remedy="run check on the data set"
+                )
+            self._given += 1
+            yield batch
+
+    def _agree(self, faults: tuple[Fault, ...]) -> None:
+        stop = self.skipped.on_error == "stop"
+        if stop and distributed.any_of(bool(faults)):
+            # All processes end with the same fault, none waits for the others.
+            faults = tuple(fault for part in distributed.gather(faults) for fault in part)
+        self.skipped.meet(faults)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch were given out."""
+        return {"given": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Skip what was given out before."""
+        self._start = state["given"]
+
+
+class CaseLoader:
+    """The cases of one process, each as a list of one; a fault is skipped or ends the pass.
+
+    Args:
+        loader: Of `Loaded` cases, in the order of `indices`.
+        indices: Which cases of the data set these are.
+        skipped: Collects the faults.
+        hold: Keep the fault that ends the pass in `fault` instead of raising it here, so that all
+            processes can end together.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Loaded],
+        indices: Sequence[int],
+        skipped: Skipped,
+        *,
+        hold: bool = False,
+    ) -> None:
+        self.indices, self.skipped, self.hold = indices, skipped, hold
+        self.fault: InputError | None = None
+        self.current = -1
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for self.current, (cases, faults) in zip(self.indices, self._loader, strict=True):
+            try:
+                self.skipped.meet(faults)
+            except InputError as error:
+                if not self.hold:
+                    raise
+                self.fault = error
+                return
+            if cases is not None:
+                yield cases
+            if self.fault is not None:  # met while the case was predicted or written
+                return
+
+
+def shard(size: int, *, rank: int, world: int) -> range:
+    """The indices of one process: every one is in exactly one shard."""
+    return range(rank, size, world)
+
+
+def global_batch(size: int, *, batch: int, world: int) -> int:
+    """The batch that a data set of `size` samples can fill, shared evenly by the processes.
+
+    Raises:
+        InputError: There are fewer samples than processes.
+        UsageError: The processes cannot share the batch evenly.
+    """
+    if batch % world:
+        raise UsageError(f"batch must be a multiple of the {world} processes, got {batch}")
+    if size >= batch:
+        return batch
+    if size < world:
+        raise InputError(
+            f"{size} training samples cannot be shared by {world} processes",
+            remedy="add data or use fewer processes",
+        )
+    smaller = size // world * world
+    if distributed.rank() == 0:
+        logger.warning(
+            "the data set has %d training samples, fewer than batch=%d: the batch is %d",
+            size,
+            batch,
+            smaller,
+        )
+    return smaller
+
+
+class Data(L.LightningDataModule):
+    """The training samples and validation cases of a recipe, or the cases of a prediction.
+
+    Cases reach the module as they were read, on the CPU: the module moves what it needs.
+
+    Args:
+        recipe: Says what the data are.
+        settings: Of the run.
+        root: The data set; None if there are only `cases`.
+        cases: What `Trainer.predict` goes through.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe[Any, Any, Any],
+        settings: Any,
+        *,
+        root: Path | None = None,
+        cases: SizedData | None = None,
+    ) -> None:
+        super().__init__()
+        self.recipe, self.config, self.root, self.cases = recipe, settings, root, cases
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        on_error: OnError = settings.data.on_error
+        self.skipped = {name: Skipped(on_error) for name in ("train", "val", "predict")}
+        self.pass_over_cases: CaseLoader | None = None
+
+    def train_dataloader(self) -> TrainLoader:
+        """Whole global batches in an order that depends on the epoch."""
+        assert self.root is not None
+        trainer = self.config.trainer
+        data = self.recipe.train_data(self.config, self.root)
+        world = distributed.world()
+        if len(data) == 0:
+            raise InputError("holds no training samples", path=self.root)
+        draws = Draws(
+            len(data),
+            batch=global_batch(len(data), batch=trainer.batch, world=world),
+            seed=trainer.seed,
+            rank=distributed.rank() if world > 1 else 0,
+            world=world,
+        )
+        skipped = self.skipped["train"]
+        samples = _Samples(data, self.recipe.augment(self.config), skipped.on_error)
+        loader = DataLoader(
+            samples,
+            batch_sampler=_Batches(draws),  # type: ignore[arg-type]
+            collate_fn=_Collate(self.recipe.collate),
+            **self._loading(),
+        )
+        return TrainLoader(loader, draws, skipped)
+
+    def val_dataloader(self) -> CaseLoader:
+        """Each validation case once, shared by the processes."""
+        assert self.root is not None
+        data = self.recipe.cases(self.config, self.root, "val")
+        # With too few cases a process would have none and miss the others' exchange of metrics;
+        # where all see all cases, the mean over the processes is the same number.
+        alone = len(data) < distributed.world()
+        return self._case_loader(data, self.skipped["val"], shared=not alone)
+
+    def predict_dataloader(self) -> CaseLoader:
+        """Each given case once, shared by the processes."""
+        assert self.cases is not None
+        loader = self._case_loader(self.cases, self.skipped["predict"], shared=True)
+        loader.hold = True
+        self.pass_over_cases = loader
+        return loader
+
+    def careful(self, step: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+        """A `predict_step` whose faults of the user's input count as faults of reading the case."""
+
+        @functools.wraps(step)
+        def wrapped(*args: Any, **kwargs: Any) -> list[Any]:
+            loader = self.pass_over_cases
+            assert loader is not None
+            try:
+                return step(*args, **kwargs)
+            except InputError as error:
+                fault = Fault(loader.current, str(error))
+            try:
+                loader.skipped.meet([fault])
+            except InputError as error:
+                loader.fault = error
+            return []
+
+        return wrapped
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Move training batches; leave cases as they are."""
+        assert self.trainer is not None
+        if self.trainer.training:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch
+
+    def _case_loader(self, data: SizedData, skipped: Skipped, *, shared: bool) -> CaseLoader:
+        rank, world = (distributed.rank(), distributed.world()) if shared else (0, 1)
+        indices = shard(len(data), rank=rank if world > 1 else 0, world=world)
+        loader = DataLoader(
+            _Cases(data),
+            batch_size=None,
+            sampler=indices,  # type: ignore[arg-type]
+            collate_fn=_as_it_is,
+            **self._loading(),
+        )
+        return CaseLoader(loader, indices, skipped)
+
+    def _loading(self) -> dict[str, Any]:
+        workers = self.config.trainer.workers
+        return {"num_workers": workers, "persistent_workers": workers > 0}
+
+
+def _as_it_is(loaded: Loaded) -> Loaded:
+    return loaded

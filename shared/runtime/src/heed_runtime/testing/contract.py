@@ -1,0 +1,129 @@
+"""The tests that every recipe gets for free. Each function raises an `AssertionError` that says what is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from heed_runtime.app import App
+from heed_runtime.recipe import Card
+from heed_runtime.settings import from_dict, load_settings, to_dict, to_yaml
+
+QUICK = ("--trainer.max-steps", "2", "--trainer.batch", "2", "--device", "cpu", "--seed", "3")
+"""Settings that make a training short."""
+
+
+def check_card(app: App, system: str) -> None:
+    """The card is complete and names the system as the app does."""
+    card: Card = app.recipe(system).card
+    assert card.name == system, f"card.name is {card.name!r}, the app says {system!r}"
+    for item in dataclasses.fields(card):
+        if item.name != "notice":
+            assert getattr(card, item.name), f"card.{item.name} is empty"
+
+
+def check_settings(app: App, system: str, tmp_path: Path) -> None:
+    """Every preset is valid, survives JSON and its own config.yaml, and builds a model."""
+    recipe = app.recipe(system)
+    assert recipe.presets, "there is no preset"
+    for name, make in recipe.presets.items():
+        settings = make()
+        assert isinstance(settings, recipe.settings), f"preset {name} is of another class"
+        assert from_dict(recipe.settings, json.loads(json.dumps(to_dict(settings)))) == settings
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(to_yaml(settings, system=system), encoding="utf-8")
+        assert load_settings(recipe, file=path) == settings, f"preset {name} is not what it wrote"
+
+
+def check_sample(app: App, system: str, tmp_path: Path, *, seed: int = 3) -> Path:
+    """The sample is found in order by `check`, and the same seed writes the same bytes."""
+    roots = [tmp_path / "sample", tmp_path / "again"]
+    for root in roots:
+        call(app, "sample", system, root, "--seed", seed)
+    files = [{p.relative_to(r): p.read_bytes() for p in _files(r)} for r in roots]
+    assert files[0] == files[1], "the same seed wrote other data"
+    call(app, "check", system, roots[0])
+    return roots[0]
+
+
+def check_life(
+    app: App, system: str, data: Path, tmp_path: Path, *, flags: Sequence[str] = ()
+) -> Path:
+    """Train, resume, evaluate, predict, explain; every result is written and can be read.
+
+    Args:
+        app: The program.
+        system: The system.
+        data: Its data set, such as `check_sample` made.
+        tmp_path: Where to write.
+        flags: Settings that make the model small.
+
+    Returns:
+        The run.
+    """
+    run = tmp_path / "run"
+    words = (*QUICK, *flags)
+    first = call(app, "train", system, "--data", data, "--out", run, *words)
+    assert first["steps"] == 2
+    again = call(app, "train", system, "--resume", run, "--trainer.max-steps", 3)
+    assert again["steps"] == 3
+    for name in ("config.yaml", "metrics.csv", "metrics.json", "curves.png", "environment.json"):
+        assert (run / name).stat().st_size > 0, f"{name} is missing"
+    scores = call(app, "evaluate", run, "--split", "val", "--device", "cpu")
+    assert scores["metrics"], "evaluate gave no metrics"
+    assert scores["n"] > 0
+    assert (run / "evaluation" / "val" / "cases.csv").stat().st_size > 0
+    predicted = call(app, "predict", run, data, "--out", tmp_path / "predicted", "--device", "cpu")
+    assert predicted["n"] > 0
+    for name in predicted["files"]:
+        assert Path(name).stat().st_size > 0, f"{name} is empty"
+    explained = call(app, "explain", run, data, "--out", tmp_path / "explained", "--device", "cpu")
+    suffixes = {Path(name).suffix for name in explained["files"]}
+    assert suffixes == {".npz", ".png"}, f"explain wrote {suffixes}"
+    return run
+
+
+def check_export(app: App, run: Path, tmp_path: Path) -> None:
+    """Both formats are written and agree with the model at all sizes."""
+    for suffix in (".pt2", ".onnx"):
+        found = call(app, "export", run, "--out", tmp_path / f"model{suffix}")
+        assert len(found["checks"]) >= 2, "exportable has fewer than two examples"
+        shapes = {check["input"] for check in found["checks"]}
+        assert len(shapes) >= 2, "the examples are all of one size"
+        assert all(check["ok"] for check in found["checks"])
+
+
+def check_recipe(app: App, system: str, tmp_path: Path, *, flags: Sequence[str] = ()) -> None:
+    """All of the above, one after the other."""
+    check_card(app, system)
+    check_settings(app, system, tmp_path)
+    data = check_sample(app, system, tmp_path)
+    run = check_life(app, system, data, tmp_path, flags=flags)
+    check_export(app, run, tmp_path)
+
+
+def call(app: App, *words: object, code: int = 0) -> dict[str, Any]:
+    """Run a command line with `--json`, and return the document that it wrote.
+
+    Raises:
+        AssertionError: Another exit code, or standard output is not one JSON document.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        got = app.call([*map(str, words), "--json", "--quiet"])
+    told = f"{app.name} {' '.join(map(str, words))}: exit code {got}\n{err.getvalue()}"
+    assert got == code, told
+    if code:
+        return {}
+    document = json.loads(out.getvalue())
+    assert isinstance(document, dict), told
+    return document
+
+
+def _files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.is_file())
