@@ -1,4 +1,4 @@
-"""The READMEs tell the truth: their commands run as typed, their tables are what the recipes say."""
+"""The READMEs tell the truth: their commands run as typed, their tables match the recipes."""
 
 import os
 import re

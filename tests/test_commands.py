@@ -1,0 +1,97 @@
+"""Every verb of every system of every app, on its own sample: the contract that all keep."""
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from heed_runtime.app import App
+from heed_runtime.testing.contract import check_recipe
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"msga": ("--model.width", "8", "--model.scales", "1", "2")}
+"""Flags that make a system small enough to run all its verbs in a minute."""
+
+
+def apps() -> list[App]:
+    scripts = [
+        target.split(":")[0]
+        for path in sorted(ROOT.glob("apps/*/pyproject.toml"))
+        for target in tomllib.loads(path.read_text())["project"]["scripts"].values()
+    ]
+    return [importlib.import_module(module).APP for module in scripts]
+
+
+SYSTEMS = [(app, system) for app in apps() for system in app.systems]
+
+
+def call(app: App, *words: str | Path) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = app.call([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(("app", "system"), SYSTEMS, ids=lambda value: str(value))
+def test_every_verb_works_on_the_sample(app: App, system: str, tmp_path: Path):
+    check_recipe(app, system, tmp_path, flags=SMALL.get(system, ()))
+
+
+@pytest.mark.parametrize("app", apps(), ids=lambda app: app.name)
+def test_help_imports_nothing_heavy(app: App):
+    package = importlib.import_module(type(app).__module__).__package__
+    assert package == "heed_runtime"
+    module = f"{app.name.replace('-', '_')}_cli"
+    script = (
+        f"import sys, {module} as app; app.APP.call(['--help']); "
+        "print(sorted({'torch', 'lightning', 'tyro', 'numpy', 'monai'} & set(sys.modules)))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "train" in finished.stdout
+    assert finished.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("app", apps(), ids=lambda app: app.name)
+def test_list_is_one_json_document(app: App):
+    code, out, _ = call(app, "list", "--json")
+    assert code == 0
+    assert {row["system"] for row in json.loads(out)["systems"]} == set(app.systems)
+
+
+@pytest.mark.parametrize(("app", "system"), SYSTEMS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["check", "SYSTEM", "no/such/folder"], "no/such/folder"),
+        (["train", "SYSTEM", "--data", "no/such/folder", "--out", "run"], "no/such/folder"),
+        (["train", "SYSTEM", "--trainer.max-epoch", "3"], "--trainer.max-epochs"),
+        (["evaluate", "no/such/run"], "no/such/run"),
+        (["trian", "SYSTEM"], "train"),
+    ],
+)
+def test_a_fault_of_the_user_is_one_line_and_exit_code_2(
+    app: App,
+    system: str,
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(app, *[system if word == "SYSTEM" else word for word in words])
+    assert code == 2
+    assert out == ""
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []
