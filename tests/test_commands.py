@@ -3,7 +3,6 @@
 import importlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -94,4 +93,4 @@ def test_a_fault_of_the_user_is_one_line_and_exit_code_2(
     assert len(errors) == 1
     assert said in errors[0]
     assert "Traceback" not in err
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())

@@ -16,12 +16,16 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty` and its like return with NaN, so that reading it before writing is seen."""
+    """Fill uninitialised memory with NaN, so that reading it before writing is seen."""
 
     def filling(make):
         def filled(*args, **kwargs):
             made = make(*args, **kwargs)
-            if made.device.type != "meta" and made.is_floating_point() and type(made) is torch.Tensor:
+            if (
+                made.device.type != "meta"
+                and made.is_floating_point()
+                and type(made) is torch.Tensor
+            ):
                 made.data.fill_(torch.nan)
             return made
 

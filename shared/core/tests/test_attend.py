@@ -1,4 +1,4 @@
-"""The attention call: every back-end against loops in float64, and what it promises at the edges."""
+"""The attention call: every back-end against loops in float64, and its promises at the edges."""
 
 import itertools
 
@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import heed_core
 from heed_core import attend, explain_dispatch
 from heed_core.attend import BACKENDS, ORDER, UnsupportedBackend
 from heed_core.testing.oracle import assert_within_budget, naive_attention
@@ -62,7 +61,10 @@ def test_every_backend_equals_loops(kind, lengths, groups, impl) -> None:
     n, m = lengths
     tensors = draw(2, 4, groups, n, m, 3, 5)
     options = kinds(kind, 2, 4, n, m)
-    leaves = [x.requires_grad_() for x in (*tensors, *(x for x in options.values() if x is options.get("bias")))]
+    leaves = [
+        x.requires_grad_()
+        for x in (*tensors, *(x for x in options.values() if x is options.get("bias")))
+    ]
     out, exact = attend(*tensors, impl=impl, **options), naive_attention(*tensors, **options)
     torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(gradients(out, leaves), gradients(exact, leaves), strict=True):
@@ -112,10 +114,28 @@ def test_a_bias_of_minus_infinity_forbids(impl) -> None:
 
 
 @pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_row_that_a_bias_empties_is_zero_with_zero_gradients(learned, impl) -> None:
+    q, k, v = (x.requires_grad_() for x in draw(1, 2, 2, 3, 4, 4, 4))
+    bias = torch.zeros(3, 4, dtype=torch.float64)
+    bias[1] = -torch.inf
+    bias.requires_grad_(learned)
+    out = attend(q, k, v, bias=bias, impl=impl)
+    found = gradients(out, [q, k, v, *([bias] if learned else [])])
+    assert bool((out[:, :, 1] == 0).all())
+    assert bool((found[0][:, :, 1] == 0).all())
+    assert all(bool(x.isfinite().all()) for x in found)
+
+
+@pytest.mark.parametrize("impl", EAGER)
 def test_causality_is_aligned_bottom_right(impl) -> None:
-    # equal scores, values = unit vectors: the output is the weights; n=4, m=6: row i sees i + 3 keys
+    # equal scores and unit vectors as values: the output is the weights; row i sees i + 3 keys
     out = attend(
-        torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 6, 2), torch.eye(6)[None, None], causal=True, impl=impl
+        torch.zeros(1, 1, 4, 2),
+        torch.zeros(1, 1, 6, 2),
+        torch.eye(6)[None, None],
+        causal=True,
+        impl=impl,
     )
     expected = torch.zeros(4, 6)
     for i in range(4):

@@ -10,7 +10,10 @@ from heed_core.testing.benchmark import measure, peak_memory_mib
 
 def test_a_slower_contender_has_the_larger_ratio() -> None:
     quick, slow = measure(
-        {"quick": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.02)}, rounds=5, warmup=1, memory=False
+        {"quick": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.02)},
+        rounds=5,
+        warmup=1,
+        memory=False,
     )
     assert (quick.name, slow.name, quick.ratio) == ("quick", "slow", 1.0)
     assert 3 < slow.ratio < 12

@@ -85,7 +85,9 @@ def test_emphasis_of_tokens(qkv) -> None:
     torch.testing.assert_close(free, torch.where(chosen, raw * 3, raw))
     kept = edited_weights(emphasise_tokens(chosen.expand(B, M), 3.0, rows=[-1, 0]), qkv)
     torch.testing.assert_close(kept.sum(-1), torch.ones(B, H, N, dtype=torch.float64))
-    torch.testing.assert_close(kept[:, :, [0, -1]], (free / free.sum(-1, keepdim=True))[:, :, [0, -1]])
+    torch.testing.assert_close(
+        kept[:, :, [0, -1]], (free / free.sum(-1, keepdim=True))[:, :, [0, -1]]
+    )
     assert torch.equal(kept[:, :, 1:-1], raw[:, :, 1:-1])
     nothing = edited_weights(emphasise_tokens(torch.ones(M) > 0, 0.0), qkv)
     assert bool((nothing == 0).all())
@@ -112,9 +114,13 @@ def loops(raw: Tensor, donors: Tensor, receivers: Tensor, part: float, rows: ran
 @pytest.mark.parametrize("causal", [False, True])
 def test_redistribution_equals_loops_and_keeps_row_sums(qkv, causal) -> None:
     donors = torch.tensor([[1, 0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]]) > 0
-    receivers = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]) > 0
+    receivers = (
+        torch.tensor([[0, 0, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0]]) > 0
+    )
     raw = plain_weights(qkv, causal=causal)
-    found = edited_weights(redistribute(donors, receivers, 0.6, rows=slice(1, None)), qkv, causal=causal)
+    found = edited_weights(
+        redistribute(donors, receivers, 0.6, rows=slice(1, None)), qkv, causal=causal
+    )
     torch.testing.assert_close(found, loops(raw, donors, receivers, 0.6, range(1, N)))
     torch.testing.assert_close(found.sum(-1), raw.sum(-1))
     assert torch.equal(found[0, :, :, [1, 5, 6]], raw[0, :, :, [1, 5, 6]]), "others are not touched"

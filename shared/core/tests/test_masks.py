@@ -43,7 +43,9 @@ def test_window_nd(shape, data) -> None:
 
     found = masks.window_nd(shape, reach=far)
     assert torch.equal(found, table(len(cells), len(cells), sees))
-    assert torch.equal(masks.window_nd(shape, reach=1), masks.window_nd(shape, reach=[1] * len(shape)))
+    assert torch.equal(
+        masks.window_nd(shape, reach=1), masks.window_nd(shape, reach=[1] * len(shape))
+    )
 
 
 def test_window_of_a_wide_grid_is_not_that_of_a_tall_one() -> None:
@@ -113,7 +115,11 @@ def test_builders_follow_the_device() -> None:
         (lambda: masks.keys(torch.ones(2, 3)), TypeError, "real must be boolean"),
         (lambda: masks.keys(torch.ones(3) > 0), ValueError, "real must have shape"),
         (lambda: masks.combine(torch.ones(2, 2)), TypeError, "masks must be boolean"),
-        (lambda: masks.combine(torch.ones(2) > 0, torch.ones(3) > 0), ValueError, "do not broadcast"),
+        (
+            lambda: masks.combine(torch.ones(2) > 0, torch.ones(3) > 0),
+            ValueError,
+            "do not broadcast",
+        ),
         (lambda: masks.documents(torch.ones(3).long()), ValueError, "query_ids and key_ids"),
     ],
 )

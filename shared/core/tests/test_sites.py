@@ -73,7 +73,9 @@ def test_sites_are_found_by_name(model) -> None:
 
 
 def test_a_pattern_without_a_match_names_the_nearest(model) -> None:
-    with pytest.raises(ValueError, match=r"no attention site matches \['layer.0.attend'\].*layers.0.attend"):
+    with pytest.raises(
+        ValueError, match=r"no attention site matches \['layer.0.attend'\].*layers.0.attend"
+    ):
         sites(model, "layer.0.attend")
     with (
         pytest.raises(ValueError, match="no attention sites"),
@@ -90,7 +92,7 @@ def test_a_record_holds_the_weights(model, x) -> None:
     assert torch.equal(watched, plain), "observing changes bits of the output"
     assert list(record) == [*SITES, "mixing"]
     first = model.layers[0].project(x).unflatten(-1, (3, 3, 2)).permute(2, 0, 3, 1, 4)
-    q, k, v = first
+    q, k, _ = first
     identity = torch.eye(5, dtype=torch.float64).expand(2, 3, 5, 5)
     torch.testing.assert_close(record[SITES[0]], naive_attention(q, k, identity))
     assert not record[SITES[0]].requires_grad
@@ -135,7 +137,14 @@ def test_pieces_follow_masks_and_biases_of_every_rank(monkeypatch) -> None:
     monkeypatch.setattr("heed_core.sites.PIECE_BYTES", 1)
     site = Attend()
     q, k, v = (torch.randn(2, 4, 5, 3), torch.randn(2, 2, 7, 3), torch.randn(2, 2, 7, 3))
-    for mask in (torch.rand(5, 7), torch.rand(4, 5, 7), torch.rand(2, 4, 5, 7), torch.rand(2, 1, 1, 7), torch.rand(7), torch.rand(5, 1)):
+    for mask in (
+        torch.rand(5, 7),
+        torch.rand(4, 5, 7),
+        torch.rand(2, 4, 5, 7),
+        torch.rand(2, 1, 1, 7),
+        torch.rand(7),
+        torch.rand(5, 1),
+    ):
         allowed, bias = mask > 0.4, torch.randn(mask.shape)
         identity = torch.eye(7).expand(2, 2, 7, 7)
         for causal in (False, True):
@@ -154,7 +163,9 @@ def test_statistics_run_over_calls_in_constant_memory(model) -> None:
         for x in inputs:
             model(x)
     calls = maps.calls(SITES[0])
-    rows = [[row for w in calls for row in w[:, head].reshape(-1, w.shape[-1])] for head in range(3)]
+    rows = [
+        [row for w in calls for row in w[:, head].reshape(-1, w.shape[-1])] for head in range(3)
+    ]
     statistics = record.statistics(SITES[0])
     measures = {
         "entropy": lambda row: -(row * row.log()).sum(),
@@ -223,7 +234,10 @@ def test_the_graph_is_kept_on_request(model, x) -> None:
 
 
 def test_selections_out_of_range_are_named(model, x) -> None:
-    with pytest.raises(ValueError, match=r"heads=\[3\] are out of range"), observe(model, heads=[3]):
+    with (
+        pytest.raises(ValueError, match=r"heads=\[3\] are out of range"),
+        observe(model, heads=[3]),
+    ):
         model(x)
     with pytest.raises(ValueError, match=r"queries=\[-6\]"), observe(model, queries=[-6]):
         model(x)
@@ -361,11 +375,17 @@ def test_a_bad_edit_is_named(model, x, edit, error, message) -> None:
 
 
 def test_bad_arguments_of_steer(model) -> None:
-    with pytest.raises(ValueError, match="at must be one of"), steer(model, lambda w, c: w, at="keys"):
+    with (
+        pytest.raises(ValueError, match="at must be one of"),
+        steer(model, lambda w, c: w, at="keys"),
+    ):
         pass
     with pytest.raises(TypeError, match="edit must be a function"), steer(model, 3):
         pass
-    with pytest.raises(ValueError, match="cannot|not steered"), steer(model, lambda w, c: w, "mixing"):
+    with (
+        pytest.raises(ValueError, match="but not steered"),
+        steer(model, lambda w, c: w, "mixing"),
+    ):
         pass
 
 

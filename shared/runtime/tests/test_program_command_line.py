@@ -3,13 +3,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated
 
 import pytest
 import yaml
+from pydantic import Field
 
 from heed_runtime.app import VERBS, App, about
 from heed_runtime.arguments import parse
 from heed_runtime.errors import UsageError
+from heed_runtime.options import SystemOptions
 from heed_runtime.settings import PLAIN_NAMES, TrainerSettings, load_settings
 from heed_runtime.testing import APP
 
@@ -73,6 +77,7 @@ def test_help_of_a_system_shows_its_settings(capsys: pytest.CaptureFixture[str])
 
 COMMON = {"--json", "--quiet", "--debug"}
 SYSTEM = COMMON | {"--config", "--preset"}
+USE = COMMON | {"--device", "--precision", "--impl"}
 TRAINER = {
     f"--trainer.{item.name.replace('_', '-')}"
     for item in dataclasses.fields(TrainerSettings)
@@ -83,6 +88,11 @@ FLAGS = {
     "info": SYSTEM | TRAINER,
     "sample": COMMON | {"--seed", "--overwrite"},
     "check": SYSTEM,
+    "train": SYSTEM | TRAINER | {"--data", "--out", "--resume", "--init", "--impl", "--overwrite"},
+    "evaluate": USE | {"--data", "--split", "--workers", "--devices"},
+    "predict": USE | {"--out", "--overwrite", "--workers", "--devices"},
+    "explain": USE | {"--out", "--overwrite"},
+    "export": COMMON | {"--out", "--format", "--overwrite"},
     "doctor": COMMON,
 }
 
@@ -124,6 +134,28 @@ def test_a_flag_may_repair_what_the_file_says_wrongly_only_with_the_preset(tmp_p
     file.write_text("model: {width: 9}\n")
     with pytest.raises(ValueError, match="multiple of heads"):
         settings_of(f"tokens --config {file}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bounded:
+    depth: Annotated[int, Field(ge=1)] = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoundedSettings:
+    model: Bounded = dataclasses.field(default_factory=Bounded)
+
+
+def test_a_flag_is_validated_like_the_file() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options(SystemOptions):
+        groups = ("model",)
+
+    recipe = SimpleNamespace(card=SimpleNamespace(name="toy"), presets={"only": BoundedSettings})
+    app = SimpleNamespace(name="heed-y", systems={"toy": ""}, recipe=lambda name: recipe)
+    assert parse(app, "info", Options, "", ["toy"]).settings == BoundedSettings()
+    with pytest.raises(UsageError, match=r"--model\.depth: got 0, .*greater than or equal to 1"):
+        parse(app, "info", Options, "", ["toy", "--model.depth", "0"])
 
 
 def test_data_and_data_settings_stand_side_by_side() -> None:

@@ -208,6 +208,21 @@ def test_a_folder_that_holds_something_is_replaced_only_on_request(tmp_path: Pat
     assert names(tmp_path) == ["run"]
 
 
+def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    with atomic_folder(target) as folder:
+        (folder / "old").write_text("1")
+
+    def lose_the_new_one() -> None:
+        with atomic_folder(target, overwrite=True) as folder:
+            folder.rmdir()
+
+    with pytest.raises(FileNotFoundError):
+        lose_the_new_one()
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["run"]
+
+
 def test_json_has_no_nan_and_knows_arrays_and_paths() -> None:
     data = {
         "nan": float("nan"),

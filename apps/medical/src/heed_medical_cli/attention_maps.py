@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor, nn
 
 from heed_core import observe
-from heed_core.sites import AttendCall
+from heed_core.sites import SiteCall
 from heed_medical.msga import Msga
 from heed_medical.segmentation.cases import SegmentationCase, to_slices
 from heed_medical.segmentation.prediction import SegmentationPrediction
@@ -78,7 +78,7 @@ def _slice_maps(
     grid = model.grid(height, width)
     foreground = _foreground_of_grid(model, labels, grid)
 
-    def from_foreground(weights: Tensor, call: AttendCall) -> Tensor:
+    def from_foreground(weights: Tensor, call: SiteCall) -> Tensor:
         return weights[0, 0][foreground.to(weights.device)].mean(0)
 
     batch = torch.from_numpy(np.ascontiguousarray(image))[None].to(device)

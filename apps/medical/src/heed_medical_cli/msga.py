@@ -39,6 +39,8 @@ from heed_runtime.recipe import (
 )
 from heed_runtime.settings import TrainerSettings
 
+Loss = Callable[[Any], Tensor]
+
 LAYOUT = """\
 msd     imagesTr/CASE.nii.gz          labelsTr/CASE.nii.gz   dataset.json or cases.csv
 nnunet  imagesTr/CASE_0000.nii.gz     labelsTr/CASE.nii.gz   dataset.json; _0001 ... per modality
@@ -95,9 +97,9 @@ class MsgaSettings:
 
 
 def small() -> MsgaSettings:
-    """A network that trains on a laptop: ResNet-18, half the width."""
+    """A network that trains on a laptop: ResNet-18, a quarter of the width."""
     return MsgaSettings(
-        model=MsgaConfig(backbone="resnet18", width=32),
+        model=MsgaConfig(backbone="resnet18", width=16),
         trainer=TrainerSettings(max_epochs=40, batch=16),
     )
 
@@ -123,17 +125,16 @@ class MsgaModule(L.LightningModule):
             guide_weight=self.settings.training.guide_weight,
             reconstruction_weight=self.settings.training.reconstruction_weight,
         )
+        values = {"train/loss": loss.total, "train/cross_entropy": loss.segmentation}
         count = len(batch["image"])
-        self.log("train/loss", loss.total, on_step=False, on_epoch=True, batch_size=count)
-        self.log(
-            "train/cross_entropy", loss.segmentation, on_step=False, on_epoch=True, batch_size=count
-        )
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
         return loss.total
 
     def validation_step(self, cases: list[SegmentationCase], _: int) -> None:
         """Dice of whole cases, as the evaluation computes it."""
         for case in cases:
-            rows = score_case(self._predict(case), self.settings.data.table.names)
+            prediction = self._predict(case)
+            rows = score_case(prediction, self.settings.data.table.names, distances=False)
             dice = float(np.mean([row["dice"] for row in rows]))
             self.log("val/dice", dice, on_epoch=True, batch_size=1, sync_dist=True, prog_bar=True)
 
@@ -219,14 +220,17 @@ class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction])
         return CaseData(find_inputs(paths, settings.data), settings.data, label=False)
 
     def model(self, settings: MsgaSettings) -> Msga:
-        """The network, from scratch or from the weights that the settings name."""
-        model = Msga(settings.model)
+        """The network, as the released recipe initialises it."""
+        return Msga(settings.model)
+
+    def start(self, settings: MsgaSettings, model: nn.Module) -> None:
+        """Take over the weights that the settings name."""
+        assert isinstance(model, Msga)
         training = settings.training
         if training.weights is not None:
             load_official(model, training.weights)
         if training.backbone_weights is not None:
             load_backbone(model, training.backbone_weights, stem=training.backbone_stem)
-        return model
 
     def module(self, settings: MsgaSettings, model: nn.Module) -> MsgaModule:
         """The network with its loss."""
@@ -298,17 +302,20 @@ class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction])
         def ours(output: Any) -> Tensor:
             return msga_loss(output, labels.to(output.logits.device)).total
 
+        def contender(name: str, build: Callable[[], nn.Module], loss: Loss) -> Contender:
+            return Contender(name=name, build=build, inputs=inputs, loss=loss, items=4)
+
         peers = _monai_networks(channels, classes)
-        entries = [(f"heed MSGA ({settings.model.backbone})", lambda: Msga(settings.model), ours)]
-        entries += [(f"MONAI {name}", build, cross_entropy) for name, build in peers.items()]
         return [
-            Contender(name=name, build=build, inputs=inputs, loss=loss, items=4)
-            for name, build, loss in entries
+            contender(f"MSGA ({settings.model.backbone})", lambda: Msga(settings.model), ours),
+            *(contender(f"MONAI {name}", peers[name], cross_entropy) for name in peers),
         ]
 
 
 def _monai_networks(channels: int, classes: int) -> dict[str, Callable[[], nn.Module]]:
-    from monai.networks.nets import AttentionUnet, SwinUNETR, UNet
+    from monai.networks.nets.attentionunet import AttentionUnet
+    from monai.networks.nets.swin_unetr import SwinUNETR
+    from monai.networks.nets.unet import UNet
 
     widths = (32, 64, 128, 256, 512)
     common: dict[str, Any] = {

@@ -61,7 +61,7 @@ def draw_scores(rows: Sequence[Row], score: str, label: str) -> Figure:
     """The score of every case, class by class, with its quartiles."""
     classes = list(dict.fromkeys(str(row["class"]) for row in rows))
     values = [
-        [float(row[score]) for row in rows if row["class"] == name and row[score] is not None]
+        [float(value) for row in rows if row["class"] == name and (value := row[score]) is not None]
         for name in classes
     ]
     figure = Figure(figsize=(1.6 + 1.1 * len(classes), 3.6), layout="constrained")

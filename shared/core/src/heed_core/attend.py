@@ -157,7 +157,7 @@ def check_arguments(
     _check_tensors(query, key, value)
     if isinstance(scale, Tensor):
         raise TypeError("scale must be a number; multiply `query` by a learned temperature instead")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")

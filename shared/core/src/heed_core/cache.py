@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Self
 
 import torch
 from jaxtyping import Float, Int
@@ -161,7 +160,7 @@ class KVCache:
             self._keys = self._keys.index_select(0, index)
             self._values = self._values.index_select(0, index)
 
-    def clone(self) -> Self:
+    def clone(self) -> KVCache:
         """A copy that shares no memory."""
         twin = copy.copy(self)
         twin._keys, twin._values = self._keys.clone(), self._values.clone()
@@ -249,7 +248,7 @@ class WindowCache:
         self.keys = self.keys.index_select(0, index)
         self.values = self.values.index_select(0, index)
 
-    def clone(self) -> Self:
+    def clone(self) -> WindowCache:
         """A copy that shares no memory."""
         twin = copy.copy(self)
         twin.keys, twin.values = self.keys.clone(), self.values.clone()
@@ -315,7 +314,7 @@ class StateCache:
         self._state = {name: tensor.index_select(0, index) for name, tensor in self._state.items()}
         self._start = {name: tensor.index_select(0, index) for name, tensor in self._start.items()}
 
-    def clone(self) -> Self:
+    def clone(self) -> StateCache:
         """A copy that shares no memory."""
         twin = copy.copy(self)
         twin._state = {name: tensor.clone() for name, tensor in self._state.items()}
@@ -359,7 +358,7 @@ class CrossCache:
             _check_rows(index, key.shape[0])
             self._pair = (key.index_select(0, index), value.index_select(0, index))
 
-    def clone(self) -> Self:
+    def clone(self) -> CrossCache:
         """A copy; the stored tensors are never written to, so that both may hold them."""
         return copy.copy(self)
 

@@ -1,6 +1,7 @@
 """The faults of a user's input, raised by every package in one shape.
 
-A library raises; only a program prints. A program shows an `InputError` as the one line that `str` gives.
+A library raises; only a program prints. A program shows an `InputError` as the one line that `str`
+gives.
 """
 
 from pathlib import Path
@@ -36,7 +37,7 @@ class InputError(ValueError):
         super().__init__(f"{line}; {remedy}" if remedy else line)
 
 
-class MissingExtra(ImportError):
+class MissingExtra(ImportError):  # noqa: N818 (reads as what happened)
     """An optional dependency is needed and not installed; the message names the extra."""
 
     def __init__(self, library: str, extra: str) -> None:

@@ -55,7 +55,6 @@ def pairs(
     return torch.cat([first, second], dim=-1)
 
 
-
 def sine_code(
     positions: Real[Tensor, "*batch"],
     dim: int,
@@ -177,7 +176,6 @@ class SinePositions(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"dim={self.dim}, base={self.base}, layout={self.layout!r}"
-
 
 
 class LearnedPositions(nn.Module):

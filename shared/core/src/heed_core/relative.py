@@ -172,7 +172,6 @@ class RotaryPositions(nn.Module):
         return f"rotated={self.rotated}, axes={self.axes}, base={self.base}, layout={self.layout!r}"
 
 
-
 def distances(
     queries: int, keys: int, *, device: torch.device | str | None = None
 ) -> Int[Tensor, "n m"]:

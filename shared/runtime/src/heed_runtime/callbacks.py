@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import lightning as L
 import numpy as np
@@ -46,7 +46,7 @@ class AtomicCheckpoints(CheckpointIO):
     ) -> None:
         """Write the checkpoint; a kill leaves the old file or the new one."""
         with atomic_write(Path(path)) as temporary, _WholeFile(temporary) as file:
-            torch.save(checkpoint, file)
+            torch.save(checkpoint, cast(IO[bytes], file))
 
     def load_checkpoint(
         self,
@@ -68,7 +68,8 @@ class _WholeFile:
     """A file whose failure to be written is told by the system's error, not by torch's."""
 
     def __init__(self, path: Path) -> None:
-        self._file, self._error = path.open("wb"), None
+        self._file = path.open("wb")
+        self._error: OSError | None = None
 
     def __enter__(self) -> _WholeFile:
         return self

@@ -36,20 +36,20 @@ _ORDER, _SAMPLE = 0, 1  # spawn keys: order and augmentation draw from unrelated
 class Draw(NamedTuple):
     """One training sample to be made: which, and the stream of its random numbers."""
 
-    index: int
+    item: int
     seed: int
     epoch: int
 
     def generator(self) -> np.random.Generator:
         """The random numbers of this sample in this epoch."""
-        key = (_SAMPLE, self.epoch, self.index)
+        key = (_SAMPLE, self.epoch, self.item)
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 
 class Fault(NamedTuple):
     """A case or sample that could not be read."""
 
-    index: int
+    item: int
     line: str
 
 
@@ -81,9 +81,9 @@ class Skipped:
         for fault in faults:
             if self.on_error == "stop":
                 raise InputError(fault.line)
-            if fault.index not in self.faults:
+            if fault.item not in self.faults:
                 logger.warning("skipped: %s", fault.line)
-            self.faults[fault.index] = fault.line
+            self.faults[fault.item] = fault.line
 
 
 class Draws(Sampler[Draw]):
@@ -159,7 +159,7 @@ class _Samples(Dataset[Loaded]):
     def __getitem__(self, draw: Draw) -> Loaded:
         faults: list[Fault] = []
         for offset in range(len(self.data)):
-            index = (draw.index + offset) % len(self.data)
+            index = (draw.item + offset) % len(self.data)
             try:
                 sample = self.data[index]
                 if self.augment is not None:
@@ -269,7 +269,8 @@ class CaseLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[Any]]:
-        for self.current, (cases, faults) in zip(self.indices, self._loader, strict=True):
+        for item, (cases, faults) in zip(self.indices, self._loader, strict=True):
+            self.current = item
             try:
                 self.skipped.meet(faults)
             except InputError as error:
@@ -361,7 +362,7 @@ class Data(L.LightningDataModule):
         samples = _Samples(data, self.recipe.augment(self.config), skipped.on_error)
         loader = DataLoader(
             samples,
-            batch_sampler=_Batches(draws),  # type: ignore[arg-type]
+            batch_sampler=_Batches(draws),
             collate_fn=_Collate(self.recipe.collate),
             **self._loading(),
         )
@@ -418,7 +419,7 @@ class Data(L.LightningDataModule):
         loader = DataLoader(
             _Cases(data),
             batch_size=None,
-            sampler=indices,  # type: ignore[arg-type]
+            sampler=indices,
             collate_fn=_as_it_is,
             **self._loading(),
         )
@@ -429,5 +430,5 @@ class Data(L.LightningDataModule):
         return {"num_workers": workers, "persistent_workers": workers > 0}
 
 
-def _as_it_is(loaded: Loaded) -> Loaded:
+def _as_it_is(loaded: Any) -> Any:
     return loaded

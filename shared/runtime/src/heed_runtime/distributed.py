@@ -81,7 +81,7 @@ def join(*, cuda: bool) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         dist.init_process_group("nccl" if cuda else "gloo", init_method="env://")
     else:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
         slurm = SLURMEnvironment()
         dist.init_process_group(
@@ -155,7 +155,7 @@ def first_speaks() -> Iterator[None]:
 
 
 def _slurm() -> bool:
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
     return SLURMEnvironment.detect()
 
@@ -179,10 +179,15 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: object, grad: Tensor) -> Tensor:
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total
+
+
+def _sum(x: Tensor) -> Tensor:
+    total: Tensor = _SumOverProcesses.apply(x)  # type: ignore[no-untyped-call]
+    return total
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -204,10 +209,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         axes = [0, *range(2, input.dim())]
         count = input.numel() / input.shape[1]
-        total = _SumOverProcesses.apply(torch.cat([input.sum(axes), input.new_tensor([count])]))
+        total = _sum(torch.cat([input.sum(axes), input.new_tensor([count])]))
         mean = total[:-1] / total[-1].detach()
         centred = input - _channels(mean, input)
-        squares = _SumOverProcesses.apply(centred.square().sum(axes))
+        squares = _sum(centred.square().sum(axes))
         variance = squares / total[-1].detach()
         if self.training and self.track_running_stats:
             self._track(mean.detach(), variance.detach(), float(total[-1].detach()))

@@ -1,7 +1,7 @@
 """The engine: Lightning's Trainer, set up the same for every system.
 
-`fit` trains into a run folder and can go on from any kill; `predict` carries cases through a trained
-module. Both work in one process or in several (Lightning starts them, or torchrun or SLURM does).
+`fit` trains into a run folder and can go on from any kill; `predict` carries cases through a
+trained module. Both work in one process or in several, which Lightning, torchrun or SLURM starts.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from heed_runtime import distributed
 from heed_runtime.callbacks import (
     BEST,
     INITIAL,
+    LAST,
     AtomicCheckpoints,
     Bar,
     Interrupted,
@@ -98,6 +99,8 @@ def fit(
     model = recipe.model(run.settings)
     if (initial := run.checkpoints / INITIAL).exists():
         model.load_state_dict(AtomicCheckpoints().load_checkpoint(initial)["model"])
+    elif not (run.checkpoints / LAST).exists():
+        recipe.start(run.settings, model)
     use_impl(model, impl)
     module = recipe.module(run.settings, model)
     data = Data(recipe, run.settings, root=root)
@@ -163,7 +166,7 @@ def predict(
         trainer = build_trainer(trainer_settings, folder=folder, callbacks=[writer])
         try:
             module = recipe.module(settings, model)
-            module.predict_step = data.careful(module.predict_step)
+            module.predict_step = data.careful(module.predict_step)  # type: ignore[method-assign]
             trainer.predict(module, datamodule=data, return_predictions=False)
         except Interrupted:
             raise KeyboardInterrupt from None
@@ -226,7 +229,7 @@ def check_trainer(settings: TrainerSettings) -> None:
     cuda = uses_cuda(settings)
     if settings.strategy == "fsdp" and not cuda:
         raise UsageError("strategy=fsdp needs GPUs", remedy="use ddp on the CPU")
-    devices, nodes = distributed.shape(settings)
+    devices, _ = distributed.shape(settings)
     if cuda and devices > torch.cuda.device_count():
         raise UsageError(f"devices={devices}, but there are {torch.cuda.device_count()} GPUs")
 

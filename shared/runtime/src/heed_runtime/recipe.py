@@ -226,14 +226,24 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
 
     @abstractmethod
     def model(self, settings: SettingsT) -> nn.Module:
-        """The network, freshly initialised."""
+        """The network, freshly initialised from the settings alone."""
+
+    def start(self, settings: SettingsT, model: nn.Module) -> None:
+        """Load what a new training starts from, such as pretrained weights in a user's file.
+
+        Called once per run, before its first step: a trained model is rebuilt without these files.
+        """
+        return
 
     @abstractmethod
     def module(self, settings: SettingsT, model: nn.Module) -> L.LightningModule:
         """Loss, optimiser and validation metrics around `model`, its attribute of that name.
 
         Its `training_step` takes a batch of `collate`; its `validation_step` and `predict_step`
-        take a list of cases, and `predict_step` returns the list of their predictions.
+        take a list of cases, and `predict_step` returns the list of their predictions. Cases come
+        as they were loaded: the module moves what it needs to its `device`. Where several processes
+        work, each has its part: log with `sync_dist=True` and `batch_size=`, and let the loss be a
+        mean over samples.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""A trained run, opened to be used: what `evaluate`, `predict`, `explain` and `export` start from."""
+"""A trained run, opened for use: what `evaluate`, `predict`, `explain`, `export` start from."""
 
 from __future__ import annotations
 
@@ -45,15 +45,20 @@ class UseOptions(RunOptions):
     impl: Impl = "auto"
     """The back-end of the attention; `doctor` lists them."""
 
-    def open(self, app: App, **trainer: object) -> Trained:
+    def open(self, app: App, **trainer: Any) -> Trained:
         """Open the run and load its model.
 
         Args:
             app: Knows the systems.
             trainer: Further trainer settings of this call.
         """
-        values = {"device": self.device, "impl": self.impl, "precision": self.precision}
-        return open_trained(app, self.run, **(values | trainer))
+        return open_trained(
+            app,
+            self.run,
+            impl=self.impl,
+            precision=self.precision,
+            **{"device": self.device, **trainer},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ class SharedOptions(UseOptions):
     devices: int = 1
     """Computing processes (GPUs) on this host; they share the cases."""
 
-    def open(self, app: App, **trainer: object) -> Trained:
+    def open(self, app: App, **trainer: Any) -> Trained:
         """Open the run, for several processes."""
         values = {"workers": self.workers, "devices": self.devices}
         return super().open(app, **(values | trainer))
@@ -77,7 +82,7 @@ def open_trained(
     *,
     impl: Impl = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None,
-    **trainer: object,
+    **trainer: Any,
 ) -> Trained:
     """Open a run and load its model.
 

@@ -11,7 +11,7 @@ Cost per head for n queries and m keys of width d: time n m d, memory n d with f
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Real
@@ -26,6 +26,7 @@ Norm = Literal["layer", "rms"]
 """LayerNorm, or RMSNorm (no mean, no shift)."""
 
 
+@runtime_checkable
 class ScoreBias(Protocol):
     """A bias of scores by place: `RelativeBias`, `GridRelativeBias`, `AlibiBias`."""
 

@@ -121,17 +121,21 @@ def _reader(table: Tensor) -> Callable[[Index, Index, Index, Index], Tensor]:
 
 
 @cache
-def _compiled_kernel() -> Callable[..., Tensor]:
+def _compiled_kernel(dynamic: bool | None) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # with fullgraph torch raises where it would otherwise fall back to unfused code
-    return cast(Callable[..., Tensor], torch.compile(flex_attention, fullgraph=True))
+    kernel = torch.compile(flex_attention, fullgraph=True, dynamic=dynamic)
+    return cast(Callable[..., Tensor], kernel)
 
 
-def _kernel(*args: Tensor, **options: object) -> Tensor:
+def _kernel(query: Tensor, *args: Tensor, **options: object) -> Tensor:
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention
 
-        return cast(Tensor, flex_attention(*args, **options))
+        kernel = cast(Callable[..., Tensor], flex_attention)
+        return kernel(query, *args, **options)
+    # torch 2.13 writes CPU kernels that do not compile for masks of symbolic length
+    dynamic = False if query.device.type == "cpu" else None
     with torch._dynamo.config.patch(recompile_limit=MAX_KINDS):
-        return _compiled_kernel()(*args, **options)
+        return _compiled_kernel(dynamic)(query, *args, **options)

@@ -1,1 +1,1 @@
-"""What tests of attention need, shipped so that every package checks its mechanisms in the same way."""
+"""What tests of attention need, shipped so that every package checks in the same way."""

@@ -1,7 +1,7 @@
 """Time and peak memory of contenders, measured side by side.
 
-Rounds of all contenders are interleaved in one run, so that a machine that slows down slows all of them; ratios are
-taken round by round.
+Rounds of all contenders are interleaved in one run, so that a machine that slows down slows all of
+them; ratios are taken round by round.
 """
 
 from __future__ import annotations

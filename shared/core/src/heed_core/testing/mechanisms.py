@@ -1,4 +1,4 @@
-"""The table of the core's mechanisms for the conformance suite: add an entry for each new mechanism."""
+"""The core's mechanisms for the conformance suite: every new mechanism gets an entry here."""
 
 from __future__ import annotations
 

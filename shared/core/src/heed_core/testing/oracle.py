@@ -41,7 +41,10 @@ def naive_attention(
                 ]
                 rows.append(
                     _one_row(
-                        [scale * (query[b, h, i] * key[b, g, j]).sum() + added[b, h, i, j] for j in seen],
+                        [
+                            scale * (query[b, h, i] * key[b, g, j]).sum() + added[b, h, i, j]
+                            for j in seen
+                        ],
                         [value[b, g, j] for j in seen],
                         value,
                     )
@@ -66,7 +69,9 @@ def _one_row(scores: list[Tensor], values: list[Tensor], like: Tensor) -> Tensor
 
 
 def error_budget(exact: Tensor, eager: Tensor) -> float:
-    """The largest error that a fast version may have: 2 x (error of the same type in eager + one rounding).
+    """The largest error that a fast version may have.
+
+    2 x (error of the same type in eager + one rounding).
 
     Args:
         exact: The float64 result.

@@ -130,7 +130,7 @@ def make_step(contender: Contender, mode: Mode, device: torch.device) -> Callabl
 
     def train() -> None:
         optimizer.zero_grad()
-        contender.loss(model(*inputs)).backward()
+        contender.loss(model(*inputs)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return train

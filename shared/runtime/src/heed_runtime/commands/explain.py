@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ def run(app: App, options: Options) -> Result:
                 skipped.append(str(error))
                 continue
             found = recipe.explain(settings, module, case)
-            written = outputs.put(found.name, lambda out, found=found: write(found, out))
+            written = outputs.put(found.name, functools.partial(write, found))
             rows.append({"case": found.name, "files": " ".join(path.name for path in written)})
             files += written
             progress.advance()
@@ -78,7 +79,7 @@ def write(explanation: Explanation, out: Path) -> list[Path]:
     arrays = out / f"{explanation.name}.npz"
     arrays.parent.mkdir(parents=True, exist_ok=True)
     with arrays.open("wb") as file:
-        np.savez_compressed(file, **explanation.arrays)
+        np.savez_compressed(file, **dict(explanation.arrays))  # type: ignore[arg-type]
     figures = [
         save_figure(figure, out / f"{explanation.name}_{suffix}.png")
         for suffix, figure in explanation.figures.items()

@@ -102,7 +102,7 @@ def _write_program(exportable: Exportable, path: Path) -> Program:
 
 
 def _write_onnx(exportable: Exportable, path: Path) -> Program:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
     import torch
 
     torch.onnx.export(
@@ -132,7 +132,9 @@ _WRITERS: dict[str, Callable[[Any, Path], Program]] = {
 
 
 def _tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
+    import torch
+
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,19 @@ class Options(CommonOptions):
 
 def run(app: App, options: Options) -> Result:
     """A row per system."""
-    rows: list[Row] = []
-    for name in app.systems:
-        card = app.recipe(name).card
-        rows.append(
-            {
-                "system": card.name,
-                "task": card.task,
-                "reads": ", ".join(card.reads),
-                "trained": card.trained,
-                "paper": card.paper,
-            }
-        )
-    table = Table(title="", rows=rows)
-    return Result(title=f"{app.name}: {app.about}", tables=[table], data={"systems": rows})
+    cards = [app.recipe(name).card for name in app.systems]
+    rows: list[Row] = [
+        {
+            "system": card.name,
+            "task": card.task,
+            "reads": ", ".join(card.reads),
+            "trained": card.trained,
+            "paper": card.paper,
+        }
+        for card in cards
+    ]
+    return Result(
+        title=f"{app.name}: {app.about}",
+        tables=[Table(title="", rows=rows)],
+        data={"systems": [{"system": card.name, **dataclasses.asdict(card)} for card in cards]},
+    )

@@ -115,9 +115,10 @@ def _create(app: App, recipe: Recipe[Any, Any, Any], options: Options, settings:
             root.mkdir(parents=True)
             recipe.sample(root, seed=settings.trainer.seed)
         settings = recipe.plan(settings, root)
-        # Data that cannot be used are found before there is a run.
+        # Data and weights that cannot be used are found before there is a run.
         recipe.train_data(settings, root)
         recipe.cases(settings, root, "val")
+        recipe.start(settings, recipe.model(settings))
         facts = fingerprint(root)
         if options.data is None:
             facts |= {"sample": True, "path": SAMPLE}

@@ -1,4 +1,4 @@
-"""The tests that every recipe gets for free. Each function raises an `AssertionError` that says what is broken."""
+"""The tests that every recipe gets for free: each raises an `AssertionError` that says why."""
 
 from __future__ import annotations
 

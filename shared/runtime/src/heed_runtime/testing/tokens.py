@@ -230,7 +230,7 @@ def read_tokens(path: Path, *, count: int) -> np.ndarray:
         raise InputError(problem, path=path, remedy="correct the file") from None
     if tokens.shape != (count, CHANNELS):
         raise InputError(
-            f"has {tokens.shape[0]} rows of {tokens.shape[1]} columns, expected {count} of {CHANNELS}",
+            f"has {tokens.shape[0]} rows of {tokens.shape[1]} columns, not {count} of {CHANNELS}",
             path=path,
             remedy="correct the file or --data.tokens",
         )
@@ -360,11 +360,11 @@ class TokenRecipe(Recipe[Settings, Case, Prediction]):
 
     def report(self, settings: Settings, rows: Sequence[Row]) -> Report:
         """The accuracy, in all and per class."""
-        hits = {
-            label: [row["correct"] for row in rows if row["label"] == label] for label in (0, 1)
-        }
-        means = {label: float(np.mean(found)) for label, found in hits.items() if found}
-        accuracy = float(np.mean([row["correct"] for row in rows]))
+        hits: dict[int, list[int]] = {}
+        for row in rows:
+            hits.setdefault(int(row["label"] or 0), []).append(int(row["correct"] or 0))
+        means = {label: float(np.mean(found)) for label, found in sorted(hits.items())}
+        accuracy = float(np.mean([hit for found in hits.values() for hit in found]))
         table: list[Row] = [{"class": k, "accuracy": mean} for k, mean in means.items()]
         with style():
             figure = new_figure()
