@@ -275,7 +275,7 @@ class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction])
         channels = settings.model.in_channels
         height, width = settings.data.size or (128, 128)
         sizes = ((2, height, width), (3, height + 24, width + 8))
-        free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+        free = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
         return Exportable(
             model=model.eval(),
             examples=[(torch.rand(n, channels, h, w),) for n, h, w in sizes],

@@ -457,7 +457,9 @@ def _mirror(image: Tensor, axis: int, before: int, after: int) -> Tensor:
     places = torch.arange(-before, side + after, device=image.device)
     turn = side - 1
     period = torch.sym_max(2 * turn, 1)  # type: ignore[no-untyped-call]
-    phase = torch.remainder(places, period)
+    # by a tensor: ONNX has no remainder by a symbolic number
+    divisor = torch.scalar_tensor(period, dtype=places.dtype, device=places.device)
+    phase = torch.remainder(places, divisor)
     return image.index_select(axis, turn - (phase - turn).abs())
 
 
