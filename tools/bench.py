@@ -38,15 +38,20 @@ def bench_attend() -> None:
 def bench_position() -> None:
     """MSGA's position attention at a 256 x 256 image: 64 channels on a 64 x 64 map."""
     for batch in (1, 4):
-        x = torch.randn(batch, 64, 64, 64, device=DEVICE, requires_grad=True)
-        fused, naive = (PositionAttention(64, gamma=0.5).to(DEVICE) for _ in range(2))
-        use_impl(naive, "reference")
-        forward = {"heed": lambda: fused(x), "naive": lambda: naive(x)}
-        title = f"position attention, batch {batch}, 64 channels on 64 x 64"
-        with torch.no_grad():
-            show(f"{title}, forward", measure(forward, rounds=10, warmup=2, device=DEVICE))
-        both = {"heed": step(fused, x), "naive": step(naive, x)}
-        show(f"{title}, forward + backward", measure(both, rounds=10, warmup=2, device=DEVICE))
+        bench_position_of(batch)
+
+
+def bench_position_of(batch: int) -> None:
+    """Beside the form that holds the whole map of weights."""
+    x = torch.randn(batch, 64, 64, 64, device=DEVICE, requires_grad=True)
+    fused, naive = (PositionAttention(64, gamma=0.5).to(DEVICE) for _ in range(2))
+    use_impl(naive, "reference")
+    title = f"position attention, batch {batch}, 64 channels on 64 x 64"
+    forward = {"heed": lambda: fused(x), "naive": lambda: naive(x)}
+    with torch.no_grad():
+        show(f"{title}, forward", measure(forward, rounds=10, warmup=2, device=DEVICE))
+    both = {"heed": step(fused, x), "naive": step(naive, x)}
+    show(f"{title}, forward + backward", measure(both, rounds=10, warmup=2, device=DEVICE))
 
 
 def step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:

@@ -85,6 +85,11 @@ class Skipped:
                 logger.warning("skipped: %s", fault.line)
             self.faults[fault.item] = fault.line
 
+    def take_over(self, data: SizedData) -> None:
+        """Note what a data set left out by itself when it was made."""
+        lines: Sequence[str] = getattr(data, "skipped", ())
+        self.meet([Fault(number - len(lines), line) for number, line in enumerate(lines)])
+
 
 class Draws(Sampler[Draw]):
     """The draws of one process in one epoch; at a step all processes together draw one batch.
@@ -359,6 +364,7 @@ class Data(L.LightningDataModule):
             world=world,
         )
         skipped = self.skipped["train"]
+        skipped.take_over(data)
         samples = _Samples(data, self.recipe.augment(self.config), skipped.on_error)
         loader = DataLoader(
             samples,

@@ -160,7 +160,11 @@ class Named(Protocol):
 
 
 class SizedData(Protocol):
-    """A map-style data set, as `torch.utils.data.Dataset` with a length."""
+    """A map-style data set, as `torch.utils.data.Dataset` with a length.
+
+    A data set that reads its files when it is made may have an attribute `skipped`: a line for each
+    one that it left out because the user chose `on_error="skip"`.
+    """
 
     def __len__(self) -> int: ...
 
