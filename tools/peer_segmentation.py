@@ -2,13 +2,15 @@
 
     python tools/peer_segmentation.py DATA --minutes 20
 
-It gets the same slices, augmentation, batch and metrics as `heed-medical train msga`, MONAI's own
-Dice + cross-entropy loss, and keeps the weights that are best on the validation cases.
+It gets the same slices, augmentation, batch, cosine schedule and metrics as `heed-medical train
+msga`, MONAI's own Dice + cross-entropy loss, and keeps the weights that are best on the validation
+cases.
 """
 
 import argparse
 import copy
 import json
+import math
 import time
 from pathlib import Path
 
@@ -19,13 +21,15 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from heed_medical.segmentation.augmentation import augment
+from heed_medical.segmentation.augmentation import SliceAugmentation, augment
 from heed_medical.segmentation.layouts import find_cases
 from heed_medical.segmentation.metrics import score_case, summarise
 from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import predict_volume
 from heed_medical.segmentation.settings import SegmentationData
 from heed_medical.segmentation.slices import CaseData, SliceData
+
+AUGMENTATION = SliceAugmentation(flip_probability=0.0)
 
 
 def main() -> None:
@@ -105,7 +109,7 @@ def train(
         shuffle=True,
         drop_last=True,
         collate_fn=lambda samples: torch.utils.data.default_collate(
-            [augment(sample, rng) for sample in samples]
+            [augment(sample, rng, AUGMENTATION) for sample in samples]
         ),
     )
     best, kept, epoch, start = -1.0, copy.deepcopy(model.state_dict()), 0, time.monotonic()
@@ -115,7 +119,9 @@ def train(
             adam.zero_grad()
             loss_of(model(batch["image"]), batch["label"][:, None].clamp(min=0)).backward()
             adam.step()
-            if time.monotonic() - start > 60 * options.minutes:
+            spent = (time.monotonic() - start) / (60 * options.minutes)
+            adam.param_groups[0]["lr"] = 5e-4 * (1 + math.cos(math.pi * min(spent, 1.0)))
+            if spent > 1:
                 break
         model.eval()
         dice = float(np.mean([row["dice"] for case in valid for row in scores(model, case, data)]))

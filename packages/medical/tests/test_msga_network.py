@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,10 +135,14 @@ def test_the_border_is_a_mirror(side: int, before: int, after: int) -> None:
     torch.testing.assert_close(_mirror(image, -2, before, after), wanted, rtol=0, atol=0)
 
 
+_TINY = Msga(MsgaConfig(backbone="resnet18", width=8, scales=(1,)))
+
+
 @settings(max_examples=200)
 @given(height=st.integers(1, 300), width=st.integers(1, 300))
 def test_margins_reach_the_next_multiple_of_eight_on_both_sides(height: int, width: int) -> None:
-    for side, (before, after) in zip((height, width), Msga.margins(height, width), strict=True):
+    margins = _TINY.margins(height, width)
+    for side, (before, after) in zip((height, width), margins, strict=True):
         whole = side + before + after
         assert whole % 8 == 0
         assert whole == max(16, 8 * math.ceil(side / 8))
@@ -377,3 +382,18 @@ def test_compiles_as_one_graph() -> None:
     image = torch.rand(2, 1, 40, 37)
     with torch.no_grad():
         torch.testing.assert_close(compiled(image), model(image), rtol=1e-5, atol=1e-5)
+
+
+def test_zoom_enlarges_the_image_and_brings_the_logits_back() -> None:
+    config = MsgaConfig(backbone="resnet18", width=8, classes=3, scales=(1, 2))
+    plain = Msga(config).eval()
+    zoomed = Msga(replace(config, zoom=2)).eval()
+    zoomed.load_state_dict(plain.state_dict())
+    image = torch.rand(1, 1, 21, 34)
+    large = F.interpolate(image, size=(42, 68), mode="bilinear", align_corners=False)
+    wanted = F.interpolate(plain(large), size=(21, 34), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(zoomed(image), wanted, rtol=1e-5, atol=1e-6)
+    assert zoomed.grid(21, 34) == plain.grid(42, 68)
+    assert zoomed.outputs(image).logits_first[0].shape == (1, 3, 21, 34)
+    with pytest.raises(ValueError, match="zoom"):
+        replace(config, zoom=0)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from heed_core import observe
 from heed_core.sites import SiteCall
 from heed_medical.msga import Msga
+from heed_medical.msga.network import resize
 from heed_medical.segmentation.cases import SegmentationCase, to_slices
 from heed_medical.segmentation.prediction import SegmentationPrediction
 
@@ -92,12 +93,11 @@ def _slice_maps(
             model.logits(batch)
 
     def to_slice(grid_map: Float[Tensor, "gh gw"]) -> Float32[np.ndarray, "h w"]:
-        (top, _), (left, _) = model.margins(height, width)
-        padded = nn.functional.interpolate(
-            grid_map[None, None].float(), size=[4 * side for side in grid], mode="bilinear"
-        )
-        cropped = padded[0, 0, top : top + height, left : left + width]
-        return np.asarray(cropped.cpu().numpy(), dtype=np.float32)
+        (top, bottom), (left, right) = model.margins(height, width)
+        rows, columns = 4 * grid[0], 4 * grid[1]
+        padded = resize(grid_map[None, None].float(), (rows, columns))
+        cropped = padded[..., top : rows - bottom, left : columns - right]
+        return np.asarray(resize(cropped, (height, width))[0, 0].cpu().numpy(), dtype=np.float32)
 
     even = 1.0 / (grid[0] * grid[1])
     return SliceMaps(
@@ -132,7 +132,8 @@ def refined_maps(model: Msga) -> Iterator[dict[int, Tensor]]:
 
 def _foreground_of_grid(model: Msga, labels: np.ndarray, grid: tuple[int, int]) -> Tensor:
     """Which pixels of the attention grid hold foreground, row-major; all where there is none."""
-    padded = np.pad(labels > 0, model.margins(*labels.shape))
+    enlarged = np.kron(labels > 0, np.ones((model.zoom, model.zoom), dtype=bool))
+    padded = np.pad(enlarged, model.margins(*labels.shape))
     blocks = padded.reshape(grid[0], 4, grid[1], 4).any(axis=(1, 3))
     found = torch.from_numpy(blocks.reshape(-1))
     return found if found.any() else torch.ones_like(found)

@@ -55,6 +55,9 @@ class MsgaConfig:
     leaves out both branches and the autoencoder: a step is then its two convolutions alone."""
     scales: tuple[int, ...] = (1, 2, 3, 4)
     """Which scales are used, 1 (finest) to 4 (coarsest). The backbone ends at the last of them."""
+    zoom: int | None = None
+    """Enlarge images by this factor first, for slices whose structures are thinner than the 4 x 4
+    pixels of the network's finest grid. None: 1, or what a recipe finds for the data."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built, naming the setting."""
@@ -74,6 +77,8 @@ class MsgaConfig:
             raise ValueError(
                 f"scales must be rising numbers out of 1, 2, 3, 4, got {tuple(self.scales)}"
             )
+        if self.zoom is not None and self.zoom < 1:
+            raise ValueError(f"zoom must be at least 1, got {self.zoom}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +377,7 @@ class Msga(nn.Module):
     def __init__(self, config: MsgaConfig) -> None:
         super().__init__()
         self.config = config
+        self.zoom = config.zoom or 1
         self.backbone = Backbone(
             config.backbone, in_channels=config.in_channels, num_stages=config.scales[-1]
         )
@@ -414,15 +420,15 @@ class Msga(nn.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the pixels that a position site weighs, for an image of this size.
 
-        One of them covers 4 x 4 pixels of the image as it is extended (see `margins`).
+        One of them covers 4 x 4 pixels of the image as it is enlarged and extended (see `margins`).
         """
         (top, bottom), (left, right) = self.margins(height, width)
+        height, width = self.zoom * height, self.zoom * width
         return (top + height + bottom) // 4, (left + width + right) // 4
 
-    @staticmethod
-    def margins(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Pixels by which an image is extended: ((top, bottom), (left, right))."""
-        return _margin(height), _margin(width)
+    def margins(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Pixels by which the enlarged image is extended: ((top, bottom), (left, right))."""
+        return _margin(self.zoom * height), _margin(self.zoom * width)
 
     def _extend(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c hp wp"]:
         if image.ndim != 4 or image.shape[1] != self.config.in_channels:
@@ -430,7 +436,10 @@ class Msga(nn.Module):
                 f"image must be (batch, {self.config.in_channels}, height, width), "
                 f"got {tuple(image.shape)}"
             )
-        rows, columns = self.margins(image.shape[-2], image.shape[-1])
+        height, width = image.shape[-2], image.shape[-1]
+        rows, columns = self.margins(height, width)
+        if self.zoom > 1:
+            image = resize(image, (self.zoom * height, self.zoom * width))
         return _mirror(_mirror(image, -2, *rows), -1, *columns)
 
     def _cut(
@@ -438,9 +447,10 @@ class Msga(nn.Module):
     ) -> Float[Tensor, "b k h w"]:
         # gathered, not sliced: an exported program would guard on the strides of a slice
         for axis, (before, _) in zip((-2, -1), self.margins(*image.shape[-2:]), strict=True):
-            places = torch.arange(before, before + image.shape[axis], device=maps.device)
+            side = self.zoom * image.shape[axis]
+            places = torch.arange(before, before + side, device=maps.device)
             maps = maps.index_select(axis, places)
-        return maps
+        return maps if self.zoom == 1 else resize(maps, image.shape[-2:])
 
 
 def _margin(side: int) -> tuple[int, int]:
