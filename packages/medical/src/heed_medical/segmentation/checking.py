@@ -103,7 +103,7 @@ def _count_row(
         "size": _span([r.size for r in read]),
         "spacing_mm": _span([r.spacing_mm for r in read if r.spacing_mm is not None]),
     }
-    for number, name in enumerate((*names, "ignored")):
+    for number, name in enumerate((*names[1:], "ignored"), start=1):
         total = sum(r.voxels[number] for r in read)
         if total or name != "ignored":
             row[f"{name} (voxels)"] = total
