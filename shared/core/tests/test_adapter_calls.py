@@ -115,6 +115,10 @@ def test_a_phase_without_its_edit_runs_fused_attention(monkeypatch):
     assert [(call.phase, call.step, call.layer) for call in explicit] == [
         ("decode", step, 1) for step in (1, 2, 3)
     ]
+
+
+@pytest.mark.bad_input
+def test_an_unknown_phase_is_named():
     with pytest.raises(ValueError, match="phase must be one of"):
         During("both", halved)
 

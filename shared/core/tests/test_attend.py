@@ -156,7 +156,10 @@ def test_empty_sequences(n, m, impl) -> None:
 
 
 @pytest.mark.parametrize("impl", EAGER)
-@pytest.mark.parametrize("scale", [1.0, 0.0, -0.7, 3])
+@pytest.mark.parametrize(
+    "scale",
+    [1.0, 0.0, -0.7, pytest.param(3, marks=pytest.mark.bad_input)],  # for beartype, int is no float
+)
 def test_any_finite_scale(scale, impl) -> None:
     tensors, options = draw(1, 2, 2, 4, 5, 3, 3), kinds("mask", 1, 2, 4, 5)
     torch.testing.assert_close(
@@ -271,7 +274,23 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("message", BAD)
+AGAINST_ANNOTATIONS = {
+    "query must be (batch",
+    "query must be one of",
+    "key must be (b, g, m, d)",
+    "value must agree with key",
+    "mask must be boolean",
+    "bias must be floating",
+    "scale must be a number",
+    "impl must be",
+}
+"""Those of `BAD` that the annotations of `attend` rule out already."""
+
+
+@pytest.mark.parametrize(
+    "message",
+    [pytest.param(m, marks=pytest.mark.bad_input if m in AGAINST_ANNOTATIONS else ()) for m in BAD],
+)
 def test_bad_arguments_are_named(message) -> None:
     change, error = BAD[message]
     good = {
@@ -299,6 +318,11 @@ def test_dispatch_is_explained() -> None:
     chosen = {r.name: r.chosen for r in explain_dispatch(q, q, q, impl="reference")}
     assert chosen == {"sdpa": False, "flex": False, "reference": True}
     assert not any(r.chosen for r in explain_dispatch(q, q, q, impl="flex"))
+
+
+@pytest.mark.bad_input
+def test_an_unknown_choice_cannot_be_explained() -> None:
+    q = torch.ones(1, 1, 3, 4)
     with pytest.raises(ValueError, match="impl must be"):
         explain_dispatch(q, q, q, impl="fast")
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from heed_core import Attend, observe, steer
+from heed_core.attachments import AttendCall
 from heed_core.edits import (
     attention_mass,
     emphasise_tokens,
@@ -33,6 +34,13 @@ def edited_weights(edit, qkv, *, at: str = "weights", causal: bool = False) -> T
     with steer(site, edit, at=at), observe(site) as record:
         site(*qkv)
     return record[""]
+
+
+def own_call(qkv) -> AttendCall:
+    query, key, value = qkv
+    return AttendCall(
+        scale=1.0, mask=None, causal=False, q_offset=M - N, query=query, key=key, value=value
+    )
 
 
 def plain_weights(qkv, *, causal: bool = False) -> Tensor:
@@ -144,7 +152,7 @@ def test_redistribution_has_gradients(qkv) -> None:
     raw = plain_weights(qkv).requires_grad_()
 
     def moved(weights: Tensor, part: Tensor) -> Tensor:
-        return redistribute(donors, receivers, part)(weights, None)
+        return redistribute(donors, receivers, part)(weights, own_call(qkv))
 
     assert torch.autograd.gradcheck(moved, (raw[:1, :1].detach().requires_grad_(), part))
     empty = torch.zeros(1, 1, 2, M, dtype=torch.float64, requires_grad=True)
@@ -178,9 +186,19 @@ def test_sink_value() -> None:
     ("make", "error", "message"),
     [
         (lambda: gate_heads(torch.ones(H + 1)), ValueError, r"gates must be \(4,\) or \(3, 4\)"),
-        (lambda: gate_heads(torch.ones(())), ValueError, "gates must be"),
+        pytest.param(
+            lambda: gate_heads(torch.ones(())),
+            ValueError,
+            "gates must be",
+            marks=pytest.mark.bad_input,
+        ),
         (lambda: scale_heads(torch.ones(2, H)), ValueError, "factors must be"),
-        (lambda: emphasise_tokens(torch.ones(M), 2.0), TypeError, "key_mask must be boolean"),
+        pytest.param(
+            lambda: emphasise_tokens(torch.ones(M), 2.0),
+            TypeError,
+            "key_mask must be boolean",
+            marks=pytest.mark.bad_input,
+        ),
         (lambda: emphasise_tokens(torch.ones(M + 1) > 0, 2.0), ValueError, "key_mask must be"),
         (lambda: redistribute(torch.ones(M) > 0, torch.ones(M) > 0, 1.5), ValueError, "fraction"),
         (lambda: redistribute(torch.ones(2, M) > 0, torch.ones(M) > 0, 0.5), ValueError, "donors"),

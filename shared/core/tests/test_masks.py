@@ -109,18 +109,49 @@ def test_builders_follow_the_device() -> None:
         (lambda: masks.causal(-1), ValueError, "n must not be negative"),
         (lambda: masks.window(2, left=-1), ValueError, "left must not be negative"),
         (lambda: masks.window_nd((2, 2), reach=[1]), ValueError, "one number per axis"),
-        (lambda: masks.padding(torch.ones(2), 3), TypeError, "lengths must be integers"),
-        (lambda: masks.padding(torch.ones(2, 2).long(), 3), ValueError, "lengths must have shape"),
+        pytest.param(
+            lambda: masks.padding(torch.ones(2), 3),
+            TypeError,
+            "lengths must be integers",
+            marks=pytest.mark.bad_input,
+        ),
+        pytest.param(
+            lambda: masks.padding(torch.ones(2, 2).long(), 3),
+            ValueError,
+            "lengths must have shape",
+            marks=pytest.mark.bad_input,
+        ),
         (lambda: masks.blocks([2, -1]), ValueError, "size must not be negative"),
-        (lambda: masks.keys(torch.ones(2, 3)), TypeError, "real must be boolean"),
-        (lambda: masks.keys(torch.ones(3) > 0), ValueError, "real must have shape"),
-        (lambda: masks.combine(torch.ones(2, 2)), TypeError, "masks must be boolean"),
-        (
+        pytest.param(
+            lambda: masks.keys(torch.ones(2, 3)),
+            TypeError,
+            "real must be boolean",
+            marks=pytest.mark.bad_input,
+        ),
+        pytest.param(
+            lambda: masks.keys(torch.ones(3) > 0),
+            ValueError,
+            "real must have shape",
+            marks=pytest.mark.bad_input,
+        ),
+        pytest.param(
+            lambda: masks.combine(torch.ones(2, 2)),
+            TypeError,
+            "masks must be boolean",
+            marks=pytest.mark.bad_input,
+        ),
+        pytest.param(
             lambda: masks.combine(torch.ones(2) > 0, torch.ones(3) > 0),
             ValueError,
             "do not broadcast",
+            marks=pytest.mark.bad_input,
         ),
-        (lambda: masks.documents(torch.ones(3).long()), ValueError, "query_ids and key_ids"),
+        pytest.param(
+            lambda: masks.documents(torch.ones(3).long()),
+            ValueError,
+            "query_ids and key_ids",
+            marks=pytest.mark.bad_input,
+        ),
     ],
 )
 def test_bad_arguments_are_named(make, error, message) -> None:

@@ -247,9 +247,9 @@ def test_selections_out_of_range_are_named(model, x) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reduce": "median"}, "reduce must be"),
-        ({"keep": "first"}, "keep must be"),
-        ({"stage": "late"}, "stage must be"),
+        pytest.param({"reduce": "median"}, "reduce must be", marks=pytest.mark.bad_input),
+        pytest.param({"keep": "first"}, "keep must be", marks=pytest.mark.bad_input),
+        pytest.param({"stage": "late"}, "stage must be", marks=pytest.mark.bad_input),
         ({"reduce": "stats", "grad": True}, "takes no grad"),
     ],
 )
@@ -374,6 +374,7 @@ def test_a_bad_edit_is_named(model, x, edit, error, message) -> None:
     assert attached(model) == []
 
 
+@pytest.mark.bad_input
 def test_bad_arguments_of_steer(model) -> None:
     with (
         pytest.raises(ValueError, match="at must be one of"),
@@ -382,6 +383,9 @@ def test_bad_arguments_of_steer(model) -> None:
         pass
     with pytest.raises(TypeError, match="edit must be a function"), steer(model, 3):
         pass
+
+
+def test_a_probe_is_not_steered(model) -> None:
     with (
         pytest.raises(ValueError, match="but not steered"),
         steer(model, lambda w, c: w, "mixing"),
@@ -471,6 +475,10 @@ def test_the_explicit_path_is_logged_once_per_context(model, x, caplog) -> None:
 def test_use_impl_sets_every_site(model) -> None:
     use_impl(model, "reference")
     assert {site.impl for site in sites(model).values()} == {"reference"}
+
+
+@pytest.mark.bad_input
+def test_use_impl_names_a_bad_choice(model) -> None:
     with pytest.raises(ValueError, match="impl must be one of"):
         use_impl(model, "fast")
 

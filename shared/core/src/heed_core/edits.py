@@ -85,8 +85,8 @@ def emphasise_tokens(
 
 
 def redistribute(
-    donors: Bool[Tensor, "*b m"],
-    receivers: Bool[Tensor, "*b m"],
+    donors: Bool[Tensor, "*#b m"],
+    receivers: Bool[Tensor, "*#b m"],
     fraction: float | Float[Tensor, ""],
     *,
     rows: Rows | None = None,
@@ -183,7 +183,9 @@ def _factors(x: Tensor, heads: Sequence[int], factor: float, name: str) -> Tenso
     return factors[:, None, None]
 
 
-def _columns(name: str, mask: Tensor, weights: Tensor) -> Bool[Tensor, "*b 1 1 m"]:
+def _columns(
+    name: str, mask: Tensor, weights: Tensor
+) -> Bool[Tensor, " m"] | Bool[Tensor, "b 1 1 m"]:
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be boolean, got {mask.dtype}")
     batch, keys = weights.shape[0], weights.shape[-1]

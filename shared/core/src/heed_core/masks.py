@@ -149,7 +149,7 @@ def prefix(n: int, lengths: Int[Tensor, " b"]) -> Bool[Tensor, "b 1 n n"]:
     return causal(n, device=lengths.device) | padding(lengths, n)
 
 
-def combine(*masks: Bool[Tensor, "*mask"] | None) -> Bool[Tensor, "*mask"] | None:
+def combine(*masks: Bool[Tensor, "*#mask"] | None) -> Bool[Tensor, "*#mask"] | None:
     """AND of masks, None = everything; the result is as small as broadcasting allows.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ class UnsupportedModelError(TypeError):
     """The model does not look its attention up in the registries, so nothing can be attached."""
 
 
+@runtime_checkable
 class Config(Protocol):
     """What of a transformers configuration is used here."""
 

@@ -57,14 +57,14 @@ def scores(
 
 
 def permission(
-    mask: Bool[Tensor, "*mask"] | None,
+    mask: Bool[Tensor, "*#mask"] | None,
     *,
     causal: bool,
     queries: int,
     keys: int,
     device: torch.device,
     rows: Int[Tensor, " rows"] | None = None,
-) -> Bool[Tensor, "*mask"] | None:
+) -> Bool[Tensor, "*#mask"] | None:
     """Which pairs may attend: `mask` AND, if `causal`, j <= i + m - n. None = all.
 
     Args:
