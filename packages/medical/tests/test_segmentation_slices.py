@@ -187,7 +187,7 @@ def test_corners_are_background_and_padding_stays_ignored():
     assert (result["label"][outside] == 0).float().mean() > 0.9
     assert (result["label"] == -100).any()
     with pytest.raises(ValueError, match="rotation_deg"):
-        SliceAugmentation(rotation_deg=200)
+        SliceAugmentation(rotation_deg=200.0)
 
 
 def test_check_of_a_sound_data_set(samples):

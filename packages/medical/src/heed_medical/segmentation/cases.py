@@ -145,7 +145,7 @@ def read_case(
     """
     native = read_native(files, settings)
     check_channels(native, files, settings)
-    frame = native_frame(files, native)
+    frame = native_frame(files, native.array.shape[1:], native.affine_ras, native.header)
     image = np.stack([frame.to_working(channel) for channel in native.array])
     affine, spacing = working_affine(frame)
     axis = _slice_axis(files.kind, image.shape[1:], spacing, settings)
@@ -284,19 +284,24 @@ def check_channels(image: MedicalImage, files: CaseFiles, settings: Segmentation
         )
 
 
-def native_frame(files: CaseFiles, native: MedicalImage) -> NativeFrame:
-    """The frame of a case, from its image (or anything of its shape) as it lies on disk."""
+def native_frame(
+    files: CaseFiles,
+    shape: tuple[int, ...],
+    affine_ras: Float64[np.ndarray, "4 4"] | None,
+    header: nib.Nifti1Header | None = None,
+) -> NativeFrame:
+    """The frame of a case, from the spatial shape and affine of its image as it lies on disk."""
     orientation = None
-    if native.affine_ras is not None:
-        start = orientations.io_orientation(native.affine_ras)
+    if affine_ras is not None:
+        start = orientations.io_orientation(affine_ras)
         orientation = orientations.ornt_transform(start, _WORKING_FRAME)
     return NativeFrame(
         kind=files.kind,
         files=files.images,
-        shape=native.array.shape[1:],
-        affine_ras=native.affine_ras,
+        shape=shape,
+        affine_ras=affine_ras,
         orientation=orientation,
-        header=native.header,
+        header=header,
     )
 
 

@@ -111,7 +111,7 @@ def _count_row(
     return row
 
 
-def _span(values: Sequence[Sequence[float]]) -> str:
+def _span(values: Sequence[tuple[int, ...]] | Sequence[tuple[float, ...]]) -> str:
     """Smallest to largest of each axis: `26-58 x 40-55`."""
     if not values:
         return ""

@@ -98,9 +98,9 @@ def make_phantom(
     side = 1.0 if rng.random() < 0.5 else -1.0
     image = np.full(shape, 0.03)
     labels = np.zeros(shape, dtype=np.uint8)
-    image[scene.blob((0, 0, 0), (0.9, 0.9, 4.0), rough=0.05)] = 0.28  # skin and fat
-    image[scene.blob((0, 0, 0), (0.8, 0.8, 4.0), rough=0.05)] = 0.45
-    image[scene.blob((0.55, 0, 0), (0.16, 0.14, 4.0), rough=0.1)] = 0.92  # spine
+    image[scene.blob((0.0, 0.0, 0.0), (0.9, 0.9, 4.0), rough=0.05)] = 0.28  # skin and fat
+    image[scene.blob((0.0, 0.0, 0.0), (0.8, 0.8, 4.0), rough=0.05)] = 0.45
+    image[scene.blob((0.55, 0.0, 0.0), (0.16, 0.14, 4.0), rough=0.1)] = 0.92  # spine
 
     liver = scene.blob((-0.15, -0.42 * side, 0.2), (0.42, 0.34, 1.1), rough=0.5)
     image[liver], labels[liver] = 0.58, _LIVER

@@ -9,7 +9,6 @@ import numpy as np
 
 from heed_core.errors import InputError
 from heed_medical.images import (
-    MedicalImage,
     file_kind,
     is_colour,
     picture_affine,
@@ -116,7 +115,7 @@ def _survey(files: CaseFiles, settings: SegmentationData) -> CaseSurvey:
         return CaseSurvey(shape=(*planes[0].shape, len(planes)), widest=2, values=found)
     if files.kind != "picture" and affine is None:
         affine = picture_affine(settings.spacing_mm or (1.0, 1.0, 1.0))
-    frame = native_frame(files, MedicalImage(array=values[None], affine_ras=affine))
+    frame = native_frame(files, values.shape, affine)
     shape = frame.to_working(values).shape
     _, spacing_mm = working_affine(frame)
     return CaseSurvey(
