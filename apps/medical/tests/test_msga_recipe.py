@@ -142,6 +142,20 @@ def test_settings_without_sense_are_refused(settings: dict, said: str):
         MsgaTraining(**settings)
 
 
+def test_a_network_without_attention_trains_and_has_no_back_end_to_choose(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [
+        *("train", "msga", "--data", str(data), "--out", str(tmp_path / "run"), "--quiet"),
+        *("--model.attention", "none", "--model.width", "8", "--model.scales", "1"),
+        *("--trainer.batch", "2", "--trainer.max-steps", "1", "--device", "cpu"),
+    ]
+    assert APP.call([*words, "--impl", "sdpa"]) == 2
+    assert "--impl sdpa has no effect" in capsys.readouterr().err
+    assert APP.call([*words, "--overwrite"]) == 0
+    assert APP.call(["evaluate", str(tmp_path / "run"), "--split", "val", "--quiet"]) == 0
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "model" / "model.safetensors")
 

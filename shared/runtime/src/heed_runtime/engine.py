@@ -101,7 +101,7 @@ def fit(
         model.load_state_dict(AtomicCheckpoints().load_checkpoint(initial)["model"])
     elif not (run.checkpoints / LAST).exists():
         recipe.start(run.settings, model)
-    use_impl(model, impl)
+    choose_impl(model, impl)
     module = recipe.module(run.settings, model)
     data = Data(recipe, run.settings, root=root)
     signals = Signals(at_once=False)
@@ -232,6 +232,20 @@ def check_trainer(settings: TrainerSettings) -> None:
     devices, _ = distributed.shape(settings)
     if cuda and devices > torch.cuda.device_count():
         raise UsageError(f"devices={devices}, but there are {torch.cuda.device_count()} GPUs")
+
+
+def choose_impl(model: nn.Module, impl: Impl) -> None:
+    """Let the softmax sites of a model run on the back-end of `--impl`.
+
+    Raises:
+        UsageError: A back-end is named, and the model has no such site.
+    """
+    if impl == "auto":
+        return
+    try:
+        use_impl(model, impl)
+    except ValueError as error:
+        raise UsageError(f"--impl {impl} has no effect: {error}", remedy="leave it out") from None
 
 
 def uses_cuda(settings: TrainerSettings) -> bool:

@@ -93,7 +93,7 @@ def open_trained(
         precision: None is that of the training.
         trainer: Further trainer settings of this call.
     """
-    from heed_core.sites import use_impl
+    from heed_runtime import engine
 
     run = Run.open(path, app)
     recipe = app.recipe(run.system)
@@ -109,7 +109,7 @@ def open_trained(
         run.settings, trainer=dataclasses.replace(old, **(values | trainer))
     )
     model = run.load_model(recipe)
-    use_impl(model, impl)
+    engine.choose_impl(model, impl)
     return Trained(recipe=recipe, run=run, settings=settings, model=model)
 
 
