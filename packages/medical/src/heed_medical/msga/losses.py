@@ -32,11 +32,14 @@ def segmentation_loss(
 ) -> Float[Tensor, ""]:
     """Sum over all read-outs (eight with four scales) of the mean cross-entropy per pixel.
 
+    The mean is taken in each image and then over the images: it is the paper's where no pixel is
+    ignored, and several processes that share a batch come to the same number as one.
+
     Args:
         output: What the network gave in training.
         labels: Class of every pixel.
-        ignore_index: Label of the pixels that count for nothing: neither right nor wrong. Where
-            no other pixel is left, the loss is 0.
+        ignore_index: Label of the pixels that count for nothing: neither right nor wrong. An
+            image of which no other pixel is left adds 0.
     """
     read_outs = (*output.logits_first, *output.logits_refined)
     expected = (read_outs[0].shape[0], *read_outs[0].shape[-2:])
@@ -47,12 +50,12 @@ def segmentation_loss(
     if labels.is_floating_point() or labels.dtype is torch.bool:
         raise TypeError(f"labels must be whole numbers (the class ids), got {labels.dtype}")
     target = labels.long()
-    counted = (target != ignore_index).sum().clamp(min=1)
+    counted = (target != ignore_index).sum(dim=(1, 2)).clamp(min=1)
     summed = [
-        F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+        F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none").sum((1, 2))
         for logits in read_outs
     ]
-    return torch.stack(summed).sum() / counted
+    return (torch.stack(summed).sum(dim=0) / counted).mean()
 
 
 def guide_loss(output: MsgaOutput) -> Float[Tensor, ""]:
