@@ -18,6 +18,8 @@ from heed_core.testing.conformance import (
     unseen_masked,
 )
 from heed_core.testing.oracle import naive_attention
+from heed_core.testing.sequence_mechanisms import SEQUENCE_MECHANISMS
+from heed_core.testing.vision_mechanisms import VISION_MECHANISMS
 
 
 class _Call(nn.Module):
@@ -142,5 +144,7 @@ MECHANISMS: tuple[Mechanism, ...] = (
         dynamic={"query": {2: "n"}, "key": {2: "m"}, "value": {2: "m"}},
     ),
     *BLOCK_MECHANISMS,
+    *SEQUENCE_MECHANISMS,
+    *VISION_MECHANISMS,
 )
 """Every mechanism of the core."""

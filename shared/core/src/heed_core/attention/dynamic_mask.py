@@ -1,0 +1,521 @@
+"""Dynamic mask attention: every query keeps the keys whose values score highest.
+
+    u_j = W_u [v_j of all key/value heads] + b,    delta_gj = exp(A_g softplus(u_gj))
+    keep(i) = the `keep` largest delta_gj among the keys that i may attend to
+    o_i = softmax over keep(i) of (scale * q_i . k_j + delta_gj) v_j
+
+Shi et al., "Trainable dynamic mask sparse attention" (arXiv 2508.02124). Selecting has no gradient;
+scores learn as a bias of what was kept. `form="linear"` leaves the exponential out, as newer
+published kernels do. Permission comes before selection, so that the future takes no place, and of
+equal scores the latest key is kept, in a forward pass and in decoding alike.
+
+Cost per head for n queries and m keys: time n keep d, plus n (keep + block) to select, and memory
+n / block (keep + block) d: queries are taken in blocks, which attend to the keys that any of them
+keeps. Not causal, all queries keep the same keys: time n keep d. With a mask that differs between
+queries, with blocks of keys, and while observed or steered: time n m d, memory n m. Compiled, the
+length may change; exported, a causal attention has the length of its example.
+
+The site is `attend`: weights (b, h, n, m), zero for keys that are not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Real
+from torch import Tensor, nn
+
+from heed_core.attention.multi_head import build_norm, check_heads
+from heed_core.backends.reference import permission
+from heed_core.cache import KVCache
+from heed_core.dispatch import Impl
+from heed_core.kernels.running_top import running_top
+from heed_core.precision import at_least_float32, without_autocast
+from heed_core.recurrence import join, split
+from heed_core.relative import RotaryPositions
+from heed_core.sites import Attend
+
+ScoreForm = Literal["exp", "linear"]
+"""Whether scores are exponentials (at least 0), or A softplus(u) itself."""
+
+BLOCK = 64
+"""Least queries of a block; a quarter of `keep` if that is more."""
+
+
+def dynamic_scores(
+    value: Float[Tensor, "b g m d"],
+    weight: Float[Tensor, "g gd"],
+    bias: Float[Tensor, " g"] | None,
+    strength: Float[Tensor, " g"],
+    *,
+    form: ScoreForm = "exp",
+) -> Float[Tensor, "b g m"]:
+    """Scores of keys by their values, in float32 at least.
+
+    Args:
+        value: Of all key/value heads.
+        weight: W_u: every head's score sees the values of all heads.
+        bias: b.
+        strength: A.
+        form: As the paper, or without the exponential.
+    """
+    with without_autocast(value):
+        rows = at_least_float32(value).transpose(1, 2).flatten(2)
+        bias = None if bias is None else at_least_float32(bias)
+        raised = F.softplus(F.linear(rows, at_least_float32(weight), bias))
+        scores = (raised * at_least_float32(strength)).transpose(1, 2)
+        return scores.exp() if form == "exp" else scores
+
+
+def keep_most(
+    scores: Float[Tensor, "b g m"], allowed: Bool[Tensor, "*#mask"], keep: int
+) -> Bool[Tensor, "b g n m"]:
+    """The `keep` keys with the largest scores among those allowed, all if they are fewer.
+
+    Args:
+        scores: One per key.
+        allowed: True = may attend, broadcastable to (b, g, n, m), with n rows.
+        keep: Keys that a query keeps; of equal ones, the latest.
+    """
+    rows = scores.detach()[:, :, None]
+    masked = rows.masked_fill(~allowed, -torch.inf)
+    order = masked.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    first = (torch.arange(masked.shape[-1], device=scores.device) < keep).expand(masked.shape)
+    kept = torch.zeros_like(masked, dtype=torch.bool)
+    return kept.scatter(-1, masked.shape[-1] - 1 - order, first) & allowed
+
+
+def keep_blocks(kept: Bool[Tensor, "*batch m"], size: int) -> Bool[Tensor, "*batch m"]:
+    """Whole blocks of keys, of which more than half were kept; the last one may be shorter."""
+    keys = kept.shape[-1]
+    padded = F.pad(kept, (0, -keys % size)).reshape(*kept.shape[:-1], -1, size)
+    first = torch.arange(0, keys, size, device=kept.device)
+    length = (keys - first).clamp(max=size)
+    most = padded.sum(-1) * 2 > length
+    return most[..., None].expand(padded.shape).flatten(-2)[..., :keys]
+
+
+class ScoredKVCache(KVCache):
+    """Keys, values and the scores of the keys, which decoding then need not compute again.
+
+    Args:
+        batch: Sequences decoded together.
+        kv_heads: Key/value heads.
+        max_len: Tokens that fit.
+        head_dim: Channels of a key and a value.
+        dtype: Of keys and values; scores are float32 at least.
+        device: Where the memory is.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        max_len: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(batch, kv_heads, max_len, head_dim, dtype=dtype, device=device)
+        exact = torch.promote_types(self.keys.dtype, torch.float32)
+        self._scores = torch.zeros(batch, kv_heads, max_len, dtype=exact, device=device)
+
+    def append_scored(
+        self,
+        key: Float[Tensor, "b g n d"],
+        value: Float[Tensor, "b g n d"],
+        scores: Float[Tensor, "b g n"],
+    ) -> tuple[Float[Tensor, "b g m d"], Float[Tensor, "b g m d"], Float[Tensor, "b g m"]]:
+        """Add tokens; all keys, values and scores so far come back."""
+        before = self.length
+        keys, values = self.append(key, value)
+        self._scores[..., before : self.length] = scores
+        return keys, values, self._scores[..., : self.length]
+
+    def reorder(self, index: Int[Tensor, " rows"]) -> None:
+        """Put row `index[i]` at row i; another number of rows changes the batch."""
+        super().reorder(index)
+        self._scores = self._scores.index_select(0, index)
+
+    def clone(self) -> ScoredKVCache:
+        """A copy that shares no memory."""
+        twin = cast(ScoredKVCache, super().clone())
+        twin._scores = self._scores.clone()
+        return twin
+
+
+class DynamicMaskAttention(nn.Module):
+    """Dynamic mask attention with its projections.
+
+    Args:
+        dim: Channels of a token, in and out.
+        heads: Of queries.
+        keep: Keys that a query keeps.
+        kv_heads: Of keys, values and scores, dividing `heads`; all if not given.
+        head_dim: Channels of a head; dim / heads if not given.
+        context_dim: Channels of a context token. If given, a context must be passed.
+        qkv_bias: Whether queries, keys, values and scores have a bias.
+        out_bias: Whether the output has a bias.
+        dropout: Probability of dropping a weight in training.
+        qk_norm: Whether the channels of each head's queries and keys are normalised (RMS).
+        norm_eps: Of `qk_norm`.
+        causal: A query sees keys at or before its own place, aligned bottom-right.
+        rotary: Rotates queries and keys, after `qk_norm`.
+        form: Of the scores.
+        block_size: Keep whole blocks of so many keys (`keep_blocks`); single keys if not given.
+        impl: Back-end of `attend`.
+
+    Example:
+        >>> attention = DynamicMaskAttention(32, heads=4, kv_heads=2, keep=3)
+        >>> attention(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        keep: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        dropout: float = 0.0,
+        qk_norm: bool = True,
+        norm_eps: float = 1e-6,
+        causal: bool = True,
+        rotary: RotaryPositions | None = None,
+        form: ScoreForm = "exp",
+        block_size: int | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_heads(dim, heads, kv_heads, head_dim)
+        _check_options(keep, form, block_size, causal, context_dim)
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
+        self.context_dim, self.causal, self.keep = context_dim, causal, keep
+        self.form: ScoreForm = form
+        self.block_size, self.rotary = block_size, rotary
+        source, width = dim if context_dim is None else context_dim, kv_heads * head_dim
+        self.query = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
+        self.key = nn.Linear(source, width, bias=qkv_bias)
+        self.value = nn.Linear(source, width, bias=qkv_bias)
+        self.query_norm = build_norm("rms" if qk_norm else None, head_dim, norm_eps)
+        self.key_norm = build_norm("rms" if qk_norm else None, head_dim, norm_eps)
+        self.score = nn.Linear(width, kv_heads, bias=qkv_bias)
+        self.strength = nn.Parameter(torch.randn(kv_heads) * 0.02)
+        self.attend = Attend(dropout=dropout, impl=impl)
+        self.out = nn.Linear(heads * head_dim, dim, bias=out_bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m k"] | None = None,
+        *,
+        mask: Bool[Tensor, "*#mask"] | None = None,
+        padding_mask: Bool[Tensor, "b m"] | None = None,
+        positions: Real[Tensor, "*n"] | None = None,
+        cache: ScoredKVCache | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Attend.
+
+        Args:
+            x: Tokens that ask.
+            context: Tokens that are attended to; `x` itself if not given.
+            mask: True = may attend, broadcastable to (b, 1, n, m): the same for all heads.
+            padding_mask: True = real token, for the m tokens that are attended to; with a cache
+                also those in it.
+            positions: Of `x`, for `rotary` only; default 0, 1, ... after those in the cache.
+            cache: Of a causal self-attention.
+        """
+        self._check_call(x, context, positions, cache)
+        source = x if context is None else context
+        offset = 0 if cache is None else cache.length
+        query = self._rotated(self.query_norm(self._heads(self.query(x))), positions, offset)
+        places = positions if context is None else None
+        key = self._rotated(self.key_norm(self._heads(self.key(source))), places, offset)
+        value = self._heads(self.value(source))
+        scores = dynamic_scores(
+            value, self.score.weight, self.score.bias, self.strength, form=self.form
+        )
+        if cache is not None:
+            key, value, scores = cache.append_scored(key, value, scores)
+        mixed = dynamic_mask_attention(
+            query,
+            key,
+            value,
+            scores,
+            keep=self.keep,
+            causal=self.causal,
+            mask=mask,
+            padding_mask=padding_mask,
+            block_size=self.block_size,
+            site=self.attend,
+        )
+        return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def new_cache(
+        self, batch: int, max_len: int, *, dtype: torch.dtype | None = None
+    ) -> ScoredKVCache:
+        """An empty cache for decoding.
+
+        Args:
+            batch: Sequences decoded together.
+            max_len: Tokens that it must hold.
+            dtype: Of keys and values; that of the weights if not given.
+        """
+        weight = self.key.weight
+        dtype = weight.dtype if dtype is None else dtype
+        return ScoredKVCache(
+            batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=weight.device
+        )
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        batch, length, width = tokens.shape
+        return tokens.view(batch, length, width // self.head_dim, self.head_dim).transpose(1, 2)
+
+    def _rotated(self, heads: Tensor, positions: Tensor | None, offset: int) -> Tensor:
+        if self.rotary is None:
+            return heads
+        offset = 0 if positions is not None else offset
+        return cast(Tensor, self.rotary(heads, positions=positions, offset=offset))
+
+    def _check_call(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        positions: Tensor | None,
+        cache: ScoredKVCache | None,
+    ) -> None:
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        if positions is not None and self.rotary is None:
+            raise ValueError("positions have no effect: this attention was built without rotary")
+        if context is None and self.context_dim is not None:
+            raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
+        if context is not None:
+            width = self.key.in_features
+            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
+                raise ValueError(
+                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
+                    f"{tuple(context.shape)}"
+                )
+            if self.causal:
+                raise ValueError("context has no order with the tokens that ask: causal=True")
+        if cache is not None and not self.causal:
+            raise ValueError("cache serves causal=True only")
+
+    def extra_repr(self) -> str:
+        """Show the options that no sub-module shows."""
+        return (
+            f"heads={self.heads}, kv_heads={self.kv_heads}, keep={self.keep}, "
+            f"causal={self.causal}, form={self.form!r}"
+        )
+
+
+def dynamic_mask_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m e"],
+    scores: Float[Tensor, "b g m"],
+    *,
+    keep: int,
+    causal: bool = False,
+    mask: Bool[Tensor, "*#mask"] | None = None,
+    padding_mask: Bool[Tensor, "b m"] | None = None,
+    block_size: int | None = None,
+    site: Attend | None = None,
+) -> Float[Tensor, "b h n e"]:
+    """Attention of every query to the keys that it keeps, with their scores as a bias.
+
+    Args:
+        query: One row per token that asks.
+        key: One row per token that may be attended to; its g heads divide h.
+        value: What is averaged.
+        scores: Of the keys, one per key/value head; finite.
+        keep: Keys that a query keeps.
+        causal: Query i may see key j only if j <= i + m - n.
+        mask: True = may attend, broadcastable to (b, 1, n, m).
+        padding_mask: True = real token.
+        block_size: Keep whole blocks of keys.
+        site: Where attention is computed, and may be watched; a plain one if not given.
+
+    Raises:
+        ValueError: Scores or masks of another shape, `keep` below 1.
+        TypeError: A mask that is not boolean.
+    """
+    site = Attend() if site is None else site
+    _check_selection(query, key, scores, keep, mask, padding_mask)
+    block = max(BLOCK, keep // 4)
+    queries, keys = query.shape[2], key.shape[2]
+    dense = mask is not None or block_size is not None or site.attachments is not None
+    compiling = torch.compiler.is_compiling()  # then no branch may depend on a length
+    if not dense and not causal and not compiling and keys > keep:
+        return _same_for_all(site, query, key, value, scores, padding_mask, keep)
+    if not dense and causal and (compiling or (queries <= keys and keys > keep + block)):
+        return _in_blocks(site, query, key, value, scores, padding_mask, keep, block)
+    allowed = _allowed(query, key, mask, padding_mask, causal)
+    kept = keep_most(scores, allowed, keep)
+    if block_size is not None:
+        kept = keep_blocks(kept, block_size) & allowed
+    serves = query.shape[1] // key.shape[1]
+    kept, bias = (
+        x.repeat_interleave(serves, dim=1) if serves > 1 else x for x in (kept, scores[:, :, None])
+    )
+    mixed: Tensor = site(query, key, value, mask=kept, bias=bias)
+    return mixed
+
+
+def _allowed(
+    query: Tensor, key: Tensor, mask: Tensor | None, padding_mask: Tensor | None, causal: bool
+) -> Tensor:
+    """Who may attend to whom, with n rows and m columns."""
+    queries, keys = query.shape[2], key.shape[2]
+    allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
+    if padding_mask is not None:
+        allowed = allowed & padding_mask[:, None, None]
+    if mask is not None:
+        allowed = allowed & mask
+    found = permission(allowed, causal=causal, queries=queries, keys=keys, device=query.device)
+    return cast(Tensor, found)
+
+
+def _same_for_all(
+    site: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    padding_mask: Tensor | None,
+    keep: int,
+) -> Tensor:
+    """Nothing tells queries apart: one set of keys serves all."""
+    real = None if padding_mask is None else padding_mask[:, None]
+    masked = scores.detach() if real is None else scores.detach().masked_fill(~real, -torch.inf)
+    order = masked.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :keep]
+    index = (scores.shape[-1] - 1 - order).sort(-1).values
+    serves = query.shape[1] // key.shape[1]
+    bias = scores.gather(-1, index)[:, :, None].repeat_interleave(serves, dim=1)
+    mask = None
+    if real is not None:
+        mask = real.expand(scores.shape).gather(-1, index)[:, :, None]
+        mask = mask.repeat_interleave(serves, dim=1)
+    mixed: Tensor = site(query, _picked(key, index), _picked(value, index), mask=mask, bias=bias)
+    return mixed
+
+
+def _in_blocks(
+    site: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    padding_mask: Tensor | None,
+    keep: int,
+    block: int,
+) -> Tensor:
+    """Blocks of queries as samples of a batch, each with the keys that any of its queries keeps."""
+    batch, heads, queries, width = query.shape
+    groups = key.shape[1]
+    compiling = torch.compiler.is_compiling()
+    block = block if compiling else min(block, queries)
+    real = padding_mask
+    if real is None:
+        real = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
+    rows = split(query, block)  # (b, h, blocks, block, d), a spare one where compiled
+    blocks = rows.shape[2]
+    index, kept = running_top(scores, real, queries, keep, block, 1 if compiling else 0)
+    seen = index.shape[3]
+    rows = rows.reshape(batch, groups, heads // groups, blocks, block, width).transpose(2, 3)
+    flat = index.flatten(2)
+    keys, values = (_picked(x, flat).reshape(-1, 1, seen, x.shape[3]) for x in (key, value))
+    bias = scores.gather(-1, flat).reshape(-1, 1, 1, seen)
+    mixed: Tensor = site(
+        rows.reshape(-1, heads // groups, block, width),
+        keys,
+        values,
+        mask=kept.reshape(-1, 1, block, seen),
+        bias=bias,
+        causal=False,
+    )
+    mixed = mixed.reshape(batch, groups, blocks, heads // groups, block, value.shape[3])
+    mixed = mixed.transpose(2, 3).reshape(batch, heads, blocks, block, value.shape[3])
+    return join(mixed, queries)
+
+
+def _picked(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of every head, (b, g, m, d) and (b, g, k) -> (b, g, k, d)."""
+    batch, groups, length, width = x.shape
+    first = length * torch.arange(batch * groups, device=x.device).reshape(batch, groups, 1)
+    rows = x.reshape(-1, width).index_select(0, (index + first).flatten())
+    return rows.reshape(batch, groups, -1, width)
+
+
+def dynamic_mask_from_doge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of the attention of the published language model (Doge).
+
+    Raises:
+        ValueError: A name that it does not have.
+    """
+    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
+    names |= {"q_norm": "query_norm", "k_norm": "key_norm", "dt_proj": "score"}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if name == "A":
+            result["strength"] = tensor
+        elif module in names:
+            result[f"{names[module]}.{kind}"] = tensor
+        else:
+            raise ValueError(f"{name!r} is no weight of Doge's attention")
+    return result
+
+
+def _check_options(
+    keep: int, form: ScoreForm, block_size: int | None, causal: bool, context: int | None
+) -> None:
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    if form not in get_args(ScoreForm):
+        raise ValueError(f"form must be one of {get_args(ScoreForm)}, got {form!r}")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if causal and context is not None:
+        raise ValueError("causal=True serves self-attention only, got context_dim")
+
+
+def _check_selection(
+    query: Tensor,
+    key: Tensor,
+    scores: Tensor,
+    keep: int,
+    mask: Tensor | None,
+    padding_mask: Tensor | None,
+) -> None:
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    if scores.shape != key.shape[:3]:
+        raise ValueError(
+            f"scores must be (batch, kv_heads, keys) = {tuple(key.shape[:3])}, got "
+            f"{tuple(scores.shape)}"
+        )
+    for name, given in (("mask", mask), ("padding_mask", padding_mask)):
+        if given is not None and given.dtype != torch.bool:
+            raise TypeError(f"{name} must be boolean, True = may attend, got {given.dtype}")
+    if mask is not None and mask.dim() > 2 and mask.shape[-3] != 1:
+        raise ValueError(
+            f"mask must be the same for all heads, (b, 1, n, m), got {tuple(mask.shape)}"
+        )
+    if padding_mask is not None and padding_mask.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended to), got "
+            f"{tuple(padding_mask.shape)}"
+        )

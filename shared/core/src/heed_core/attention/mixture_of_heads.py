@@ -1,0 +1,509 @@
+"""Mixture of heads: every token uses all shared heads and the few routed heads that it chooses.
+
+    p = softmax(W_r x) over the E routed heads,   T = the K most likely of them
+    r_e = K p_e / sum_T p   for e in T, else 0            gates of routed heads
+    s = S softmax(W_s x),   a = 2 softmax(W_h x)          shared heads, and both kinds
+    o = W_out concat_h gate_h head_h,   gate = (a_1 s, a_2 r)
+
+Jin et al., "MoH: multi-head attention as mixture-of-head attention" (arXiv 2410.11842). The factors
+K, S and 2 and the division by the sum over T are those of the published code (`gating="code"`); the
+paper's equations have none of them (`gating="paper"`). With `router="norm"` nothing is learned: the
+heads with the longest queries are chosen, and all gates are 0 or 1 (the paper's language model).
+The balance loss E sum_e mean(p_e) mean(e in T) is K where all heads are used alike.
+
+Cost for n queries and m keys, with the share a = (S + K) / (S + E) of heads in use: time a n m d
+per head plus the projections, of which only keys and values are made for every head. To skip,
+tokens are gathered for each routed head, which needs their number: compiled, exported, observed
+and steered calls compute every head and multiply by the gates, with the same result up to rounding.
+
+The site is `attend`: weights of all heads (b, h, n, m), before the gates. Gates are returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Real
+from torch import Tensor, nn
+
+from heed_core.attention.multi_head import MultiHeadAttention, check_heads
+from heed_core.cache import KVCache
+from heed_core.dispatch import Impl
+from heed_core.head_routing import Gating, Routing, balance_loss, mixture_gates, norm_gates
+from heed_core.relative import RotaryPositions
+from heed_core.sites import Attend
+
+Router = Literal["learned", "norm"]
+"""What chooses heads: three learned maps, or the lengths of the queries."""
+
+SKIP_FROM, SKIP_CAUSAL_FROM = 512, 4096
+"""Tokens from which heads are skipped unless told otherwise: below, gathering costs more."""
+
+PIECES = 4
+"""Causal calls skip in this many pieces of tokens, each with the keys that it can see."""
+
+
+class Mixture(NamedTuple):
+    """What a mixture of heads returns."""
+
+    output: Float[Tensor, "b n c"]
+    balance_loss: Float[Tensor, ""]
+    """To be added to the loss; the paper weighs it by 0.01. 0 without routed heads."""
+    gates: Float[Tensor, "b n h"]
+
+
+class MixtureOfHeads(nn.Module):
+    """Multi-head attention whose heads are gated, and partly skipped, token by token.
+
+    Args:
+        dim: Channels of a token, in and out.
+        heads: All of them, the `shared` ones first.
+        shared: Heads that every token uses.
+        active: Routed heads that a token uses; 0 if all heads are shared.
+        kv_heads: Of keys and values, dividing `heads`; all if not given.
+        head_dim: Channels of a head; dim / heads if not given.
+        context_dim: Channels of a context token. If given, a context must be passed.
+        qkv_bias: Whether queries, keys and values have a bias.
+        out_bias: Whether the output has a bias.
+        dropout: Probability of dropping a weight in training.
+        causal: A query sees keys at or before its own place, aligned bottom-right.
+        rotary: Rotates queries and keys.
+        router: What chooses heads.
+        gating: Of the learned router.
+        straight_through: Of the norm router, see `norm_gates`.
+        skip: Compute chosen heads only; True or False, or from 512 tokens on (4096 if causal) if
+            not given. Where a graph or a record needs all heads, all are computed all the same.
+        impl: Back-end of `attend`.
+
+    Example:
+        >>> attention = MixtureOfHeads(32, heads=4, shared=2, active=1)
+        >>> result = attention(torch.randn(1, 5, 32))
+        >>> result.output.shape, result.gates.shape
+        (torch.Size([1, 5, 32]), torch.Size([1, 5, 4]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        shared: int,
+        active: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        causal: bool = False,
+        rotary: RotaryPositions | None = None,
+        router: Router = "learned",
+        gating: Gating = "code",
+        straight_through: bool = False,
+        skip: bool | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        check_heads(dim, heads, kv_heads, head_dim)
+        _check_routing(heads, shared, active, router, gating, straight_through)
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
+        self.shared, self.active, self.context_dim, self.causal = (
+            shared,
+            active,
+            context_dim,
+            causal,
+        )
+        self.router, self.straight_through, self.skip = router, straight_through, skip
+        self.gating: Gating = gating
+        self.rotary = rotary
+        source = dim if context_dim is None else context_dim
+        self.query = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
+        self.key = nn.Linear(source, kv_heads * head_dim, bias=qkv_bias)
+        self.value = nn.Linear(source, kv_heads * head_dim, bias=qkv_bias)
+        learned = router == "learned"
+        self.route = nn.Linear(dim, heads - shared, bias=False) if learned and active else None
+        self.share = nn.Linear(dim, shared, bias=False) if learned and shared > 1 else None
+        both = learned and active > 0 and shared > 0
+        self.kind = nn.Linear(dim, 2, bias=False) if both else None
+        self.attend = Attend(causal=causal, dropout=dropout, impl=impl)
+        self.out = nn.Linear(heads * head_dim, dim, bias=out_bias)
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: MultiHeadAttention,
+        *,
+        shared: int,
+        active: int,
+        router: Router = "norm",
+        straight_through: bool = False,
+        skip: bool | None = None,
+    ) -> MixtureOfHeads:
+        """A mixture with the weights of a trained attention, to be trained on.
+
+        Learned routers begin at zero, where every chosen head has the same gate.
+
+        Raises:
+            ValueError: The attention has options that a mixture has not.
+        """
+        plain = isinstance(attention.query_norm, nn.Identity) and attention.window is None
+        if not plain or attention.relative_bias is not None or attention.attend.scale is not None:
+            raise ValueError(
+                "attention must have no qk_norm, window, relative_bias or scale: "
+                f"{attention}, got one"
+            )
+        mixture = cls(
+            attention.dim,
+            heads=attention.heads,
+            shared=shared,
+            active=active,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            context_dim=attention.context_dim,
+            qkv_bias=attention.query.bias is not None,
+            out_bias=attention.out.bias is not None,
+            dropout=attention.attend.dropout,
+            causal=attention.causal,
+            rotary=attention.rotary,
+            router=router,
+            straight_through=straight_through,
+            skip=skip,
+            impl=attention.attend.impl,
+        )
+        mixture.to(attention.query.weight)
+        mixture.load_state_dict(attention.state_dict(), strict=False)
+        for layer in (mixture.route, mixture.share, mixture.kind):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+        return mixture
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        context: Float[Tensor, "b m k"] | None = None,
+        *,
+        mask: Bool[Tensor, "*#mask"] | None = None,
+        padding_mask: Bool[Tensor, "b m"] | None = None,
+        positions: Real[Tensor, "*n"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Mixture:
+        """Attend.
+
+        Args:
+            x: Tokens that ask.
+            context: Tokens that are attended to; `x` itself if not given.
+            mask: True = may attend, broadcastable to (b, heads, n, m).
+            padding_mask: True = real token, for the m tokens that are attended to; with a cache
+                also those in it. In self-attention, padding chooses no routed head.
+            positions: Of `x`, for `rotary` only; default 0, 1, ... after those in the cache.
+            cache: Of a causal self-attention.
+        """
+        self._check_call(x, context, positions, cache)
+        offset = 0 if cache is None else cache.length
+        if positions is None:
+            positions = torch.arange(offset, offset + x.shape[1], device=x.device)
+        key, value = self._keys(x, context, positions, cache)
+        mask = _permission(mask, padding_mask, key)
+        skips = self._skips(x)
+        query = None if skips and self.router == "learned" else self._heads(self.query(x))
+        routing = self._routed(x, query)
+        if context is None and padding_mask is not None:
+            real = padding_mask[:, -x.shape[1] :]
+            routing = _without_padding(routing, real, self.shared)
+            loss = balance_loss(routing.probabilities, routing.chosen, real)
+        else:
+            loss = balance_loss(routing.probabilities, routing.chosen)
+        if skips:
+            output = self._skipping(x, query, key, value, mask, positions, routing.gates)
+        else:
+            query = self._rotated(self._heads(self.query(x)) if query is None else query, positions)
+            mixed: Tensor = self.attend(query, key, value, mask=mask)
+            gated = mixed * routing.gates.transpose(1, 2)[..., None].to(mixed.dtype)
+            output = self.out(gated.transpose(1, 2).flatten(2))
+        return Mixture(output, loss, routing.gates)
+
+    def new_cache(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for decoding.
+
+        Args:
+            batch: Sequences decoded together.
+            max_len: Tokens that it must hold.
+            dtype: Of keys and values; that of the weights if not given.
+        """
+        weight = self.key.weight
+        dtype = weight.dtype if dtype is None else dtype
+        return KVCache(
+            batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=weight.device
+        )
+
+    def _skips(self, x: Tensor) -> bool:
+        if x.is_meta or torch.compiler.is_compiling() or self.attend.attachments is not None:
+            return False
+        least = SKIP_CAUSAL_FROM if self.causal else SKIP_FROM
+        return self.active > 0 and (x.shape[1] >= least if self.skip is None else self.skip)
+
+    def _routed(self, x: Tensor, query: Tensor | None) -> Routing:
+        if self.router == "norm":
+            assert query is not None
+            return norm_gates(
+                query,
+                shared=self.shared,
+                active=self.active,
+                straight_through=self.straight_through,
+            )
+        route, share, kind = (
+            None if layer is None else layer.weight for layer in (self.route, self.share, self.kind)
+        )
+        return mixture_gates(
+            x, route, share, kind, shared=self.shared, active=self.active, gating=self.gating
+        )
+
+    def _keys(
+        self, x: Tensor, context: Tensor | None, positions: Tensor, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
+        source = x if context is None else context
+        if context is not None:
+            positions = torch.arange(context.shape[1], device=x.device)
+        key = self._rotated(self._heads(self.key(source)), positions)
+        value = self._heads(self.value(source))
+        return (key, value) if cache is None else cache.append(key, value)
+
+    def _skipping(
+        self,
+        x: Tensor,
+        query: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        gates: Tensor,
+    ) -> Tensor:
+        """Shared heads for all tokens, each routed head for those that chose it."""
+        positions = positions.expand(x.shape[0], -1)
+        parts = [] if query is None else list(query.unbind(1))
+        output = self._shared_heads(x, query, key, value, mask, positions, gates)
+        first = x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]  # of each sample
+        for head in range(self.shared, self.heads):
+            rows = slice(head * self.head_dim, (head + 1) * self.head_dim)
+            group = head * self.kv_heads // self.heads
+            for start, stop, seen in self._pieces(x.shape[1], key.shape[2]):
+                index, weight = _rows(gates[:, start:stop, head])
+                index = index + start
+                if index.shape[1] == 0:
+                    continue
+                if query is None:
+                    bias = self.query.bias
+                    one = F.linear(
+                        _gather(x, index),
+                        self.query.weight[rows],
+                        None if bias is None else bias[rows],
+                    )
+                else:
+                    one = _gather(parts[head], index)
+                one = self._rotated(one[:, None], positions.gather(1, index))
+                allowed = self._allowed(mask, index, head, x.shape[1], key.shape[2], seen)
+                pair = (slice(None), slice(group, group + 1), slice(seen))
+                mixed = self.attend(one, key[pair], value[pair], mask=allowed, causal=False)
+                back = F.linear(
+                    mixed[:, 0] * weight[..., None].to(mixed.dtype), self.out.weight[:, rows]
+                )
+                output.view(-1, self.dim).index_add_(
+                    0, (index + first).flatten(), back.flatten(0, 1)
+                )
+        return output
+
+    def _shared_heads(
+        self,
+        x: Tensor,
+        query: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        positions: Tensor,
+        gates: Tensor,
+    ) -> Tensor:
+        """What the shared heads give, and the bias of the output."""
+        if not self.shared:
+            none = x.new_zeros(x.shape[0], x.shape[1], 0).to(key.dtype)
+            return F.linear(none, self.out.weight[:, :0], self.out.bias)
+        width = self.shared * self.head_dim
+        if query is None:
+            bias = None if self.query.bias is None else self.query.bias[:width]
+            some = self._heads(F.linear(x, self.query.weight[:width], bias))
+        else:
+            some = query[:, : self.shared]
+        serves = self.heads // self.kv_heads
+        if self.shared % serves:
+            group = torch.arange(self.shared, device=x.device) // serves
+            key, value = key[:, group], value[:, group]
+        else:
+            key, value = key[:, : self.shared // serves], value[:, : self.shared // serves]
+        if mask is not None and mask.dim() > 2 and mask.shape[-3] > 1:
+            mask = mask[..., : self.shared, :, :]
+        mixed: Tensor = self.attend(self._rotated(some, positions), key, value, mask=mask)
+        gated = mixed * gates[..., : self.shared].transpose(1, 2)[..., None].to(mixed.dtype)
+        return F.linear(gated.transpose(1, 2).flatten(2), self.out.weight[:, :width], self.out.bias)
+
+    def _pieces(self, queries: int, keys: int) -> list[tuple[int, int, int]]:
+        """Runs of queries: first, behind the last, and how many keys they can see."""
+        if not self.causal:
+            return [(0, queries, keys)]
+        step = -(-queries // PIECES)
+        starts = range(0, queries, step)
+        return [
+            (start, min(start + step, queries), keys - max(0, queries - start - step))
+            for start in starts
+        ]
+
+    def _allowed(
+        self, mask: Tensor | None, index: Tensor, head: int, queries: int, keys: int, seen: int
+    ) -> Tensor | None:
+        """The permission of chosen rows of one head, (b, 1, rows, seen)."""
+        allowed = None
+        if mask is not None:
+            mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+            if mask.shape[1] > 1:
+                mask = mask[:, head : head + 1]
+            mask = mask[..., :seen] if mask.shape[3] > 1 else mask
+            if mask.shape[2] > 1:
+                mask = mask.expand(index.shape[0], -1, -1, -1)
+                mask = mask.gather(2, index[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))
+            allowed = mask
+        if self.causal:
+            past = torch.arange(seen, device=index.device) <= index[..., None] + (keys - queries)
+            allowed = past[:, None] if allowed is None else past[:, None] & allowed
+        return allowed
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        batch, length, width = tokens.shape
+        return tokens.view(batch, length, width // self.head_dim, self.head_dim).transpose(1, 2)
+
+    def _rotated(self, heads: Tensor, positions: Tensor) -> Tensor:
+        if self.rotary is None:
+            return heads
+        return cast(Tensor, self.rotary(heads, positions=positions))
+
+    def _check_call(
+        self, x: Tensor, context: Tensor | None, positions: Tensor | None, cache: KVCache | None
+    ) -> None:
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        if positions is not None and self.rotary is None:
+            raise ValueError("positions have no effect: this attention was built without rotary")
+        if context is None and self.context_dim is not None:
+            raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
+        if context is not None:
+            width = self.key.in_features
+            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
+                raise ValueError(
+                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
+                    f"{tuple(context.shape)}"
+                )
+        if cache is not None and (context is not None or not self.causal):
+            raise ValueError("a KVCache serves causal self-attention only")
+
+    def extra_repr(self) -> str:
+        """Show the options that no sub-module shows."""
+        return (
+            f"heads={self.heads}, shared={self.shared}, active={self.active}, "
+            f"router={self.router!r}, gating={self.gating!r}"
+        )
+
+
+def mixture_from_dit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of the published DiT and ViT class: `qkv`, `proj`, `wg`, `wg_0`, `wg_1`.
+
+    Raises:
+        ValueError: A name that it does not have.
+    """
+    names = {"proj": "out", "wg": "route", "wg_1": "share", "wg_0": "kind"}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if module == "qkv":
+            parts = zip(("query", "key", "value"), tensor.chunk(3), strict=True)
+            result |= {f"{part}.{kind}": rows for part, rows in parts}
+        elif module in names:
+            result[f"{names[module]}.{kind}"] = tensor
+        else:
+            raise ValueError(f"{name!r} is no weight of the published mixture of heads")
+    return result
+
+
+def mixture_from_llama(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of Llama's attention, which the published language model keeps.
+
+    Raises:
+        ValueError: A name that it does not have.
+    """
+    names = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if module not in names:
+            raise ValueError(f"{name!r} is no weight of Llama's attention")
+        result[f"{names[module]}.{kind}"] = tensor
+    return result
+
+
+def _without_padding(routing: Routing, real: Tensor, shared: int) -> Routing:
+    chosen = routing.chosen & real[..., None]
+    kept = F.pad(chosen, (shared, 0), value=True)
+    return Routing(routing.gates.masked_fill(~kept, 0.0), routing.probabilities, chosen)
+
+
+def _permission(mask: Tensor | None, padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
+    if padding_mask is None:
+        return mask
+    if padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
+        )
+    if tuple(padding_mask.shape) != (key.shape[0], key.shape[2]):
+        raise ValueError(
+            f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended to), got "
+            f"{tuple(padding_mask.shape)}"
+        )
+    real = padding_mask[:, None, None]
+    return real if mask is None else mask & real
+
+
+def _rows(gates: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b r"], Float[Tensor, "b r"]]:
+    """The tokens with a gate, in order, and their gates: 0 where a sample has fewer than others."""
+    unused = gates.detach() == 0
+    most = int((~unused).sum(1).max()) if unused.numel() else 0
+    index = unused.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    return index, gates.gather(1, index)
+
+
+def _gather(tokens: Tensor, index: Tensor) -> Tensor:
+    batch, length, width = tokens.shape
+    first = length * torch.arange(batch, device=index.device)[:, None]
+    picked = tokens.reshape(-1, width).index_select(0, (index + first).flatten())
+    return picked.view(batch, -1, width)
+
+
+def _check_routing(
+    heads: int, shared: int, active: int, router: Router, gating: Gating, straight_through: bool
+) -> None:
+    if not 0 <= shared <= heads:
+        raise ValueError(f"shared must be from 0 to heads={heads}, got {shared}")
+    if not 0 <= active <= heads - shared:
+        raise ValueError(
+            f"active must be from 0 to the {heads - shared} heads that are not shared, got {active}"
+        )
+    if active == 0 and shared < heads:
+        raise ValueError(f"active=0 leaves {heads - shared} heads without use; share all of them")
+    if router not in get_args(Router):
+        raise ValueError(f"router must be one of {get_args(Router)}, got {router!r}")
+    if gating not in get_args(Gating):
+        raise ValueError(f"gating must be one of {get_args(Gating)}, got {gating!r}")
+    if router == "norm" and gating != "code":
+        raise ValueError(f"gating={gating!r} has no effect with router='norm'")
+    if straight_through and router != "norm":
+        raise ValueError("straight_through has no effect without router='norm'")

@@ -1,0 +1,393 @@
+"""Relative convolutional attention: short convolutions along time, learned relative positions.
+
+    q, k, v = conv(W_q x), conv(W_k x), conv(W_v x)         per channel of a head, shared by heads
+    score_ij = d^-1/2 ((q_i + u) . k_j + q_i . E_(j-i) + beta_(j-i))
+
+E, beta and u are learned per head, E and beta for every offset of the key from the query up to
+`max_distance`. Sugiharto et al., "RCMHA" (arXiv 2308.03429); the convolution of heads is Primer's
+(arXiv 2109.08668), the terms are those of Transformer-XL (arXiv 1901.02860) with learned vectors
+for its sinusoids. The memory of earlier segments is its too: keys and values are made of memory
+and segment, queries of the segment.
+
+Cost per head for n queries and m keys: time n m d + n (n + m) d, memory n (n + m): every query
+scores every offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from heed_core.attention.multi_head import check_heads
+from heed_core.cache import KVCache
+from heed_core.dispatch import Impl
+from heed_core.relative import distances
+from heed_core.sites import Attend
+
+ConvContext = Literal["memory", "segment"]
+"""What a query's convolution sees before its segment: the memory, or zeros as in the published code
+(where keys and values see the memory all the same)."""
+
+
+def depthwise_conv(
+    x: Float[Tensor, "b h n d"],
+    weight: Float[Tensor, "d k"],
+    bias: Float[Tensor, " d"] | None = None,
+    *,
+    before: Float[Tensor, "b h s d"] | None = None,
+    causal: bool = True,
+) -> Float[Tensor, "b h n d"]:
+    """Convolve every channel along tokens: y_t = b + sum_s w_s x_(t - k + 1 + s).
+
+    Args:
+        x: Tokens.
+        weight: Per channel, the same for all heads; the last entry meets the token itself.
+        bias: Per channel.
+        before: The k - 1 tokens before; zeros if not given.
+        causal: Otherwise the kernel, of odd length, is centred, with zeros on both sides.
+    """
+    width, length = weight.shape[1], x.shape[2]
+    if causal:
+        padded = F.pad(x, (0, 0, width - 1, 0)) if before is None else torch.cat([before, x], dim=2)
+    else:
+        padded = F.pad(x, (0, 0, width // 2, width // 2))
+    total = padded[:, :, :length] * weight[:, 0]
+    for tap in range(1, width):
+        total = total + padded[:, :, tap : tap + length] * weight[:, tap]
+    return total if bias is None else total + bias
+
+
+def relative_scores(
+    query: Float[Tensor, "b h n d"],
+    embedding: Float[Tensor, "rows h d"],
+    bias: Float[Tensor, "rows h"],
+    keys: int,
+) -> Float[Tensor, "b h n m"]:
+    """q_i . E_(j-i) + beta_(j-i) for queries at the last n of m places.
+
+    Args:
+        query: Of the last n tokens.
+        embedding: E, row rows / 2 + j - i.
+        bias: beta, likewise.
+        keys: m.
+    """
+    queries, centre = query.shape[2], embedding.shape[0] // 2
+    rows = slice(centre - keys + 1, centre + queries)  # offsets 1 - m ... n - 1
+    terms = query @ embedding[rows].permute(1, 2, 0) + bias[rows].T[:, None]
+    index = distances(queries, keys, device=query.device) + keys - 1
+    return terms.gather(-1, index.expand(*query.shape[:2], -1, -1))
+
+
+class ConvKVCache(KVCache):
+    """Keys and values of all tokens, and the last tokens before their convolution.
+
+    Args:
+        batch: Sequences decoded together.
+        heads: Of keys and values.
+        max_len: Tokens that fit.
+        head_dim: Channels of a head.
+        tail: Tokens that a convolution looks back.
+        dtype: Of keys and values.
+        device: Where the memory is.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        max_len: int,
+        head_dim: int,
+        *,
+        tail: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(batch, heads, max_len, head_dim, dtype=dtype, device=device)
+        self.tails: Float[Tensor, "b 3 h s d"] = torch.zeros(
+            batch, 3, heads, tail, head_dim, dtype=dtype, device=device
+        )
+
+    def shift(self, rows: Float[Tensor, "b 3 h n d"]) -> Float[Tensor, "b 3 h s d"]:
+        """The tail of queries, keys and values before these tokens, which it then ends with."""
+        before, size = self.tails, self.tails.shape[3]
+        joined = torch.cat([before, rows], dim=3)
+        self.tails = joined[:, :, :, joined.shape[3] - size :].clone()
+        return before
+
+    def crop(self, length: int) -> None:
+        """Go back to the start (0) or stay: the tokens before a convolution are not kept."""
+        if length == 0:
+            self.tails = torch.zeros_like(self.tails)
+        elif length != self.length:
+            raise ValueError(
+                f"cannot crop {self.length} tokens to {length}: only 0 is possible, or clone the "
+                "cache before the tokens that may be taken back"
+            )
+        super().crop(length)
+
+    def reorder(self, index: Int[Tensor, " rows"]) -> None:
+        """Put row `index[i]` at row i; another number of rows changes the batch."""
+        super().reorder(index)
+        self.tails = self.tails.index_select(0, index)
+
+    def clone(self) -> ConvKVCache:
+        """A copy that shares no memory."""
+        twin = cast(ConvKVCache, super().clone())
+        twin.tails = self.tails.clone()
+        return twin
+
+
+class DepthwiseConv(nn.Module):
+    """`depthwise_conv` with its weights; begins as the identity with a little noise.
+
+    Args:
+        width: Channels of a head.
+        kernel: Tokens that it sees.
+        causal: Whether it looks back only.
+    """
+
+    def __init__(self, width: int, *, kernel: int, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.weight = nn.Parameter(torch.randn(width, kernel) * 0.02)
+        self.bias = nn.Parameter(torch.zeros(width))
+        with torch.no_grad():
+            self.weight[:, -1 if causal else kernel // 2] += 1.0
+
+    def forward(
+        self, x: Float[Tensor, "b h n d"], before: Float[Tensor, "b h s d"] | None = None
+    ) -> Float[Tensor, "b h n d"]:
+        """Convolve tokens after those `before`."""
+        return depthwise_conv(x, self.weight, self.bias, before=before, causal=self.causal)
+
+
+class RelativeConvAttention(nn.Module):
+    """Relative convolutional attention of a segment to itself and to a memory before it.
+
+    The site is `attend`: weights (b, h, n, m), memory first.
+
+    Args:
+        dim: Channels of a token, in and out.
+        heads: How many.
+        head_dim: Channels of a head; dim / heads if not given.
+        kernel: Tokens that a convolution sees; odd if not `causal`.
+        max_distance: Largest distance between tokens, memory included, plus 1.
+        value_bias: Whether values have a bias. Queries and keys have none: u and beta stand for it.
+        out_bias: Whether the output has a bias.
+        dropout: Probability of dropping a weight in training.
+        causal: A query sees keys at or before its own place, and convolutions look back only;
+            otherwise they are centred.
+        conv_context: What a query's convolution sees before its segment.
+        impl: Back-end of `attend`.
+
+    Example:
+        >>> attention = RelativeConvAttention(32, heads=4)
+        >>> attention(torch.randn(1, 5, 32), torch.randn(1, 7, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        head_dim: int | None = None,
+        kernel: int = 3,
+        max_distance: int = 4096,
+        value_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        causal: bool = True,
+        conv_context: ConvContext = "memory",
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        check_heads(dim, heads, heads, head_dim)
+        _check_options(kernel, max_distance, causal, conv_context)
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.dim, self.heads, self.head_dim, self.kernel = dim, heads, head_dim, kernel
+        self.max_distance, self.causal, self.conv_context = max_distance, causal, conv_context
+        width = heads * head_dim
+        self.query = nn.Linear(dim, width, bias=False)
+        self.key = nn.Linear(dim, width, bias=False)
+        self.value = nn.Linear(dim, width, bias=value_bias)
+        self.query_conv = DepthwiseConv(head_dim, kernel=kernel, causal=causal)
+        self.key_conv = DepthwiseConv(head_dim, kernel=kernel, causal=causal)
+        self.value_conv = DepthwiseConv(head_dim, kernel=kernel, causal=causal)
+        self.query_bias = nn.Parameter(torch.zeros(heads, head_dim))
+        self.offset_embedding = nn.Parameter(torch.zeros(2 * max_distance, heads, head_dim))
+        self.offset_bias = nn.Parameter(torch.zeros(2 * max_distance, heads))
+        self.attend = Attend(causal=causal, dropout=dropout, impl=impl)
+        self.out = nn.Linear(width, dim, bias=out_bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        memory: Float[Tensor, "b s c"] | None = None,
+        *,
+        mask: Bool[Tensor, "*#mask"] | None = None,
+        padding_mask: Bool[Tensor, "b m"] | None = None,
+        cache: ConvKVCache | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Attend.
+
+        Args:
+            x: The segment.
+            memory: Tokens before it, as this layer saw them; causal only.
+            mask: True = may attend, broadcastable to (b, heads, n, m), m = s + n.
+            padding_mask: True = real token, for memory and segment; convolutions take others for
+                zeros. With a cache, for all tokens so far.
+            cache: For decoding, instead of a memory: one forward and many steps then agree.
+        """
+        self._check_call(x, memory, cache)
+        length = x.shape[1]
+        source = x if memory is None else torch.cat([memory, x], dim=1)
+        asks = x
+        if memory is not None and self.conv_context == "memory":
+            asks = source[:, max(0, memory.shape[1] - self.kernel + 1) :]
+        keys = source.shape[1] + (0 if cache is None else cache.length)
+        real = _real(padding_mask, x.shape[0], keys)
+        rows = [
+            _cleared(self._heads(layer(tokens)), real)
+            for layer, tokens in ((self.query, asks), (self.key, source), (self.value, source))
+        ]
+        before: tuple[Tensor | None, ...] = (None, None, None)
+        if cache is not None:
+            before = cache.shift(torch.stack(rows, dim=1)).unbind(1)
+        convs = (self.query_conv, self.key_conv, self.value_conv)
+        query, key, value = (
+            conv(row, seen) for conv, row, seen in zip(convs, rows, before, strict=True)
+        )
+        query = query[:, :, query.shape[2] - length :]
+        if cache is not None:
+            key, value = cache.append(key, value)
+        return self._attended(query, key, value, mask, real)
+
+    def _attended(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None
+    ) -> Tensor:
+        if key.shape[2] > self.max_distance:
+            raise ValueError(
+                f"x and what precedes it must be at most max_distance={self.max_distance} tokens, "
+                f"got {key.shape[2]}"
+            )
+        relative = relative_scores(query, self.offset_embedding, self.offset_bias, key.shape[2])
+        if real is not None:
+            mask = real[:, None, None] if mask is None else mask & real[:, None, None]
+        mixed: Tensor = self.attend(
+            query + self.query_bias[:, None],
+            key,
+            value,
+            mask=mask,
+            bias=relative * self.head_dim**-0.5,
+        )
+        return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def new_cache(
+        self, batch: int, max_len: int, *, dtype: torch.dtype | None = None
+    ) -> ConvKVCache:
+        """An empty cache for decoding.
+
+        Args:
+            batch: Sequences decoded together.
+            max_len: Tokens that it must hold.
+            dtype: Of keys and values; that of the weights if not given.
+        """
+        weight = self.key.weight
+        return ConvKVCache(
+            batch,
+            self.heads,
+            max_len,
+            self.head_dim,
+            tail=self.kernel - 1,
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device,
+        )
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        batch, length, _ = tokens.shape
+        return tokens.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+
+    def _check_call(self, x: Tensor, memory: Tensor | None, cache: ConvKVCache | None) -> None:
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        if memory is not None and (memory.dim() != 3 or memory.shape[::2] != x.shape[::2]):
+            raise ValueError(
+                f"memory must be (batch {x.shape[0]}, tokens, {self.dim}), got "
+                f"{tuple(memory.shape)}"
+            )
+        if (memory is not None or cache is not None) and not self.causal:
+            raise ValueError("memory and cache serve causal=True only")
+        if memory is not None and cache is not None:
+            raise ValueError("a cache holds what is before x: memory must not be given beside it")
+
+    def extra_repr(self) -> str:
+        """Show the options that no sub-module shows."""
+        return (
+            f"heads={self.heads}, head_dim={self.head_dim}, kernel={self.kernel}, "
+            f"max_distance={self.max_distance}, conv_context={self.conv_context!r}"
+        )
+
+
+def relative_conv_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the published weights.
+
+    Raises:
+        ValueError: A name that the published module does not have.
+    """
+    names = {
+        "output.weight": "out.weight",
+        "output.bias": "out.bias",
+        "key_pos_embeddings": "offset_embedding",
+        "key_pos_bias": "offset_bias",
+        "query_pos_bias": "query_bias",
+    }
+    for part in ("query", "key", "value"):
+        for kind in ("weight", "bias"):
+            names[f"{part}.0.linear.{kind}"] = f"{part}.{kind}"
+            names[f"{part}.1.conv.{kind}"] = f"{part}_conv.{kind}"
+    if unknown := sorted(set(state) - set(names)):
+        raise ValueError(f"{unknown[0]!r} is no weight of the published relative attention")
+    return {
+        names[name]: tensor.squeeze(1) if name.endswith("conv.weight") else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _real(padding_mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    if padding_mask is None:
+        return None
+    if padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
+        )
+    if tuple(padding_mask.shape) != (batch, keys):
+        raise ValueError(
+            f"padding_mask must be {(batch, keys)} (batch, memory and segment), got "
+            f"{tuple(padding_mask.shape)}"
+        )
+    return padding_mask
+
+
+def _cleared(heads: Tensor, real: Tensor | None) -> Tensor:
+    """Zeros for padding, of the last tokens that `real` tells about."""
+    if real is None:
+        return heads
+    last = real[:, real.shape[1] - heads.shape[2] :]
+    return heads.masked_fill(~last[:, None, :, None], 0.0)
+
+
+def _check_options(kernel: int, max_distance: int, causal: bool, conv_context: ConvContext) -> None:
+    if kernel < 1 or (not causal and kernel % 2 == 0):
+        raise ValueError(f"kernel must be at least 1, and odd if not causal, got {kernel}")
+    if max_distance < 1:
+        raise ValueError(f"max_distance must be at least 1, got {max_distance}")
+    if conv_context not in get_args(ConvContext):
+        raise ValueError(
+            f"conv_context must be one of {get_args(ConvContext)}, got {conv_context!r}"
+        )

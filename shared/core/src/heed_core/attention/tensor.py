@@ -1,0 +1,383 @@
+"""Tensor attention: queries attend to pairs of keys, and see what three tokens have in common.
+
+    S_ijk = scale * sum_c q_ic k1_jc k2_kc,    p_i = softmax over all pairs (j, k) of S_i
+    o_ic = sum_jk p_ijk v1_jc v2_kc
+
+Alman & Song, "How to capture higher-order correlations? Generalizing matrix softmax attention to
+Kronecker computation" (arXiv 2310.04064). The scale is 1 / d unless told otherwise: with entries up
+to B, scores then stay below B^3. Higher orders: pass `khatri_rao(k2, k3)` and `khatri_rao(v2, v3)`
+as the second keys and values.
+
+`tensor_attention` is exact: time n^3 d per head, memory n d and one tile. `tensor_attention_poly`
+takes the exponential's Taylor polynomial of even degree g: with rho = C(d + g, g) monomials, time
+n rho d and memory n rho (causal: n rho d); its error is bounded where scores are (`taylor_error`).
+
+There is no map of queries and keys to observe or steer: weights are of pairs, (b, h, n, n1, n2).
+`tensor_attention_weights` makes them for small n.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, cast, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from heed_core.attention.multi_head import check_heads
+from heed_core.kernels.pair_softmax import pair_softmax
+from heed_core.precision import at_least_float32, without_autocast
+
+Method = Literal["exact", "poly"]
+"""Softmax over all pairs, or the Taylor polynomial of its exponential."""
+
+
+def tensor_attention(
+    query: Float[Tensor, "b h n d"],
+    key1: Float[Tensor, "b h n1 d"],
+    key2: Float[Tensor, "b h n2 d"],
+    value1: Float[Tensor, "b h n1 e"],
+    value2: Float[Tensor, "b h n2 e"],
+    *,
+    mask1: Bool[Tensor, "*#mask1"] | None = None,
+    mask2: Bool[Tensor, "*#mask2"] | None = None,
+    causal: bool = False,
+    distinct: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "b h n e"]:
+    """Exact tensor attention, in tiles, in float32 at least.
+
+    Args:
+        query: One row per token that asks.
+        key1: First keys.
+        key2: Second keys.
+        value1: Values of the first keys.
+        value2: Values of the second keys.
+        mask1: True = may attend, broadcastable to (b, h, n, n1). A pair needs both masks.
+        mask2: True = may attend, broadcastable to (b, h, n, n2).
+        causal: Both keys of a pair at or before the query, aligned bottom-right.
+        distinct: Forbid pairs of twice the same place, j = k.
+        scale: Of the products; default 1 / d.
+
+    Raises:
+        ValueError: Shapes that do not fit each other.
+        TypeError: A mask that is not boolean.
+    """
+    _check_pairs(query, key1, key2, value1, value2)
+    mask1, mask2 = _four(mask1, "mask1", query, key1), _four(mask2, "mask2", query, key2)
+    scale = 1.0 / query.shape[3] if scale is None else scale
+    with without_autocast(query):
+        rows = [at_least_float32(x).contiguous() for x in (query, key1, key2, value1, value2)]
+        output: Tensor = pair_softmax(*rows, mask1, mask2, causal, distinct, scale)[0]
+    return output.to(query.dtype)
+
+
+def tensor_attention_weights(
+    query: Float[Tensor, "b h n d"],
+    key1: Float[Tensor, "b h n1 d"],
+    key2: Float[Tensor, "b h n2 d"],
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "b h n n1 n2"]:
+    """The weights of all pairs, without masks: memory n n1 n2, for small n."""
+    scale = 1.0 / query.shape[3] if scale is None else scale
+    scores = torch.einsum("bhic,bhjc,bhkc->bhijk", query, key1, key2) * scale
+    return scores.flatten(3).softmax(-1).reshape(scores.shape)
+
+
+def khatri_rao(
+    a: Float[Tensor, "b h n d"], b: Float[Tensor, "b h m d"]
+) -> Float[Tensor, "b h nm d"]:
+    """Products of all pairs of rows, those of `b` running fastest."""
+    return (a[..., :, None, :] * b[..., None, :, :]).flatten(-3, -2)
+
+
+def poly_features(x: Float[Tensor, "*batch d"], degree: int) -> Float[Tensor, "*batch rho"]:
+    """All monomials of the channels of total degree 0 ... degree, C(d + degree, degree) of them."""
+    features = [x.new_ones(*x.shape[:-1], 1)]
+    first = [0]  # per monomial of the last degree, the least channel that may still be multiplied
+    for _ in range(degree):
+        parent = [p for p, start in enumerate(first) for _ in range(start, x.shape[-1])]
+        channel = [c for start in first for c in range(start, x.shape[-1])]
+        chosen = torch.tensor(parent, device=x.device), torch.tensor(channel, device=x.device)
+        features.append(features[-1].index_select(-1, chosen[0]) * x.index_select(-1, chosen[1]))
+        first = channel
+    return torch.cat(features, dim=-1)
+
+
+def poly_weights(width: int, degree: int, scale: float) -> Float[Tensor, " rho"]:
+    """Factors scale^|a| / prod(a_c!) of the monomials of `poly_features`, float64."""
+    last = [(1.0, 0, 0)]  # per monomial: factor, its last channel and how often that one is in it
+    weights = [1.0]
+    for _ in range(degree):
+        following = []
+        for factor, start, count in last:
+            for channel in range(start, width):
+                repeats = count + 1 if channel == start else 1
+                following.append((factor * scale / repeats, channel, repeats))
+        last = following
+        weights += [factor for factor, _, _ in last]
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def taylor_error(largest: float, degree: int) -> float:
+    """Relative error of the polynomial of exp(s) for |s| <= largest, e^R sum_(r > g) R^r / r!.
+
+    Below 1, it bounds the error of outputs by 2 eps / (1 - eps) max|v1| max|v2|.
+    """
+    term, total, power = 1.0, 0.0, 0
+    while power <= degree or term > 1e-18 * max(total, 1e-300):
+        power += 1
+        term *= largest / power
+        if power > degree:
+            total += term
+        if term == 0.0:
+            break
+    return math.exp(largest) * total
+
+
+def tensor_attention_poly(
+    query: Float[Tensor, "b h n d"],
+    key1: Float[Tensor, "b h n1 d"],
+    key2: Float[Tensor, "b h n2 d"],
+    value1: Float[Tensor, "b h n1 e"],
+    value2: Float[Tensor, "b h n2 e"],
+    *,
+    degree: int = 4,
+    real1: Bool[Tensor, "b n1"] | None = None,
+    real2: Bool[Tensor, "b n2"] | None = None,
+    causal: bool = False,
+    distinct: bool = False,
+    scale: float | None = None,
+    strict: bool = False,
+) -> Float[Tensor, "b h n e"]:
+    """Tensor attention by the Taylor polynomial of the exponential.
+
+    Args:
+        query: One row per token that asks.
+        key1: First keys.
+        key2: Second keys.
+        value1: Values of the first keys.
+        value2: Values of the second keys.
+        degree: Of the polynomial, even: then it is positive everywhere.
+        real1: First keys that are no padding.
+        real2: Second keys that are no padding.
+        causal: Both keys at or before the query; n = n1 = n2.
+        distinct: Forbid pairs of twice the same place; n1 = n2.
+        scale: Of the products; default 1 / d.
+        strict: Refuse entries for which the error has no bound (this reads the entries).
+
+    Raises:
+        ValueError: An odd degree, shapes that do not fit, or entries that are too large.
+    """
+    _check_pairs(query, key1, key2, value1, value2)
+    _check_poly(query, key1, key2, degree, causal, distinct)
+    scale = 1.0 / query.shape[3] if scale is None else scale
+    if strict:
+        _check_entries(query, key1, key2, scale, degree)
+    with without_autocast(query):
+        q, k1, k2, v1, v2 = (at_least_float32(x) for x in (query, key1, key2, value1, value2))
+        weights = poly_weights(q.shape[3], degree, scale).to(q)
+        asked = poly_features(q, degree) * weights
+        first, second = poly_features(k1, degree), poly_features(k2, degree)
+        first, second = _without_padding(first, real1), _without_padding(second, real2)
+        v1, v2 = (torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) for v in (v1, v2))
+        if causal:
+            state = _running(first, v1) * _running(second, v2)
+            if distinct:
+                state = state - _running(first * second, v1 * v2)
+            read = (asked[..., None] * state).sum(-2)
+        else:
+            whole = (first.mT @ v1) * (second.mT @ v2)
+            if distinct:
+                whole = whole - (first * second).mT @ (v1 * v2)
+            read = asked @ whole
+        total = read[..., -1:]
+        empty = total <= 0
+        output = (read[..., :-1] / total.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
+    return output.to(query.dtype)
+
+
+class TensorAttention(nn.Module):
+    """Self-attention to pairs of tokens, with its projections: queries, two keys, two values.
+
+    Products of two values of variance 1 have variance 1, so that values begin as usual.
+
+    Args:
+        dim: Channels of a token, in and out.
+        heads: How many.
+        head_dim: Channels of a head; dim / heads if not given.
+        qkv_bias: Whether queries, keys and values have a bias.
+        out_bias: Whether the output has a bias.
+        causal: Both keys of a pair at or before the query.
+        distinct: Forbid pairs of twice the same token.
+        scale: Of the products; 1 / head_dim if not given.
+        method: Exact, or by polynomials.
+        degree: Of the polynomial.
+
+    Example:
+        >>> TensorAttention(32, heads=4)(torch.randn(1, 5, 32)).shape
+        torch.Size([1, 5, 32])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        causal: bool = False,
+        distinct: bool = False,
+        scale: float | None = None,
+        method: Method = "exact",
+        degree: int = 4,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, heads, heads, head_dim)
+        if method not in get_args(Method):
+            raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+        _check_degree(degree)
+        head_dim = dim // heads if head_dim is None else head_dim
+        self.dim, self.heads, self.head_dim = dim, heads, head_dim
+        self.causal, self.distinct, self.scale = causal, distinct, scale
+        self.method, self.degree = method, degree
+        width = heads * head_dim
+        self.query = nn.Linear(dim, width, bias=qkv_bias)
+        self.key1 = nn.Linear(dim, width, bias=qkv_bias)
+        self.key2 = nn.Linear(dim, width, bias=qkv_bias)
+        self.value1 = nn.Linear(dim, width, bias=qkv_bias)
+        self.value2 = nn.Linear(dim, width, bias=qkv_bias)
+        self.out = nn.Linear(width, dim, bias=out_bias)
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], *, padding_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Attend to pairs.
+
+        Args:
+            x: Tokens.
+            padding_mask: True = real token.
+        """
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        if padding_mask is not None:
+            _check_padding(padding_mask, x)
+        layers = (self.query, self.key1, self.key2, self.value1, self.value2)
+        rows = [self._heads(layer(x)) for layer in layers]
+        if self.method == "poly":
+            mixed = tensor_attention_poly(
+                *rows,
+                degree=self.degree,
+                real1=padding_mask,
+                real2=padding_mask,
+                causal=self.causal,
+                distinct=self.distinct,
+                scale=self.scale,
+            )
+        else:
+            mask = None if padding_mask is None else padding_mask[:, None, None]
+            mixed = tensor_attention(
+                *rows,
+                mask1=mask,
+                mask2=mask,
+                causal=self.causal,
+                distinct=self.distinct,
+                scale=self.scale,
+            )
+        return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        batch, length, _ = tokens.shape
+        return tokens.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        """Show the options that no sub-module shows."""
+        return f"heads={self.heads}, causal={self.causal}, method={self.method!r}"
+
+
+def _without_padding(features: Tensor, real: Tensor | None) -> Tensor:
+    return features if real is None else features * real[:, None, :, None].to(features.dtype)
+
+
+def _running(features: Tensor, value: Tensor) -> Tensor:
+    """Sums over tokens so far of outer products, (b, h, n, rho, e)."""
+    return (features[..., :, None] * value[..., None, :]).cumsum(2)
+
+
+def _four(mask: Tensor | None, name: str, query: Tensor, key: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be boolean, True = may attend, got {mask.dtype}")
+    full = (*query.shape[:3], key.shape[2])
+    fits = mask.dim() <= 4 and all(
+        size in (1, wanted)
+        for size, wanted in zip(reversed(mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be broadcastable to {full}, got {tuple(mask.shape)}")
+    return mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+
+
+def _check_pairs(query: Tensor, key1: Tensor, key2: Tensor, value1: Tensor, value2: Tensor) -> None:
+    for name, x in (("query", query), ("key1", key1), ("key2", key2)):
+        if x.dim() != 4 or x.shape[:2] != query.shape[:2] or x.shape[3] != query.shape[3]:
+            raise ValueError(
+                f"{name} must be (batch, heads, tokens, channels) like query "
+                f"{tuple(query.shape)}, got {tuple(x.shape)}"
+            )
+    for name, x, key in (("value1", value1, key1), ("value2", value2, key2)):
+        if x.dim() != 4 or x.shape[:3] != key.shape[:3] or x.shape[3] != value1.shape[3]:
+            raise ValueError(
+                f"{name} must have the tokens of its key {tuple(key.shape)} and the channels of "
+                f"value1, got {tuple(x.shape)}"
+            )
+
+
+def _check_padding(padding_mask: Tensor, x: Tensor) -> None:
+    if padding_mask.dtype != torch.bool:
+        raise TypeError(
+            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
+        )
+    if padding_mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"padding_mask must be {tuple(x.shape[:2])} (batch, tokens), got "
+            f"{tuple(padding_mask.shape)}"
+        )
+
+
+def _check_degree(degree: int) -> None:
+    if degree < 2 or degree % 2:
+        raise ValueError(
+            f"degree must be even and at least 2 (an odd polynomial can vanish), got {degree}"
+        )
+
+
+def _check_poly(
+    query: Tensor, key1: Tensor, key2: Tensor, degree: int, causal: bool, distinct: bool
+) -> None:
+    _check_degree(degree)
+    same = key1.shape[2] == key2.shape[2]
+    if distinct and not same:
+        raise ValueError(
+            f"distinct needs as many key1 as key2, got {key1.shape[2]} and {key2.shape[2]}"
+        )
+    if causal and not (same and query.shape[2] == key1.shape[2]):
+        raise ValueError(
+            "causal needs as many query, key1 and key2, got "
+            f"{query.shape[2]}, {key1.shape[2]} and {key2.shape[2]}"
+        )
+
+
+def _check_entries(query: Tensor, key1: Tensor, key2: Tensor, scale: float, degree: int) -> None:
+    tops = [x.detach().abs().amax((0, 1, 2)) for x in (query, key1, key2)]
+    largest = abs(scale) * float((tops[0] * tops[1] * tops[2]).sum())
+    error = taylor_error(largest, degree)
+    if error >= 1.0:
+        raise ValueError(
+            f"entries are too large for degree={degree}: scores reach R={largest:.3g}, where the "
+            f"error eps={error:.3g} is no longer below 1; raise the degree or use tensor_attention"
+        )

@@ -1,0 +1,138 @@
+"""Routers of heads: which heads a token uses, with which gates, and how evenly heads are used.
+
+The equations are those of `heed_core.attention.mixture_of_heads`; the gates serve any attention
+whose head outputs are multiplied by them (Jin et al., arXiv 2410.11842).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from heed_core.precision import at_least_float32, without_autocast
+
+Gating = Literal["code", "paper"]
+"""Whether gates are scaled and divided as in the published code, or plain as in the paper."""
+
+
+class Routing(NamedTuple):
+    """What a router says of every token."""
+
+    gates: Float[Tensor, "b n h"]
+    """Shared heads first; 0 for routed heads that were not chosen."""
+    probabilities: Float[Tensor, "b n e"]
+    """Of the routed heads, before choosing."""
+    chosen: Bool[Tensor, "b n e"]
+
+
+def mixture_gates(
+    x: Float[Tensor, "b n c"],
+    routed_weight: Float[Tensor, "e c"] | None,
+    shared_weight: Float[Tensor, "s c"] | None,
+    kind_weight: Float[Tensor, "2 c"] | None,
+    *,
+    shared: int,
+    active: int,
+    gating: Gating = "code",
+) -> Routing:
+    """Gates by learned routers, in float32 at least.
+
+    Args:
+        x: What the routers read: the input of the queries.
+        routed_weight: W_r; None without routed heads.
+        shared_weight: W_s; None with less than two shared heads.
+        kind_weight: W_h; None unless there are both kinds.
+        shared: S.
+        active: K.
+        gating: Scaled as the published code, or as the paper.
+    """
+    plain = gating == "paper"
+    gates = []
+    with without_autocast(x):
+        x = at_least_float32(x)
+        kind = _logits(x, kind_weight).softmax(-1) * (1.0 if plain else 2.0)
+        if shared:
+            share = _logits(x, shared_weight, shared).softmax(-1)
+            share = share * (1.0 if plain else float(shared))
+            gates.append(share if kind_weight is None else kind[..., :1] * share)
+        probabilities = _logits(x, routed_weight).softmax(-1)
+        if routed_weight is None:
+            probabilities = x.new_zeros(*x.shape[:2], 0)
+        chosen = choose_heads(probabilities, active)
+        routed = probabilities.masked_fill(~chosen, 0.0)
+        if not plain:
+            least = torch.finfo(routed.dtype).eps
+            routed = active * routed / routed.sum(-1, keepdim=True).clamp(min=least)
+        gates.append(routed if kind_weight is None else kind[..., 1:] * routed)
+    return Routing(torch.cat(gates, dim=-1), probabilities, chosen)
+
+
+def norm_gates(
+    query: Float[Tensor, "b h n d"], *, shared: int, active: int, straight_through: bool = False
+) -> Routing:
+    """Gates by the lengths of the queries, before any rotation: 1 for chosen heads, else 0.
+
+    Args:
+        query: Of all heads, shared ones first.
+        shared: S.
+        active: K.
+        straight_through: Let gradients pass the gates of chosen heads as if they were the
+            probabilities.
+    """
+    with without_autocast(query):
+        lengths = torch.linalg.vector_norm(at_least_float32(query[:, shared:]), dim=-1).transpose(
+            1, 2
+        )
+        chosen = choose_heads(lengths, active)
+        spread = lengths.std(-1, keepdim=True) if lengths.shape[-1] > 1 else lengths[..., :1]
+        probabilities = (lengths / spread.clamp(min=1e-6)).softmax(-1)
+        gates = chosen.to(probabilities.dtype)
+        if straight_through:
+            gates = gates + gates * (probabilities - probabilities.detach())
+        gates = F.pad(gates, (shared, 0), value=1.0)
+    return Routing(gates, probabilities, chosen)
+
+
+def choose_heads(scores: Float[Tensor, "b n e"], active: int) -> Bool[Tensor, "b n e"]:
+    """The `active` largest of each token; of equal ones, the first."""
+    order = scores.detach().argsort(dim=-1, descending=True, stable=True)[..., :active]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
+
+
+def balance_loss(
+    probabilities: Float[Tensor, "b n e"],
+    chosen: Bool[Tensor, "b n e"],
+    padding_mask: Bool[Tensor, "b n"] | None = None,
+) -> Float[Tensor, ""]:
+    """E sum_e P_e F_e: of head e the mean probability P and how often it was chosen, F.
+
+    Args:
+        probabilities: Of the routed heads.
+        chosen: Whether a token uses them.
+        padding_mask: True = real token; others do not count.
+    """
+    heads = probabilities.shape[-1]
+    used = chosen.to(probabilities.dtype)
+    if padding_mask is None:
+        likely, often = probabilities.mean((0, 1)), used.mean((0, 1))
+    else:
+        real = padding_mask[..., None].to(probabilities.dtype)
+        count = real.sum().clamp(min=1.0)
+        likely, often = (
+            (probabilities * real).sum((0, 1)) / count,
+            (used * real).sum((0, 1)) / count,
+        )
+    return heads * (likely * often).sum()
+
+
+def _logits(x: Tensor, weight: Tensor | None, width: int = 1) -> Tensor:
+    """Zeros without a weight: then all `width` entries have the same share."""
+    return (
+        x.new_zeros(*x.shape[:2], width)
+        if weight is None
+        else F.linear(x, at_least_float32(weight))
+    )

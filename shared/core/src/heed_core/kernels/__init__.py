@@ -1,0 +1,1 @@
+"""Operations that torch does not express well, each with its fake and its gradient."""

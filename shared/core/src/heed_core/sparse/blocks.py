@@ -1,0 +1,67 @@
+"""Blocks of sparse networks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from heed_core.sparse.backends import BackendName
+from heed_core.sparse.convolution import Size, SparseConv3d, SubMConv3d
+from heed_core.sparse.tensor import SparseTensor
+
+NEGATIVE_SLOPE = 0.01
+
+
+def norm_rows(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Batch normalisation; without rows the running statistics stay as they are."""
+    if not torch.compiler.is_compiling() and rows.shape[0] == 0:
+        return F.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    normed: Tensor = norm(rows)
+    return normed
+
+
+class ConvActNorm(nn.Module):
+    """Convolution, then LeakyReLU(0.01), then batch normalisation of the rows.
+
+    The activation comes before the norm, as in Cylinder3D (Zhu et al., arXiv 2011.10033).
+
+    Args:
+        conv: A sparse convolution without bias.
+    """
+
+    def __init__(self, conv: SubMConv3d | SparseConv3d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.BatchNorm1d(conv.out_channels)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        """Onto the sites of the convolution."""
+        y: SparseTensor = self.conv(x)
+        return y.with_features(norm_rows(self.norm, F.leaky_relu(y.features, NEGATIVE_SLOPE)))
+
+
+class CAB(ConvActNorm):
+    """`ConvActNorm` of a submanifold convolution.
+
+    Args:
+        in_channels: Of the input.
+        out_channels: Of the output.
+        kernel: Cells per axis.
+        dilation: Input cells between two kernel cells.
+        backend: As for `sparse_conv`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: Size,
+        *,
+        dilation: Size = 1,
+        backend: BackendName = "auto",
+    ) -> None:
+        super().__init__(
+            SubMConv3d(in_channels, out_channels, kernel, dilation=dilation, backend=backend)
+        )

@@ -1,0 +1,225 @@
+"""Bi-level routing: golden numbers, special cases that are other attentions, pieces, padding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from heed_core import attend, observe
+from heed_core.attention import bilevel
+from heed_core.attention.bilevel import (
+    BilevelAttention,
+    LepeAttention,
+    attention_from_biformer,
+    from_regions,
+    region_affinity,
+    region_topk,
+    routed_attention,
+    to_regions,
+)
+from heed_core.testing.golden_fixtures import GoldenFixture
+
+GOLDEN = Path(__file__).parent / "golden" / "biformer"
+DTYPES = [torch.float64, torch.float32]
+
+
+def official(golden: GoldenFixture, dtype: torch.dtype) -> BilevelAttention:
+    module = BilevelAttention(32, heads=2, regions=(3, 3), topk=2)
+    module.load_state_dict(attention_from_biformer(golden.weights()))
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_golden_outputs_routes_maps_and_gradients(dtype: torch.dtype) -> None:
+    golden = GoldenFixture.load(GOLDEN)
+    module = official(golden, dtype)
+    x = golden.input("x", dtype)
+    with observe(module) as maps:
+        y = module(x)
+    golden.check("y", y)
+    golden.check("attention", maps["attend"])
+    cells = to_regions(x, (3, 3))
+    query, key = module.query(cells), module.key(cells)
+    golden.check("region_affinity", region_affinity(query, key))
+    routes = region_topk(query, key, topk=2)
+    assert torch.equal(routes, golden.tensors["output.routed_regions"])
+    golden.loss(y).backward()
+    golden.check("grad.input.x", x.grad)
+    golden.check("grad.weights.lepe.weight", module.lepe.weight.grad)
+    golden.check("grad.weights.wo.weight", module.out.weight.grad)
+    parts = (module.query, module.key, module.value)
+    packed = torch.cat([part.weight.grad for part in parts])
+    golden.check("grad.weights.qkv.qkv.weight", packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_golden_last_stage(dtype: torch.dtype) -> None:
+    golden = GoldenFixture.load(GOLDEN / "last_stage")
+    module = LepeAttention(32)
+    module.load_state_dict(attention_from_biformer(golden.weights()))
+    x = golden.input("x", dtype)
+    y = module.to(dtype)(x)
+    golden.check("y", y)
+    golden.check("lepe_of_input", module.lepe(x.movedim(-1, 1)).movedim(1, -1))
+    golden.loss(y).backward()
+    golden.check("grad.input.x", x.grad)
+    golden.check("grad.weights.lepe.weight", module.lepe.weight.grad)
+    of_value = LepeAttention(32, lepe_of="value").to(dtype)
+    of_value.load_state_dict(module.state_dict())
+    with pytest.raises(AssertionError, match="off"):
+        golden.check("y", of_value(x))
+
+
+def test_golden_notices_the_usual_scale() -> None:
+    golden = GoldenFixture.load(GOLDEN)
+    module = official(golden, torch.float32)
+    module.attend.scale = 16**-0.5
+    with pytest.raises(AssertionError, match="off"):
+        golden.check("y", module(golden.input("x", torch.float32)))
+
+
+def test_both_published_layouts_give_the_same_weights() -> None:
+    weights = GoldenFixture.load(GOLDEN).weights()
+    other = {
+        name.replace("qkv.qkv", "qkv_linear").replace("wo.", "output_linear."): (
+            tensor[..., None, None] if tensor.dim() == 2 else tensor
+        )
+        for name, tensor in weights.items()
+    }
+    first, second = attention_from_biformer(weights), attention_from_biformer(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def qkv(regions: int = 6, cells: int = 4) -> torch.Tensor:
+    return torch.randn(3, 2, regions, cells, 8, dtype=torch.float64)
+
+
+def by_head(x: torch.Tensor) -> torch.Tensor:
+    return x.unflatten(-1, (2, 4)).movedim(-2, 1)
+
+
+def test_all_regions_are_full_attention() -> None:
+    query, key, value = qkv()
+    routes = region_topk(query, key, topk=6)
+    found = routed_attention(query, key, value, routes, heads=2)
+    flat = [by_head(x.flatten(1, 2)) for x in (query, key, value)]
+    torch.testing.assert_close(by_head(found.flatten(1, 2)), attend(*flat))
+
+
+def test_own_region_alone_is_window_attention() -> None:
+    query, key, value = qkv()
+    routes = torch.arange(6).expand(2, 6)[..., None]
+    found = routed_attention(query, key, value, routes, heads=2)
+    windows = [by_head(x.flatten(0, 1)) for x in (query, key, value)]
+    torch.testing.assert_close(by_head(found.flatten(0, 1)), attend(*windows))
+
+
+def test_routes_are_the_most_alike_and_do_not_know_the_order_of_cells() -> None:
+    query, key, _ = qkv()
+    routes = region_topk(query, key, topk=3)
+    for b in range(2):
+        for r in range(6):
+            products = [float(query[b, r].mean(0) @ key[b, s].mean(0)) for s in range(6)]
+            best = sorted(range(6), key=lambda s: -products[s])[:3]
+            assert routes[b, r].tolist() == best
+    order = torch.randperm(4)
+    assert torch.equal(region_topk(query[:, :, order], key[:, :, order], topk=3), routes)
+
+
+def test_regions_are_neighbours() -> None:
+    x = torch.arange(4 * 6).reshape(1, 4, 6, 1).float()
+    cells = to_regions(x, (2, 3))
+    assert cells[0, 1, :, 0].tolist() == [2, 3, 8, 9]
+    assert torch.equal(from_regions(cells, (2, 3), (4, 6)), x)
+
+
+def test_pieces_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = BilevelAttention(8, heads=2, regions=(3, 2), topk=2).double()
+    x = torch.randn(2, 9, 8, 8, dtype=torch.float64)
+    whole = module(x)
+    for size in (1, 2000, 5000):
+        monkeypatch.setattr(bilevel, "PIECE_BYTES", size)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), whole)
+            with observe(module) as maps:
+                module(x)
+            assert maps["attend"].shape == (2 * 6, 2, 12, 24)
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return made
+
+
+def test_gathered_keys_never_exist_as_a_whole() -> None:
+    module = BilevelAttention(64, heads=2, regions=(7, 7), topk=16).eval()
+    x = torch.randn(1, 56, 56, 64)
+    with torch.no_grad(), LargestTensor() as largest:
+        module(x)
+    assert largest.bytes <= 1.5 * x.numel() * 4
+
+
+def test_padding_changes_nothing() -> None:
+    """A grid that does not divide equals a padded one whose padding is masked."""
+    module = BilevelAttention(8, heads=2, regions=(3, 3), topk=2).double()
+    x = torch.randn(2, 7, 5, 8, dtype=torch.float64)
+    wide = torch.nn.functional.pad(x, (0, 0, 0, 1, 0, 2), value=5.0)
+    mask = torch.zeros(2, 9, 6, dtype=torch.bool)
+    mask[:, :7, :5] = True
+    torch.testing.assert_close(module(x), module(wide, mask=mask)[:, :7, :5])
+
+
+def test_regions_of_padding_alone_are_not_chosen() -> None:
+    module = BilevelAttention(8, heads=2, regions=(7,), topk=4, lepe_kernel=3)
+    x = torch.randn(1, 8, 8)  # four regions of two cells, three of padding
+    with observe(module) as maps:
+        assert module(x).isfinite().all()
+    torch.testing.assert_close(maps["attend"][:4].sum(-1), torch.ones(4, 2, 2))
+    assert maps["attend"][:4].gt(0).all()
+
+
+def test_other_numbers_of_axes() -> None:
+    module = BilevelAttention(8, heads=2, regions=(2, 1, 3), topk=2, lepe_kernel=3)
+    assert module(torch.randn(1, 4, 3, 7, 8)).shape == (1, 4, 3, 7, 8)
+
+
+def test_routing_has_no_gradient() -> None:
+    query, key, _ = qkv()
+    assert not region_affinity(query.requires_grad_(), key).requires_grad
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: BilevelAttention(8, heads=2, regions=(3, 3), topk=10), "topk must be between"),
+        (lambda: BilevelAttention(8, heads=2, regions=(3, 0), topk=1), "regions must be positive"),
+        (lambda: BilevelAttention(8, heads=3, regions=(3, 3), topk=1), "heads must divide"),
+        (
+            lambda: BilevelAttention(8, heads=2, regions=(3, 3), topk=1, lepe_kernel=4),
+            "kernel must be odd",
+        ),
+        (lambda: LepeAttention(8, lepe_of="key"), "lepe_of must be"),
+        (lambda: region_topk(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), topk=1), "query and key"),
+        (
+            lambda: routed_attention(
+                *torch.zeros(3, 1, 2, 3, 4), torch.zeros(1, 3, 1, dtype=torch.long), heads=2
+            ),
+            "routes must be",
+        ),
+        (lambda: attention_from_biformer({"norm.weight": torch.zeros(1)}), "no weight of"),
+    ],
+)
+def test_wrong_arguments_are_named(call, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        call()

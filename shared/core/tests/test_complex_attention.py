@@ -1,0 +1,125 @@
+"""Complex attention: the formula in loops, its limits, decoding."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from heed_core import observe
+from heed_core.attention.complex import ComplexAttention, adapt_phase
+from heed_core.attention.multi_head import MultiHeadAttention
+from heed_core.relative import RotaryPositions
+
+
+def build(**options) -> ComplexAttention:
+    module = ComplexAttention(24, heads=3, **options).double().eval()
+    torch.nn.init.normal_(module.phase_bias)
+    return module
+
+
+def scores_by_cosines(query: Tensor, key: Tensor, delta: Tensor, bias: Tensor, frequency: Tensor):
+    """The formula, an N x N x d / 2 tensor of cosines."""
+    pairs = query.shape[-1] // 2
+    q, k = (torch.complex(x[..., :pairs], x[..., pairs:]) for x in (query, key))
+    away = torch.arange(query.shape[2])[:, None] - torch.arange(key.shape[2])
+    theta = (
+        delta[:, None, None] * (q.angle()[..., :, None, :] - k.angle()[..., None, :, :])
+        + bias[:, None, None]
+        + away[..., None] * frequency
+    )
+    return (q.abs()[..., :, None, :] * k.abs()[..., None, :, :] * theta.cos()).sum(-1)
+
+
+def test_the_dot_product_of_transformed_vectors_is_the_sum_of_cosines() -> None:
+    query, key = torch.randn(2, 3, 7, 8).double(), torch.randn(2, 3, 9, 8).double()
+    delta, bias = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    frequency = 10000.0 ** (-2.0 * torch.arange(4, dtype=torch.float64) / 8)
+    rotary = RotaryPositions(8)
+    found = rotary(adapt_phase(query, delta, bias)) @ rotary(adapt_phase(key, delta)).mT
+    wanted = scores_by_cosines(query, key, delta, bias, frequency)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)  # 1e-9 below the root
+
+
+def test_delta_of_one_is_rotary_attention() -> None:
+    module = build(causal=True, scale=8**-0.5)
+    torch.nn.init.ones_(module.delta)
+    torch.nn.init.zeros_(module.phase_bias)
+    plain = MultiHeadAttention(
+        24, heads=3, qkv_bias=False, out_bias=False, causal=True, rotary=RotaryPositions(8)
+    ).double()
+    state = {n: x for n, x in module.state_dict().items() if n.endswith("weight")}
+    plain.load_state_dict(state)
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    torch.testing.assert_close(module(x), plain(x), rtol=1e-6, atol=1e-6)
+
+
+def test_all_positions_moved_by_one_number_change_no_weight() -> None:
+    module, x = build(), torch.randn(2, 9, 24, dtype=torch.float64)
+    maps = []
+    for start in (0, 1000):
+        with observe(module) as record:
+            module(x, positions=torch.arange(start, start + 9))
+        maps.append(record["attend"])
+    torch.testing.assert_close(*maps)
+
+
+def test_delta_of_zero_without_positions_sees_magnitudes_only() -> None:
+    query, key = torch.randn(1, 2, 5, 6).double(), torch.randn(1, 2, 5, 6).double()
+    zero = torch.zeros(2, 3, dtype=torch.float64)
+    scores = adapt_phase(query, zero) @ adapt_phase(key, zero).mT
+    lengths = [(x[..., :3] ** 2 + x[..., 3:] ** 2).sqrt() for x in (query, key)]
+    torch.testing.assert_close(scores, lengths[0] @ lengths[1].mT, rtol=0, atol=1e-6)
+
+
+def test_a_channel_of_zero_has_a_finite_gradient() -> None:
+    x = torch.zeros(1, 2, 3, 6, dtype=torch.float64, requires_grad=True)
+    delta = torch.full((2, 3), 0.7, dtype=torch.float64, requires_grad=True)
+    gradients = torch.autograd.grad(adapt_phase(x, delta, delta).sum(), (x, delta))
+    assert all(bool(g.isfinite().all()) for g in gradients)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(512, 8), (256, 8)])
+def test_number_of_parameters(dim: int, heads: int) -> None:
+    module = ComplexAttention(dim, heads=heads)
+    assert sum(p.numel() for p in module.parameters()) == 4 * dim**2 + dim
+
+
+def test_decoding_token_by_token_equals_one_forward() -> None:
+    module, x = build(causal=True), torch.randn(2, 9, 24, dtype=torch.float64)
+    real = torch.arange(9) < torch.tensor([[9], [9]])
+    with torch.no_grad():
+        whole = module(x, padding_mask=real)
+        cache = module.new_cache(2, 9)
+        parts = [module(x[:, :4], cache=cache)]
+        parts += [module(x[:, t : t + 1], cache=cache) for t in range(4, 9)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        cache.crop(5)
+        torch.testing.assert_close(module(x[:, 5:], cache=cache), whole[:, 5:])
+
+
+def test_half_precision_keeps_far_positions_apart() -> None:
+    module = build(causal=True).to(torch.bfloat16)
+    x = torch.randn(1, 1, 24).to(torch.bfloat16).expand(1, 2, 24)
+    maps = []
+    for places in ((0, 1), (5000, 5001)):
+        with observe(module) as record:
+            module(x, positions=torch.tensor(places))
+        maps.append(record["attend"])
+    torch.testing.assert_close(*maps, rtol=0, atol=0.05)
+
+
+@pytest.mark.bad_input
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="head_dim must be even"):
+        ComplexAttention(12, heads=4)
+    with pytest.raises(ValueError, match="base=None, no causal"):
+        ComplexAttention(24, heads=3, context_dim=5)
+    with pytest.raises(ValueError, match="even number of channels"):
+        adapt_phase(torch.randn(1, 2, 3, 5), torch.ones(2, 2))
+    module = build()
+    with pytest.raises(ValueError, match="context must be given if and only if"):
+        module(torch.randn(1, 3, 24).double(), torch.randn(1, 3, 24).double())
+    with pytest.raises(ValueError, match="cache serves causal=True only"):
+        module(torch.randn(1, 3, 24).double(), cache=module.new_cache(1, 4))
+    contextual = ComplexAttention(24, heads=3, context_dim=5, base=None)
+    with pytest.raises(ValueError, match="positions have no effect"):
+        contextual(torch.randn(1, 3, 24), torch.randn(1, 2, 5), positions=torch.arange(3))

@@ -1,0 +1,202 @@
+"""Predicted connectivity: golden masks and numbers, the two paths, how the predictor learns."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from heed_core import attend, observe
+from heed_core.attention.connectivity import (
+    ConnectivityAttention,
+    LowRankConnectivity,
+    connectivity_attention_from_sparsifiner,
+    gathered_attention,
+    topk_mask,
+)
+from heed_core.testing.golden_fixtures import GoldenFixture
+
+GOLDEN = Path(__file__).parent / "golden" / "sparsifiner"
+DTYPES = [torch.float64, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def golden() -> GoldenFixture:
+    return GoldenFixture.load(GOLDEN)
+
+
+def official(golden: GoldenFixture, dtype: torch.dtype, **options: object) -> ConnectivityAttention:
+    module = ConnectivityAttention(
+        32, heads=4, tokens=21, keep=0.4, rank=7, top_coefficients=3, prune_rows=True, **options
+    )
+    module.load_state_dict(connectivity_attention_from_sparsifiner(golden.weights()))
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_golden_masks_weights_outputs_and_gradients(golden, dtype: torch.dtype) -> None:
+    module = official(golden, dtype)
+    x = golden.input("x", dtype)
+    with observe(module) as maps:
+        y = module(x)
+    golden.check("y", y)
+    golden.check("masked_attn", maps["attend"])
+    query, key, _ = module._projected(x, None)
+    scores = module.connectivity(query, key)
+    golden.check("approx_attn", scores)
+    assert torch.equal(module.mask(scores).float(), golden.tensors["output.attn_mask"])
+    golden.loss(y).backward()
+    golden.check("grad.input.x", x.grad)
+    golden.check("grad.weights.proj.weight", module.out.weight.grad)
+    parts = (module.query, module.key, module.value)
+    golden.check("grad.weights.qkv.weight", torch.cat([part.weight.grad for part in parts]))
+    assert all(parameter.grad is None for parameter in module.connectivity.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_golden_pruned_tokens(golden, dtype: torch.dtype) -> None:
+    module = official(golden, dtype)
+    x = golden.input("x", dtype)
+    kept = torch.nn.functional.pad(golden.tensors["input.token_mask"], (1, 0), value=True)
+    with observe(module) as maps:
+        y = module(x, kept=kept)
+    golden.check("y.pruned", y)
+    golden.check("masked_attn.pruned", maps["attend"])
+    query, key, _ = module._projected(x, kept)
+    mask = module.mask(module.connectivity(query, key, kept=kept), kept)
+    assert torch.equal(mask.float(), golden.tensors["output.attn_mask.pruned"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_golden_reconstruction(golden, dtype: torch.dtype) -> None:
+    module = official(golden, dtype)
+    x = golden.input("x", dtype)
+    y, scores = module.reconstruct(x)
+    golden.check("y.reconstruct", y)
+    golden.check("approx_attn.reconstruct", scores)
+    query, key, _ = module._projected(x, None)
+    golden.check("basis_coef.reconstruct", module.connectivity.coefficients(query, key))
+
+
+def test_golden_notices_another_scale(golden) -> None:
+    module = official(golden, torch.float32)
+    module.connectivity.scale = 8**-0.5
+    query, key, _ = module._projected(golden.tensors["input.x"], None)
+    with pytest.raises(AssertionError, match="off"):
+        golden.check("approx_attn", module.connectivity(query, key))
+
+
+@pytest.mark.parametrize("prune_rows", [True, False])
+@pytest.mark.parametrize("pruned", [True, False])
+def test_the_gathered_path_equals_the_masked_one_with_all_gradients(
+    golden, pruned: bool, prune_rows: bool
+) -> None:
+    kept = torch.ones(2, 21, dtype=torch.bool)
+    if pruned:
+        kept[0, 3:17] = kept[1, 2:6] = False
+    found = {}
+    for path in ("mask", "gather"):
+        module = official(golden, torch.float64, path=path)
+        module.prune_rows = prune_rows
+        x = golden.input("x", torch.float64)
+        y = module(x, kept=kept if pruned else None)
+        golden.loss(y).backward()
+        found[path] = [y, x.grad, module.query.weight.grad, module.value.weight.grad]
+    for masked, gathered in zip(found["mask"], found["gather"], strict=True):
+        torch.testing.assert_close(gathered, masked)
+
+
+def test_gathered_attention_is_masked_attention() -> None:
+    query, key, value = torch.randn(3, 2, 3, 6, 4, dtype=torch.float64)
+    mask = topk_mask(torch.randn(2, 3, 6, 6), 3)
+    indices = mask.nonzero()[:, 3].reshape(2, 3, 6, 3)
+    found = gathered_attention(query, key, value, indices)
+    torch.testing.assert_close(found, attend(query, key, value, mask=mask))
+    first_two = torch.tensor([True, True, False]).expand(2, 3, 6, 3)
+    fewer = mask & ~torch.zeros_like(mask).scatter(-1, indices[..., 2:], True)
+    found = gathered_attention(query, key, value, indices, mask=first_two)
+    torch.testing.assert_close(found, attend(query, key, value, mask=fewer))
+
+
+def test_topk_mask_prefers_low_indices_and_takes_a_number_per_row() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    assert topk_mask(scores, 3).tolist() == [[True, True, True, False]] * 2
+    numbers = torch.tensor([1, 0])
+    assert topk_mask(scores, numbers).tolist() == [[False, True, False, False], [False] * 4]
+
+
+def test_keeping_everything_is_plain_attention() -> None:
+    module = ConnectivityAttention(8, heads=2, tokens=9, keep=1.0, rank=4).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    heads = [
+        layer(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        for layer in (module.query, module.key, module.value)
+    ]
+    plain = module.out(attend(*heads).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(module(x), plain)
+
+
+def test_each_row_but_the_first_keeps_its_number_and_depends_on_the_input() -> None:
+    module = ConnectivityAttention(8, heads=2, tokens=21, keep=0.3, rank=4)
+    for parameter in module.connectivity.parameters():
+        torch.nn.init.normal_(parameter)
+    masks = []
+    for _ in range(2):
+        query, key, _ = module._projected(torch.randn(1, 21, 8), None)
+        masks.append(module.mask(module.connectivity(query, key)))
+    assert (masks[0][:, :, 1:].sum(-1) == 7).all()
+    assert masks[0][:, :, 0].all()
+    assert not torch.equal(*masks)
+
+
+def test_the_predictor_learns_by_reconstruction() -> None:
+    module = ConnectivityAttention(16, heads=2, tokens=13, rank=8)
+    x = torch.randn(4, 13, 16)
+    with observe(module) as maps:
+        module.reconstruct(x)
+    teacher = maps["attend"][:, :, 1:]
+    steps = torch.optim.Adam(module.connectivity.parameters(), lr=0.02)
+    losses = []
+    for _ in range(100):
+        loss = (module.reconstruct(x)[1] - teacher).square().sum()
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_published_numbers_of_parameters() -> None:
+    def count(rank: int, **options: bool) -> int:
+        module = LowRankConnectivity(64, tokens=197, rank=rank, heads=6, **options)
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert count(32) == 16_768
+    assert count(24) == 2 * (64 * 32 + 32) + 2 * 197 * 24
+    assert count(32, shared_basis=True) == 2 * (64 * 32 + 32) + 197 * 32
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: ConnectivityAttention(8, heads=2, tokens=9, keep=0.0), "keep must be"),
+        (lambda: ConnectivityAttention(8, heads=2, tokens=9, path="fast"), "path must be"),
+        (lambda: ConnectivityAttention(8, heads=2, tokens=9)(torch.zeros(1, 8, 8)), "x must be"),
+        (
+            lambda: LowRankConnectivity(8, tokens=9, rank=4, heads=2, top_coefficients=5),
+            "top_coefficients must be",
+        ),
+        (lambda: LowRankConnectivity(9, tokens=9, rank=4, heads=2), "reduction must divide"),
+        (lambda: topk_mask(torch.zeros(2, 3), 4), "k must be between"),
+        (
+            lambda: gathered_attention(
+                *torch.zeros(3, 1, 2, 3, 4), torch.zeros(1, 3, 2, dtype=torch.long)
+            ),
+            "indices must be",
+        ),
+        (lambda: connectivity_attention_from_sparsifiner({"cls": torch.zeros(1)}), "no weight of"),
+    ],
+)
+def test_wrong_arguments_are_named(call, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        call()

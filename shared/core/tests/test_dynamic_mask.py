@@ -1,0 +1,236 @@
+"""Dynamic mask attention: what is kept, the fast paths, decoding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from heed_core import observe
+from heed_core.attend import attend
+from heed_core.attention.dynamic_mask import (
+    DynamicMaskAttention,
+    dynamic_mask_attention,
+    keep_blocks,
+    keep_most,
+)
+from heed_core.kernels.running_top import running_top
+from heed_core.relative import RotaryPositions
+from heed_core.sites import Attend
+
+
+def draw(n: int, m: int, *, ties: bool = False) -> list[Tensor]:
+    """Queries of 4 heads, keys, values and scores of 2."""
+    query = torch.randn(2, 4, n, 6, dtype=torch.float64)
+    key, value = (torch.randn(2, 2, m, 6, dtype=torch.float64) for _ in range(2))
+    scores = torch.randn(2, 2, m, dtype=torch.float64)
+    return [query, key, value, scores.round() if ties else scores]
+
+
+def kept_by_loops(scores: Tensor, n: int, keep: int, real: Tensor) -> Tensor:
+    """(b, g, n, m) of a causal attention; of equal scores the latest key is kept."""
+    batch, groups, m = scores.shape
+    kept = torch.zeros(batch, groups, n, m, dtype=torch.bool)
+    for b in range(batch):
+        for g in range(groups):
+            for i in range(n):
+                seen = [j for j in range(i + m - n + 1) if real[b, j]]
+                best = sorted(seen, key=lambda j: (float(scores[b, g, j]), j))[-keep:]
+                kept[b, g, i, best] = True
+    return kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 13),
+    more=st.integers(0, 9),
+    keep=st.integers(1, 7),
+    block=st.integers(1, 6),
+    ties=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_running_top_is_a_sort_for_every_query(n, more, keep, block, ties, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    m = n + more
+    scores = torch.randn(2, 3, m, generator=generator)
+    scores = scores.round() if ties else scores
+    real = torch.rand(2, m, generator=generator) < 0.7
+    index, chosen = running_top(scores, real, n, keep, block, 0)
+    found = torch.zeros(2, 3, index.shape[2] * block, m, dtype=torch.int64)
+    for t in range(index.shape[2]):
+        rows = slice(t * block, (t + 1) * block)
+        where = index[:, :, t, None].expand(chosen[:, :, t].shape)
+        found[:, :, rows] = found[:, :, rows].scatter_add(-1, where, chosen[:, :, t].long())
+    expected = kept_by_loops(scores, n, keep, real)
+    assert torch.equal(found[:, :, :n], expected.long())
+    causal = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    assert torch.equal(keep_most(scores, causal & real[:, None, None], keep), expected)
+
+
+def test_running_top_is_a_good_operator() -> None:
+    scores, real = torch.randn(2, 3, 20), torch.rand(2, 20) < 0.8
+    torch.library.opcheck(running_top, (scores, real, 15, 4, 6, 0))
+    torch.library.opcheck(running_top, (scores, real, 15, 4, 6, 1))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(150, 150), (70, 150), (1, 100), (128, 128)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_equal_the_whole_map_with_gradients(n: int, m: int, ties, padded) -> None:
+    given = draw(n, m, ties=ties)
+    real = (torch.arange(m) < torch.tensor([[m], [m - 20]])) if padded else None
+    results = []
+    for mask in (None, torch.ones(1, 1, n, m, dtype=torch.bool)):  # a mask takes the whole map
+        leaves = [x.clone().requires_grad_() for x in given]
+        out = dynamic_mask_attention(*leaves, keep=9, causal=True, mask=mask, padding_mask=real)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_set_of_keys_equals_the_whole_map(padded) -> None:
+    given = draw(7, 30, ties=True)
+    real = (torch.arange(30) < torch.tensor([[30], [4]])) if padded else None
+    whole = torch.ones(1, 1, 7, 30, dtype=torch.bool)
+    results = []
+    for mask in (None, whole):
+        leaves = [x.clone().requires_grad_() for x in given]
+        out = dynamic_mask_attention(*leaves, keep=9, mask=mask, padding_mask=real)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_keeping_all_keys_is_attention_with_the_scores_as_a_bias() -> None:
+    query, key, value, scores = draw(20, 20)
+    out = dynamic_mask_attention(query, key, value, scores, keep=20, causal=True)
+    bias = scores.repeat_interleave(2, dim=1)[:, :, None]
+    torch.testing.assert_close(out, attend(query, key, value, bias=bias, causal=True))
+    none = dynamic_mask_attention(query, key, value, 0 * scores, keep=20, causal=True)
+    torch.testing.assert_close(none, attend(query, key, value, causal=True))
+
+
+def test_every_row_keeps_as_many_keys_as_it_can() -> None:
+    query, key, value, scores = draw(12, 12)
+    site = Attend()
+    with observe(site) as record:
+        dynamic_mask_attention(query, key, value, scores, keep=5, causal=True, site=site)
+    counts = (record[""] > 0).sum(-1)
+    expected = torch.arange(1, 13).clamp(max=5).expand(2, 4, 12)
+    assert torch.equal(counts, expected)
+
+
+def test_the_future_takes_no_place_among_kept_keys() -> None:
+    """A key to come with the largest score of all changes no earlier row by a bit."""
+    query, key, value, scores = draw(200, 200)
+    before = dynamic_mask_attention(query, key, value, scores, keep=6, causal=True)
+    loud = scores.clone()
+    loud[..., 120] = 50.0
+    after = dynamic_mask_attention(query, key, value, loud, keep=6, causal=True)
+    assert torch.equal(before[:, :, :120], after[:, :, :120])
+    assert not torch.equal(before[:, :, 120:], after[:, :, 120:])
+
+
+def test_equal_scores_keep_the_latest_keys() -> None:
+    query, key, value, scores = draw(100, 100)
+    out = dynamic_mask_attention(query, key, value, 0 * scores, keep=4, causal=True)
+    away = torch.arange(100)[:, None] - torch.arange(100)
+    window = (away >= 0) & (away < 4)
+    torch.testing.assert_close(out, attend(query, key, value, mask=window))
+
+
+def test_keys_that_nobody_keeps_get_no_gradient_but_scores_and_strength_do() -> None:
+    given = [x.requires_grad_() for x in draw(100, 100)]
+    query, key, value, scores = given
+    out = dynamic_mask_attention(query, key, value, scores, keep=5, causal=True)
+    gradients = torch.autograd.grad(out.sin().sum(), given)
+    real = torch.ones(2, 100, dtype=torch.bool)
+    kept = kept_by_loops(scores.detach(), 100, 5, real).any(2)
+    assert bool((~kept).any())
+    for gradient in gradients[1:3]:
+        assert bool((gradient[~kept] == 0).all())
+        assert bool((gradient[kept] != 0).any())
+    module = DynamicMaskAttention(12, heads=2, keep=3)
+    module(torch.randn(1, 9, 12)).sin().sum().backward()
+    assert bool(module.strength.grad.ne(0).all())
+    assert bool(module.score.weight.grad.ne(0).any())
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 12, 90])
+@pytest.mark.parametrize("form", ["exp", "linear"])
+def test_decoding_token_by_token_equals_one_forward(length: int, form: str) -> None:
+    module = DynamicMaskAttention(
+        12, heads=4, kv_heads=2, keep=4, head_dim=4, form=form, rotary=RotaryPositions(4)
+    ).double()
+    x = torch.randn(2, length, 12, dtype=torch.float64)
+    x[:, length // 2] = x[:, 0]  # equal values, equal scores
+    with torch.no_grad():
+        whole = module(x)
+        cache = module.new_cache(2, length)
+        parts = [module(x[:, t : t + 1], cache=cache) for t in range(length)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        twin = cache.clone()
+        twin.crop(2)
+        twin.reorder(torch.tensor([1, 0]))
+        again = module(x[[1, 0], 2:], cache=twin)
+        torch.testing.assert_close(again, whole[[1, 0], 2:])
+        assert cache.length == length
+
+
+def test_blocks_of_keys_are_kept_by_majority() -> None:
+    kept = torch.tensor([1, 1, 0, 0, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
+    expected = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 0, 0], dtype=torch.bool)
+    assert torch.equal(keep_blocks(kept, 4), expected)
+    query, key, value, scores = draw(30, 30)
+    site = Attend()
+    with observe(site) as record:
+        dynamic_mask_attention(
+            query, key, value, scores, keep=9, causal=True, block_size=4, site=site
+        )
+    causal = torch.ones(30, 30, dtype=torch.bool).tril()
+    expected = keep_blocks(keep_most(scores, causal, 9), 4) & causal
+    assert torch.equal(record[""] > 0, expected.repeat_interleave(2, dim=1))
+    assert bool(expected[:, :, -1].any())
+
+
+def test_operations_grow_with_what_is_kept_not_with_the_length() -> None:
+    counts = []
+    for n in (1024, 2048):
+        query, key = (torch.randn(1, h, n, 8) for h in (4, 2))
+        site = Attend(impl="reference")  # whose operations are counted
+        with FlopCounterMode(display=False) as counter:
+            dynamic_mask_attention(
+                query, key, key, torch.randn(1, 2, n), keep=16, causal=True, site=site
+            )
+        counts.append(counter.get_total_flops())
+    assert counts[1] == 2 * counts[0]
+    assert counts[0] == 2 * 2 * 4 * 1024 * (16 + 64) * 8
+
+
+@pytest.mark.bad_input
+def test_wrong_arguments_are_named() -> None:
+    query, key, value, scores = draw(5, 5)
+    for options, said in (
+        ({"keep": 0}, "keep must be at least 1"),
+        ({"mask": torch.ones(2, 4, 5, 5, dtype=torch.bool)}, "the same for all heads"),
+        ({"padding_mask": torch.ones(2, 4, dtype=torch.bool)}, "padding_mask must be"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dynamic_mask_attention(query, key, value, scores, **{"keep": 2, **options})
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        dynamic_mask_attention(query, key, value, scores, keep=2, mask=torch.ones(5, 5))
+    with pytest.raises(ValueError, match="scores must be"):
+        dynamic_mask_attention(query, key, value, scores[:, :1], keep=2)
+    for options, said in (
+        ({"keep": 0}, "keep must be"),
+        ({"keep": 2, "form": "log"}, "form must be one of"),
+        ({"keep": 2, "block_size": 0}, "block_size must be"),
+        ({"keep": 2, "context_dim": 5}, "self-attention only"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            DynamicMaskAttention(12, heads=2, **options)
+    module = DynamicMaskAttention(12, heads=2, keep=2)
+    with pytest.raises(ValueError, match="no order with the tokens"):
+        module(torch.randn(1, 3, 12), torch.randn(1, 4, 12))

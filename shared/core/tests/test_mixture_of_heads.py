@@ -1,0 +1,294 @@
+"""Mixture of heads: what gates and loss must be, and that skipping heads changes no number."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from heed_core import observe, steer
+from heed_core.attention.mixture_of_heads import MixtureOfHeads
+from heed_core.attention.multi_head import MultiHeadAttention
+from heed_core.head_routing import balance_loss, choose_heads, mixture_gates, norm_gates
+from heed_core.relative import RotaryPositions
+
+
+def pair(**options) -> tuple[MixtureOfHeads, MixtureOfHeads]:
+    """The same mixture, skipping heads and not, in float64."""
+    settings = {"heads": 6, "shared": 2, "active": 2, "head_dim": 4} | options
+    skipping = MixtureOfHeads(12, **settings, skip=True).double().eval()
+    dense = MixtureOfHeads(12, **settings, skip=False).double().eval()
+    dense.load_state_dict(skipping.state_dict())
+    return skipping, dense
+
+
+def weights(*widths: int) -> list[Tensor]:
+    return [torch.randn(width, 12, dtype=torch.float64) for width in widths]
+
+
+def gates_of(x: Tensor, routed, shared, kind, *, s: int, k: int, gating: str = "code"):
+    return mixture_gates(x, routed, shared, kind, shared=s, active=k, gating=gating)
+
+
+@pytest.mark.parametrize("gating", ["code", "paper"])
+def test_gates_are_those_of_the_formula(gating: str) -> None:
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    route, share, kind = weights(5, 3, 2)
+    found = gates_of(x, route, share, kind, s=3, k=2, gating=gating).gates
+    for b in range(2):
+        for t in range(7):
+            p, s, a = ((w @ x[b, t]).softmax(0) for w in (route, share, kind))
+            top = p.topk(2).indices
+            expected = torch.zeros(8, dtype=torch.float64)
+            if gating == "paper":
+                expected[:3] = a[0] * s
+                expected[3 + top] = a[1] * p[top]
+            else:
+                expected[:3] = 2 * a[0] * 3 * s
+                expected[3 + top] = 2 * a[1] * 2 * p[top] / p[top].sum()
+            torch.testing.assert_close(found[b, t], expected)
+
+
+def test_the_sum_of_gates_is_twice_the_shares_of_both_kinds() -> None:
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    route, share, kind = weights(5, 3, 2)
+    total = gates_of(x, route, share, kind, s=3, k=2).gates.sum(-1)
+    a = (x @ kind.T).softmax(-1)
+    torch.testing.assert_close(total, 2 * (3 * a[..., 0] + 2 * a[..., 1]))
+
+
+def test_all_routed_heads_and_no_shared_one() -> None:
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    (route,) = weights(5)
+    found = gates_of(x, route, None, None, s=0, k=5)
+    torch.testing.assert_close(found.gates, 5 * found.probabilities)
+    tied = gates_of(x, torch.zeros_like(route), None, None, s=0, k=3)
+    torch.testing.assert_close(tied.gates[0, 0], torch.tensor([1.0, 1, 1, 0, 0]).double())
+
+
+def test_one_shared_head_has_no_router_of_its_own() -> None:
+    module = MixtureOfHeads(12, heads=4, shared=1, active=2, head_dim=4)
+    assert module.share is None
+    gates = module(torch.randn(1, 5, 12)).gates
+    kinds = module.kind(torch.zeros(1, 5, 12)).softmax(-1)
+    assert gates.shape == (1, 5, 4)
+    assert kinds.shape == (1, 5, 2)
+    assert bool((gates[..., 0] > 0).all())
+
+
+@pytest.mark.parametrize("router", ["learned", "norm"])
+def test_idle_routers_that_choose_every_head_are_plain_attention(router: str) -> None:
+    plain = MultiHeadAttention(12, heads=6, head_dim=4, kv_heads=3, causal=True).double()
+    mixture = MixtureOfHeads.from_attention(plain, shared=2, active=4, router=router)
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    found = mixture(x)
+    assert torch.equal(found.gates, torch.ones(2, 9, 6).double())
+    assert torch.equal(found.output, plain(x))
+
+
+def test_equal_scores_go_to_the_first_heads() -> None:
+    scores = torch.tensor([[[0.2, 0.5, 0.5, 0.5, 0.1]]])
+    assert choose_heads(scores, 2).tolist() == [[[False, True, True, False, False]]]
+
+
+def test_the_norm_router_takes_the_longest_queries_and_survives_equal_ones() -> None:
+    query = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    found = norm_gates(query, shared=2, active=2)
+    lengths = query[:, 2:].norm(dim=-1).transpose(1, 2)
+    best = lengths.topk(2, dim=-1).indices.sort(-1).values
+    assert torch.equal(found.chosen.nonzero()[:, 2].reshape(2, 5, 2), best)
+    assert torch.equal(found.gates[..., :2], torch.ones(2, 5, 2).double())
+    same = torch.ones(1, 6, 3, 4, requires_grad=True)
+    tied = norm_gates(same, shared=2, active=2, straight_through=True)
+    assert bool(tied.probabilities.isfinite().all())
+    (gradient,) = torch.autograd.grad(tied.gates.sum() + tied.probabilities[..., 0].sum(), same)
+    assert bool(gradient.isfinite().all())
+
+
+def test_straight_through_gates_are_hard_and_have_the_gradient_of_the_probabilities() -> None:
+    query = torch.randn(1, 6, 5, 4, dtype=torch.float64, requires_grad=True)
+    soft = norm_gates(query, shared=2, active=2, straight_through=True)
+    torch.testing.assert_close(soft.gates, soft.gates.round())
+    pick = torch.randn(1, 5, 4, dtype=torch.float64)
+    (through,) = torch.autograd.grad((soft.gates[..., 2:] * pick).sum(), query)
+    hard = norm_gates(query, shared=2, active=2)
+    (wanted,) = torch.autograd.grad((hard.probabilities * hard.chosen * pick).sum(), query)
+    torch.testing.assert_close(through, wanted)
+    assert not hard.gates.requires_grad
+
+
+OPTIONS = {
+    "plain": {},
+    "grouped": {"kv_heads": 3},
+    "one-key-head": {"kv_heads": 1, "shared": 3},
+    "causal": {"causal": True},
+    "causal-rotary": {"causal": True, "rotary": RotaryPositions(4)},
+    "norm": {"router": "norm", "rotary": RotaryPositions(4)},
+    "none-shared": {"shared": 0, "active": 2},
+    "no-biases": {"qkv_bias": False, "out_bias": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("masked", ["none", "padding", "rows", "heads"])
+def test_skipping_changes_no_number(options, masked: str) -> None:
+    skipping, dense = pair(**options)
+    x = torch.randn(3, 19, 12, dtype=torch.float64)
+    given = {}
+    if masked == "padding":
+        given["padding_mask"] = torch.arange(19) < torch.tensor([[19], [14], [3]])
+    elif masked != "none":
+        shape = (3, 1, 19, 19) if masked == "rows" else (1, 6, 1, 19)
+        given["mask"] = (torch.rand(shape) < 0.6) | torch.eye(19, dtype=torch.bool)
+    results = []
+    for module in (skipping, dense):
+        leaf = x.clone().requires_grad_()
+        found = module(leaf, **given)
+        leaves = [leaf, *module.parameters()]
+        loss = found.output.sin().sum() + found.balance_loss
+        results.append([*found, *torch.autograd.grad(loss, leaves)])
+    for ours, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_skipping_in_cross_attention() -> None:
+    skipping, dense = pair(context_dim=5)
+    x, context = torch.randn(2, 9, 12).double(), torch.randn(2, 6, 5).double()
+    real = torch.arange(6) < torch.tensor([[6], [4]])
+    torch.testing.assert_close(
+        skipping(x, context, padding_mask=real).output, dense(x, context, padding_mask=real).output
+    )
+
+
+def test_a_head_that_nobody_chooses_is_skipped_whole() -> None:
+    skipping, dense = pair(active=1)
+    with torch.no_grad():
+        skipping.route.weight.zero_()
+    dense.load_state_dict(skipping.state_dict())
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    gates = skipping(x).gates
+    assert bool((gates[..., 3:] == 0).all())
+    torch.testing.assert_close(skipping(x).output, dense(x).output)
+
+
+def test_operations_fall_with_the_share_of_heads_in_use() -> None:
+    """What is left: keys and values whole, the rest in the share (S + K) / H of heads."""
+    n, c, heads = 64, 96, 12
+    x = torch.randn(1, n, c)
+    for shared, active in ((2, 1), (3, 3), (4, 6)):
+        module = MixtureOfHeads(c, heads=heads, shared=shared, active=active, skip=True)
+        module.attend.impl = "reference"  # whose operations are counted
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(x)
+        share = (shared + active) / heads
+        rows = 4 * n * c * c + share * (4 * n * c * c + 4 * n * n * c)
+        routers = 2 * n * c * (heads + 2)
+        assert counter.get_total_flops() == pytest.approx(rows + routers, rel=1e-6)
+
+
+def test_watched_calls_compute_all_heads_and_edits_reach_them() -> None:
+    skipping, _ = pair()
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    plain = skipping(x).output
+    with observe(skipping) as record:
+        torch.testing.assert_close(skipping(x).output, plain)
+    assert record["attend"].shape == (2, 6, 9, 9)
+    with steer(skipping, lambda w, call: w * 0.0):
+        torch.testing.assert_close(skipping(x).output, skipping.out.bias.expand(2, 9, 12))
+
+
+def test_balance_loss_of_a_collapsed_and_of_a_uniform_router() -> None:
+    heads, active = 5, 2
+    collapsed = torch.zeros(3, 4, heads)
+    collapsed[..., :active] = 1 / active
+    assert float(balance_loss(collapsed, collapsed > 0)) == pytest.approx(heads)
+    uniform = torch.full((1, heads, heads), 1 / heads)
+    turns = torch.stack([torch.arange(heads).roll(i) < active for i in range(heads)])[None]
+    assert float(balance_loss(uniform, turns)) == pytest.approx(active)
+
+
+def test_balance_loss_pushes_the_overused_head_down() -> None:
+    logits = torch.tensor([3.0, 1.0, 0.0, -1.0]).expand(2, 6, 4).clone().requires_grad_()
+    probabilities = logits.softmax(-1)
+    loss = balance_loss(probabilities, choose_heads(probabilities, 1))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert bool((gradient[..., 0] > 0).all())
+    assert bool((gradient[..., 1:] < 0).all())
+
+
+def test_padding_changes_neither_loss_nor_real_tokens() -> None:
+    module = MixtureOfHeads(12, heads=6, shared=2, active=2, head_dim=4).double()
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    real = (torch.arange(9) < 6).expand(2, 9)
+    loud = x.masked_fill(~real[..., None], 1e4)
+    first, second = module(x, padding_mask=real), module(loud, padding_mask=real)
+    assert torch.equal(first.balance_loss, second.balance_loss)
+    assert torch.equal(first.output[:, :6], second.output[:, :6])
+    assert bool((second.gates[:, 6:, 2:] == 0).all())
+    torch.testing.assert_close(first.balance_loss, module(x[:, :6]).balance_loss)
+
+
+@pytest.mark.parametrize("router", ["learned", "norm"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_decoding_token_by_token_equals_one_forward(router: str, skip: bool) -> None:
+    module = MixtureOfHeads(
+        12,
+        heads=6,
+        shared=2,
+        active=2,
+        head_dim=4,
+        kv_heads=3,
+        causal=True,
+        rotary=RotaryPositions(4),
+        router=router,
+        skip=skip,
+    ).double()
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    with torch.no_grad():
+        whole = module(x).output
+        cache = module.new_cache(2, 9)
+        parts = [module(x[:, :4], cache=cache).output]
+        parts += [module(x[:, t : t + 1], cache=cache).output for t in range(4, 9)]
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+        cache.crop(6)
+        torch.testing.assert_close(module(x[:, 6:], cache=cache).output, whole[:, 6:])
+
+
+def test_a_stage_of_the_published_vit_has_its_number_of_parameters() -> None:
+    """Routers add C (E + S + 2) weights to attention; none with the norm router."""
+    plain = sum(p.numel() for p in MultiHeadAttention(32, heads=8).parameters())
+    learned = MixtureOfHeads(32, heads=8, shared=2, active=3)
+    assert sum(p.numel() for p in learned.parameters()) == plain + 32 * (6 + 2 + 2)
+    norm = MixtureOfHeads(32, heads=8, shared=2, active=3, router="norm")
+    assert sum(p.numel() for p in norm.parameters()) == plain
+    whole = MixtureOfHeads(32, heads=8, shared=8, active=0)
+    assert sum(p.numel() for p in whole.parameters()) == plain + 32 * 8
+
+
+def test_without_routed_heads_the_loss_is_zero() -> None:
+    found = MixtureOfHeads(12, heads=3, shared=3, active=0)(torch.randn(1, 4, 12))
+    assert found.balance_loss.shape == ()
+    assert float(found.balance_loss.detach()) == 0.0
+
+
+@pytest.mark.bad_input
+def test_wrong_options_are_named() -> None:
+    for options, said in (
+        ({"shared": 7, "active": 0}, "shared must be from 0 to heads=6"),
+        ({"shared": -1, "active": 2}, "shared must be"),
+        ({"shared": 2, "active": 5}, "active must be from 0 to the 4 heads"),
+        ({"shared": 2, "active": 0}, "without use"),
+        ({"shared": 2, "active": 2, "router": "random"}, "router must be one of"),
+        ({"shared": 2, "active": 2, "gating": "soft"}, "gating must be one of"),
+        ({"shared": 2, "active": 2, "router": "norm", "gating": "paper"}, "no effect"),
+        ({"shared": 2, "active": 2, "straight_through": True}, "no effect"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            MixtureOfHeads(12, heads=6, head_dim=4, **options)
+    module = MixtureOfHeads(12, heads=6, head_dim=4, shared=2, active=2)
+    with pytest.raises(ValueError, match="positions have no effect"):
+        module(torch.randn(1, 3, 12), positions=torch.arange(3))
+    with pytest.raises(ValueError, match="causal self-attention only"):
+        module(torch.randn(1, 3, 12), cache=module.new_cache(1, 4))
+    normed = MultiHeadAttention(12, heads=3, qk_norm="rms")
+    with pytest.raises(ValueError, match="no qk_norm"):
+        MixtureOfHeads.from_attention(normed, shared=1, active=1)
