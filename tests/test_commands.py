@@ -15,7 +15,13 @@ from heed_runtime.app import App
 from heed_runtime.testing.contract import check_recipe
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"msga": ("--model.width", "8", "--model.scales", "1", "2")}
+VOXELS = ("--model.width", "4", "--model.grid.shape", "60", "45", "8")
+SMALL = {
+    "msga": ("--model.width", "8", "--model.scales", "1", "2"),
+    "curbnet": VOXELS,
+    "cylinder3d": VOXELS,
+    "classical": ("--training.lowest-steps-m", "0.04", "--training.height-stds-m", "0.02"),
+}
 """Flags that make a system small enough to run all its verbs in a minute."""
 
 

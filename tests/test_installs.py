@@ -18,12 +18,16 @@ NEEDS = {
     "heed-runtime": {"heed-core", "heed-runtime"},
     "heed-medical": {"heed-core", "heed-medical"},
     "heed-medical-cli": {"heed-core", "heed-runtime", "heed-medical", "heed-medical-cli"},
+    "heed-lidar": {"heed-core", "heed-lidar"},
+    "heed-lidar-cli": {"heed-core", "heed-runtime", "heed-lidar", "heed-lidar-cli"},
 }
 FOREIGN = {
     "heed-core": {"lightning", "tyro", "matplotlib", "monai", "nibabel", "transformers", "numpy"},
     "heed-runtime": {"monai", "nibabel", "pydicom", "transformers", "spconv-cu120", "open3d"},
     "heed-medical": {"lightning", "tyro", "rich", "spconv-cu120", "open3d", "transformers"},
     "heed-medical-cli": {"spconv-cu120", "open3d", "laspy"},
+    "heed-lidar": {"lightning", "tyro", "rich", "matplotlib", "monai", "nibabel", "open3d"},
+    "heed-lidar-cli": {"monai", "nibabel", "pydicom", "albumentations", "transformers"},
 }
 IMPORT_ALL = """
 import importlib, pkgutil, sys

@@ -72,7 +72,8 @@ def test_all_members_have_one_version_and_require_each_other_at_it():
         ]
         siblings = [line for line in requirements if line.startswith("heed-")]
         assert all(
-            re.fullmatch(rf"heed-[\w-]+(\[[\w,]+\])?~={re.escape(version)}", line) for line in siblings
+            re.fullmatch(rf"heed-[\w-]+(\[[\w,]+\])?~={re.escape(version)}", line)
+            for line in siblings
         )
 
 

@@ -152,7 +152,8 @@ def test_a_network_without_attention_trains_and_has_no_back_end_to_choose(
     ]
     assert APP.call([*words, "--impl", "sdpa"]) == 2
     assert "--impl sdpa has no effect" in capsys.readouterr().err
-    assert APP.call([*words, "--overwrite"]) == 0
+    assert not (tmp_path / "run").exists()
+    assert APP.call(words) == 0
     assert APP.call(["evaluate", str(tmp_path / "run"), "--split", "val", "--quiet"]) == 0
 
 

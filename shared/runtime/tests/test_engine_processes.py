@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from heed_runtime.distributed import CpuLayerSync, SyncBatchNorm
+from heed_runtime.outputs import JOURNAL
 from heed_runtime.testing import APP
 from heed_runtime.testing.processes import start_ranks, wait
 
@@ -67,9 +68,11 @@ def test_two_processes_write_the_files_of_one(alone, data, tmp_path):
     predict = ["predict", str(alone), str(data / "val"), "--quiet", "--device", "cpu", "--out"]
     assert APP.call([*predict, str(tmp_path / "one")]) == 0
     logs = ranks([*predict, str(tmp_path / "two"), "--json"], tmp_path / "log.txt")
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    names = sorted(path.name for path in (tmp_path / "one").glob("[!.]*"))
     assert len(names) == 7
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "two").glob("[!.]*")) == names
+    journals = [(tmp_path / out / JOURNAL).read_text().splitlines() for out in ("one", "two")]
+    assert sorted(journals[0]) == sorted(journals[1])
     same, *_ = filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", names, shallow=False)
     texts = [(tmp_path / out / names[0]).read_text() for out in ("one", "two")]
     assert texts[0] == texts[1]

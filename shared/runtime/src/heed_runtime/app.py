@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import ast
 import importlib
-import pkgutil
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from heed_runtime import __version__
@@ -34,6 +35,23 @@ VERBS: Mapping[str, str] = {
 }
 """Verb -> its arguments, as `--help` shows them. The code of a verb is `commands/<verb>.py`."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A verb that only one domain has, beside the verbs of every app.
+
+    Example:
+        >>> Verb(module="heed_x_cli.view", arguments="FILE").arguments
+        'FILE'
+    """
+
+    module: str
+    """Holds `Options`, `run` and a docstring, as the modules in `heed_runtime.commands` do; it is
+    imported when the verb is used."""
+    arguments: str = ""
+    """What follows the verb, as `--help` shows it."""
+
+
 _SWITCHES = ("--json", "--quiet", "--debug")
 
 
@@ -46,6 +64,11 @@ class App:
         about: One line: what it is for.
         systems: Name of a system -> `module:OBJECT`, where OBJECT is its recipe (the class, or an
             instance).
+        verbs: Name of a verb that only this domain has -> what does it.
+        libraries: Library that only a part of this domain needs -> which part; `doctor` shows it.
+
+    Raises:
+        ValueError: A verb of the domain has the name of one that every app has.
 
     Example:
         >>> app = App(name="heed-x", about="Nothing yet.", systems={})
@@ -55,6 +78,13 @@ class App:
     name: str
     about: str
     systems: Mapping[str, str]
+    verbs: Mapping[str, Verb] = field(default_factory=dict)
+    libraries: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for verb in self.verbs:
+            if verb in VERBS:
+                raise ValueError(f"verbs must not replace {verb!r}, which every app has")
 
     def main(self, argv: Sequence[str] | None = None) -> NoReturn:
         """Run the command line and leave the process with its exit code."""
@@ -90,15 +120,16 @@ class App:
             sys.stdout.write(f"{self.name} {__version__}\n")
             return 0
         verb = argv[0]
-        if verb not in VERBS:
-            raise UsageError(f"{self.name} has no verb {verb!r}", remedy=nearest(verb, VERBS))
+        known = self._verbs()
+        if verb not in known:
+            raise UsageError(f"{self.name} has no verb {verb!r}", remedy=nearest(verb, known))
         return self._run_verb(verb, [*argv[1:], *switches])
 
     def _run_verb(self, verb: str, words: list[str]) -> int:
         from heed_runtime.arguments import parse
         from heed_runtime.terminal import logging_to
 
-        module = importlib.import_module(f"heed_runtime.commands.{verb}")
+        module = importlib.import_module(self._verbs()[verb].module)
         try:
             parsed = parse(self, verb, module.Options, module.__doc__ or "", words)
         except SystemExit as stop:
@@ -110,12 +141,20 @@ class App:
         terminal.show(result)
         return int(result.exit_code)
 
+    def _verbs(self) -> dict[str, Verb]:
+        common = {
+            name: Verb(module=f"heed_runtime.commands.{name}", arguments=arguments)
+            for name, arguments in VERBS.items()
+        }
+        return common | dict(self.verbs)
+
     def _help(self) -> str:
-        width = max(len(f"{verb} {arguments}") for verb, arguments in VERBS.items()) + 2
+        usages = {
+            f"{name} {verb.arguments}": about(verb.module) for name, verb in self._verbs().items()
+        }
+        width = max(map(len, usages)) + 2
         lines = [f"{self.about}", "", f"usage: {self.name} VERB ...", ""]
-        lines += [
-            f"  {f'{verb} {arguments}':<{width}}{about(verb)}" for verb, arguments in VERBS.items()
-        ]
+        lines += [f"  {usage:<{width}}{line}" for usage, line in usages.items()]
         lines += [
             "",
             f"systems: {', '.join(self.systems)}",
@@ -125,7 +164,10 @@ class App:
         return "\n".join(lines) + "\n"
 
 
-def about(verb: str) -> str:
-    """The first line of a verb's docstring, read without importing the verb."""
-    source = pkgutil.get_data("heed_runtime.commands", f"{verb}.py") or b""
+def about(module: str) -> str:
+    """The first line of the docstring of a verb's module, read without importing the module."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    source = Path(spec.origin).read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]

@@ -8,18 +8,20 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
 from heed_core.errors import InputError
 from heed_runtime.errors import UsageError
-from heed_runtime.options import CommonOptions, SystemOptions
-from heed_runtime.settings import PLAIN_NAMES, default_settings, from_dict, to_dict
+from heed_runtime.options import CommonOptions, RunOptions, SystemOptions
+from heed_runtime.settings import PLAIN_NAMES, changed, default_settings, from_dict, to_dict
 
 if TYPE_CHECKING:
     from heed_runtime.app import App
 
+OptionsT = TypeVar("OptionsT", bound=CommonOptions)
 _CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.HelptextFromCommentsOff)
 _RULE = re.compile("^[\u2500-]+$")
 
@@ -30,7 +32,7 @@ class Parsed:
 
     options: CommonOptions
     settings: Any | None
-    """All four groups, for a verb that takes SYSTEM."""
+    """All four groups, for a verb that takes SYSTEM, or RUN and flags of its settings."""
 
 
 def parse(
@@ -42,7 +44,7 @@ def parse(
         app: The program, which knows the systems.
         verb: The verb's name.
         options: The verb's dataclass of flags. A sub-class of `SystemOptions` brings the system's
-            settings along.
+            settings along, one of `RunOptions` with `groups` those of the run.
         about: What the verb does, for its help.
         words: The command line after the verb.
 
@@ -51,6 +53,8 @@ def parse(
         SystemExit: With code 0, after `--help`.
     """
     prog, about = f"{app.name} {verb}", about.strip()
+    if issubclass(options, RunOptions) and options.groups:
+        return _parse_with_run(app, options, words, prog=prog, about=about)
     if not issubclass(options, SystemOptions):
         return Parsed(options=_cli(options, words, prog=prog, about=about), settings=None)
     words = _system_first(app, words)
@@ -70,6 +74,43 @@ def _parse_with_settings(
         base, words = default_settings(recipe), ["--help"]  # else only the flags to come are shown
     else:
         base = _first_pass(options, words, prog=prog).base(app, recipe)
+    return _parse_over(base, options, words, prog=prog, about=about)
+
+
+def _parse_with_run(
+    app: App, options: type[RunOptions], words: Sequence[str], *, prog: str, about: str
+) -> Parsed:
+    """Read the run's settings, and over them the flags that its recipe lets a use change."""
+    from heed_runtime.run import Run
+
+    words = _run_first(words)
+    if _wants_help(words) and not _is_run(words[0]):
+        hint = f"{about}\n\nWith RUN before it, this also shows the settings that can be changed."
+        _cli(options, ["--help"], prog=prog, about=hint)
+    path = Path(words[0]) if _wants_help(words) else _first_pass(options, words, prog=prog).run
+    run = Run.open(path, app)
+    words = ["--help"] if _wants_help(words) else words
+    parsed = _parse_over(run.settings, options, words, prog=prog, about=about)
+    allowed = app.recipe(run.system).changeable
+    for name in changed(run.settings, parsed.settings):
+        if not any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed):
+            flag = name.replace("_", "-")
+            raise UsageError(
+                f"--{flag} is settled by the training of {path}",
+                remedy="leave it out, or train again",
+            )
+    return parsed
+
+
+def _parse_over(
+    base: Any,
+    options: type[SystemOptions] | type[RunOptions],
+    words: Sequence[str],
+    *,
+    prog: str,
+    about: str,
+) -> Parsed:
+    """Parse all flags; those of the settings stand over `base`."""
     full = dataclasses.make_dataclass(
         "Arguments",
         [
@@ -94,7 +135,7 @@ def _parse_with_settings(
     return Parsed(options=arguments.options, settings=settings)
 
 
-def _first_pass(options: type[SystemOptions], words: Sequence[str], *, prog: str) -> SystemOptions:
+def _first_pass(options: type[OptionsT], words: Sequence[str], *, prog: str) -> OptionsT:
     """Read the flags that say where the settings start from, ignoring all others."""
     with _one_line_errors():
         found, _ = tyro.cli(
@@ -129,6 +170,21 @@ def _system_first(app: App, words: Sequence[str]) -> list[str]:
             if word in app.systems:
                 return [word, *words[:index], *words[index + 1 :]]
     return words
+
+
+def _run_first(words: Sequence[str]) -> list[str]:
+    """Move the run's folder to the front where flags, which may have values, stand before it."""
+    words = list(words)
+    if words and words[0].startswith("-"):
+        for index, word in enumerate(words):
+            if _is_run(word):
+                return [word, *words[:index], *words[index + 1 :]]
+    return words
+
+
+def _is_run(word: str) -> bool:
+    names = ("config.yaml", "config.json", "model/config.json")
+    return any((Path(word) / name).is_file() for name in names)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -66,6 +68,8 @@ class Skipped:
 
     on_error: OnError
     faults: dict[int, str] = field(default_factory=dict)
+    note: Callable[[Fault], None] | None = None
+    """Called at once with each fault that is skipped."""
 
     @property
     def lines(self) -> list[str]:
@@ -83,6 +87,8 @@ class Skipped:
                 raise InputError(fault.line)
             if fault.item not in self.faults:
                 logger.warning("skipped: %s", fault.line)
+                if self.note is not None:
+                    self.note(fault)
             self.faults[fault.item] = fault.line
 
     def take_over(self, data: SizedData) -> None:
@@ -246,11 +252,57 @@ class TrainLoader:
         self._start = state["given"]
 
 
+class ReadAhead:
+    """Gives what `source` gives, read by a thread that is at most `depth` items ahead.
+
+    The thread ends with the pass, also where the pass is left early.
+    """
+
+    def __init__(self, source: Iterable[Loaded], depth: int) -> None:
+        self.source, self.depth = source, depth
+
+    def __iter__(self) -> Iterator[Loaded]:
+        ready: queue.Queue[tuple[Loaded | None, BaseException | None]] = queue.Queue()
+        free = threading.Semaphore(self.depth)
+        left = threading.Event()
+
+        items = iter(self.source)
+
+        def read() -> None:
+            while True:
+                free.acquire()
+                if left.is_set():
+                    return
+                try:
+                    ready.put((next(items), None))
+                except StopIteration:
+                    ready.put((None, None))
+                    return
+                except BaseException as error:
+                    ready.put((None, error))
+                    return
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            while True:
+                item, error = ready.get()
+                if error is not None:
+                    raise error
+                if item is None:
+                    return
+                free.release()
+                yield item
+                del item  # else it would stay while the next is waited for
+        finally:
+            left.set()
+            free.release()
+
+
 class CaseLoader:
     """The cases of one process, each as a list of one; a fault is skipped or ends the pass.
 
     Args:
-        loader: Of `Loaded` cases, in the order of `indices`.
+        loader: Gives `Loaded` cases in the order of `indices`.
         indices: Which cases of the data set these are.
         skipped: Collects the faults.
         hold: Keep the fault that ends the pass in `fault` instead of raising it here, so that all
@@ -259,7 +311,7 @@ class CaseLoader:
 
     def __init__(
         self,
-        loader: DataLoader[Loaded],
+        loader: Iterable[Loaded],
         indices: Sequence[int],
         skipped: Skipped,
         *,
@@ -271,7 +323,7 @@ class CaseLoader:
         self._loader = loader
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.indices)
 
     def __iter__(self) -> Iterator[list[Any]]:
         for item, (cases, faults) in zip(self.indices, self._loader, strict=True):
@@ -422,13 +474,16 @@ class Data(L.LightningDataModule):
     def _case_loader(self, data: SizedData, skipped: Skipped, *, shared: bool) -> CaseLoader:
         rank, world = (distributed.rank(), distributed.world()) if shared else (0, 1)
         indices = shard(len(data), rank=rank if world > 1 else 0, world=world)
-        loader = DataLoader(
+        loader: Iterable[Loaded] = DataLoader(
             _Cases(data),
             batch_size=None,
             sampler=indices,
             collate_fn=_as_it_is,
             **self._loading(),
         )
+        depth: int = getattr(data, "read_ahead", 0)
+        if depth and not self.config.trainer.workers:
+            loader = ReadAhead(loader, depth)
         return CaseLoader(loader, indices, skipped)
 
     def _loading(self) -> dict[str, Any]:

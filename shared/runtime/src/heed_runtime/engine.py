@@ -38,7 +38,7 @@ from heed_runtime.callbacks import (
     model_weights,
     seed_everything,
 )
-from heed_runtime.data import Data
+from heed_runtime.data import Data, Fault
 from heed_runtime.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def predict(
     terminal: Terminal,
     label: str,
     folder: Path,
+    lost: Callable[[Fault], None] | None = None,
 ) -> Predicted[ResultT]:
     """Carry cases through the module, one at a time, and use each prediction at once.
 
@@ -150,11 +151,13 @@ def predict(
         terminal: Where to show the progress.
         label: What the progress is called.
         folder: Where Lightning may write.
+        lost: Called at once with each case that is skipped, in the process that met it.
 
     Raises:
         InputError: A case cannot be read, and `data.on_error` is "stop".
     """
     data = Data(recipe, settings, cases=cases)
+    data.skipped["predict"].note = lost
     trainer_settings = settings.trainer
     with (
         _silence(),

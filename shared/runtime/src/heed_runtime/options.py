@@ -66,5 +66,8 @@ class SystemOptions(CommonOptions):
 class RunOptions(CommonOptions):
     """The flags of a verb that takes RUN, whose settings are the run's."""
 
+    groups: ClassVar[tuple[str, ...]] = ()
+    """The groups of settings that are shown as flags; the recipe says what may be changed."""
+
     run: RunPath
     """The folder that `train` wrote."""

@@ -1,15 +1,25 @@
-"""Writing the files of many cases into one folder, where other files may be already."""
+"""Writing the files of many cases into one folder, where other files may be already.
+
+The folder's journal, a line of JSON per case, names the files of a case before the first of them is
+put in place. So after a kill at any moment a case is done if all its files are there, and files of
+a case that is not done are known to be ours.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from heed_core.errors import InputError
-from heed_runtime.files import explain_oserror, make_folder
+from heed_runtime.files import explain_oserror, make_folder, plain
+
+JOURNAL = ".heed-predictions.jsonl"
+ERRORS = "errors.jsonl"
+"""A line of JSON for each case that was skipped."""
 
 
 class Outputs:
@@ -18,16 +28,30 @@ class Outputs:
     Args:
         folder: Where the files go; made if absent.
         overwrite: Replace files that are there.
+        maker: What makes the files (the hash of the weights); the journal is kept only with it.
+        resume: Go on with what the same maker left, see `done`.
 
     Example:
         >>> with Outputs(Path("out"), overwrite=False) as outputs:  # doctest: +SKIP
         ...     outputs.put("case 1", lambda folder: [write(folder)])
     """
 
-    def __init__(self, folder: Path, *, overwrite: bool) -> None:
-        self.folder, self.overwrite = folder, overwrite
+    def __init__(
+        self, folder: Path, *, overwrite: bool, maker: str | None = None, resume: bool = False
+    ) -> None:
+        self.folder, self.overwrite, self.maker = folder, overwrite, maker
         self._owners: dict[Path, str] = {}
         self._temporary = Path()
+        self._begun = _read_journal(folder / JOURNAL, maker) if resume else {}
+
+    @property
+    def done(self) -> frozenset[str]:
+        """The cases whose files an earlier call of the same maker has put in place."""
+        return frozenset(
+            case
+            for case, names in self._begun.items()
+            if all((self.folder / name).is_file() for name in names)
+        )
 
     def __enter__(self) -> Outputs:
         make_folder(self.folder)
@@ -53,12 +77,20 @@ class Outputs:
             )
             for name in names:
                 self._refuse(name, case)
+            if self.maker is not None:
+                entry = {"case": case, "files": [str(name) for name in names], "by": self.maker}
+                append_json(self.folder / JOURNAL, entry)
             for name in names:
                 self._owners[name] = case
                 target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._move(staging / name, target)
+                self._move(staging / name, target, replace=self._ours(name, case))
+            shutil.rmtree(staging)
             return [self.folder / path.relative_to(staging) for path in written]
+
+    def _ours(self, name: Path, case: str) -> bool:
+        """Whether the file may be replaced: all may, or it is what a kill left of this case."""
+        return self.overwrite or str(name) in self._begun.get(case, ())
 
     def _refuse(self, name: Path, case: str) -> None:
         target = self.folder / name
@@ -68,11 +100,11 @@ class Outputs:
                 path=target,
                 remedy="give inputs of different names, or call once for each",
             )
-        if target.exists() and not self.overwrite:
+        if target.exists() and not self._ours(name, case):
             raise _exists(target)
 
-    def _move(self, source: Path, target: Path) -> None:
-        if self.overwrite:
+    def _move(self, source: Path, target: Path, *, replace: bool) -> None:
+        if replace:
             source.replace(target)
             return
         try:
@@ -81,6 +113,36 @@ class Outputs:
             raise _exists(target) from None
         except OSError:  # a file system without links
             source.replace(target)
+
+
+def append_json(path: Path, entry: Mapping[str, object]) -> None:
+    """Add one line of JSON to a file, in one write, so that processes do not mix their lines.
+
+    Raises:
+        InputError: The disk is full or the folder cannot be written.
+    """
+    line = json.dumps(plain(entry), ensure_ascii=False) + "\n"
+    with explain_oserror(path.parent):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+
+def _read_journal(path: Path, maker: str | None) -> dict[str, tuple[str, ...]]:
+    """The files of each case that the maker began; a line that a kill cut short is no entry."""
+    begun: dict[str, tuple[str, ...]] = {}
+    if not path.is_file():
+        return begun
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["by"] == maker:
+            begun[entry["case"]] = tuple(entry["files"])
+    return begun
 
 
 def _exists(path: Path) -> InputError:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Typ
 if TYPE_CHECKING:
     import lightning as L
     import numpy as np
+    from jaxtyping import UInt8
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
@@ -113,8 +114,8 @@ class Explanation:
     name: str
     arrays: Mapping[str, np.ndarray]
     """Written together as `<name>.npz`."""
-    figures: Mapping[str, Figure]
-    """File stem suffix -> figure, written as `<name>_<suffix>.png`."""
+    figures: Mapping[str, Figure | UInt8[np.ndarray, "height width 3"]]
+    """File stem suffix -> figure or picture, written as `<name>_<suffix>.png`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,8 @@ class Exportable:
     """Per input: axis -> `torch.export.Dim` (or `Dim.AUTO`)."""
     input_names: Sequence[str]
     output_names: Sequence[str]
+    refused: Mapping[Literal["export", "onnx"], str] = field(default_factory=dict)
+    """Format -> why the model cannot be written in it, in a few words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +166,9 @@ class SizedData(Protocol):
     """A map-style data set, as `torch.utils.data.Dataset` with a length.
 
     A data set that reads its files when it is made may have an attribute `skipped`: a line for each
-    one that it left out because the user chose `on_error="skip"`.
+    one that it left out because the user chose `on_error="skip"`. One of small cases may have
+    `read_ahead`: how many to read while one is predicted. One that knows the names of its cases
+    before it reads them may have `names`, in order: then `predict --resume` reads none twice.
     """
 
     def __len__(self) -> int: ...
@@ -185,6 +190,9 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
     """Name -> settings; the first is the default of `train`."""
     monitor: ClassVar[tuple[str, Literal["max", "min"]]]
     """The metric logged by the module's validation that selects the best weights."""
+    changeable: ClassVar[tuple[str, ...]] = ("data.on_error",)
+    """What `evaluate`, `predict` and `explain` may set otherwise than the training: dotted names of
+    settings of the group `data`; the name of a nested group stands for all in it."""
 
     @abstractmethod
     def sample(self, out: Path, *, seed: int) -> None:
@@ -270,8 +278,19 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
 
     @abstractmethod
     def exportable(self, settings: SettingsT, model: nn.Module) -> Exportable:
-        """The model with example inputs, for `export`; `info` counts operations on it."""
+        """The model with example inputs, for `export`; `info` counts operations on it.
+
+        Raises:
+            UsageError: The system has nothing to export; says why.
+        """
 
     @abstractmethod
     def contenders(self, settings: SettingsT) -> list[Contender]:
         """Ours first, then the peers at the same input, for `bench`."""
+
+    def stages(self, settings: SettingsT) -> Mapping[str, Callable[[], object]]:
+        """The steps from a file's content to a result, in order: `bench` shows each one's share.
+
+        Each does its own step alone, on inputs that were made before. None: no such table.
+        """
+        return {}

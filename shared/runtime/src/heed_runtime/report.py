@@ -13,6 +13,8 @@ from heed_runtime.files import atomic_write, write_csv
 from heed_runtime.recipe import Table
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import UInt8
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -62,10 +64,16 @@ def new_figure(*, width_in: float = 6.4, height_in: float = 4.0) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, as a whole or not at all."""
+def save_figure(figure: Figure | UInt8[np.ndarray, "height width 3"], path: Path) -> Path:
+    """Write a figure or a picture as PNG, as a whole or not at all."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imsave
+
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+        if isinstance(figure, Figure):
+            figure.savefig(temporary, format="png")
+        else:
+            imsave(temporary, figure, format="png")
     return path
 
 

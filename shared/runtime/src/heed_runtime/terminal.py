@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import time
@@ -17,6 +18,9 @@ from heed_runtime.recipe import Row, Table
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+LISTED = 100
+"""Files that are named one by one."""
 
 OURS = "heed_"
 """Loggers whose names begin so are heard from INFO on, all others from WARNING on."""
@@ -74,8 +78,9 @@ class Terminal:
         for table in result.tables:
             console.print(render(table))
         if result.files:
-            names = " ".join(str(path) for path in result.files)
-            console.print(f"wrote {names}", highlight=False, markup=False, soft_wrap=True)
+            console.print(
+                f"wrote {named(result.files)}", highlight=False, markup=False, soft_wrap=True
+            )
 
     def say(self, line: str) -> None:
         """One line of news on standard error, unless quiet."""
@@ -103,6 +108,13 @@ class Terminal:
             lines = _Lines(label, total)
             yield lines
             lines.finish()
+
+
+def named(files: Sequence[Path]) -> str:
+    """The files by name; of more than `LISTED` the number and the folder."""
+    if len(files) <= LISTED:
+        return " ".join(str(path) for path in files)
+    return f"{len(files)} files in {os.path.commonpath(files)}"
 
 
 class _Bar(Progress):

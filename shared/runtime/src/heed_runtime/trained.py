@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from heed_core.dispatch import Impl
 from heed_core.errors import InputError
@@ -38,6 +38,8 @@ class Trained:
 class UseOptions(RunOptions):
     """The flags of a verb that computes with a trained model."""
 
+    groups: ClassVar[tuple[str, ...]] = ("data",)
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None
@@ -45,16 +47,18 @@ class UseOptions(RunOptions):
     impl: Impl = "auto"
     """The back-end of the attention; `doctor` lists them."""
 
-    def open(self, app: App, **trainer: Any) -> Trained:
+    def open(self, app: App, settings: Any, **trainer: Any) -> Trained:
         """Open the run and load its model.
 
         Args:
             app: Knows the systems.
+            settings: The run's, with what this call changes.
             trainer: Further trainer settings of this call.
         """
         return open_trained(
             app,
             self.run,
+            settings=settings,
             impl=self.impl,
             precision=self.precision,
             **{"device": self.device, **trainer},
@@ -70,16 +74,17 @@ class SharedOptions(UseOptions):
     devices: int = 1
     """Computing processes (GPUs) on this host; they share the cases."""
 
-    def open(self, app: App, **trainer: Any) -> Trained:
+    def open(self, app: App, settings: Any, **trainer: Any) -> Trained:
         """Open the run, for several processes."""
         values = {"workers": self.workers, "devices": self.devices}
-        return super().open(app, **(values | trainer))
+        return super().open(app, settings, **(values | trainer))
 
 
 def open_trained(
     app: App,
     path: Path,
     *,
+    settings: Any = None,
     impl: Impl = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None,
     **trainer: Any,
@@ -89,6 +94,7 @@ def open_trained(
     Args:
         app: Knows the systems.
         path: The run.
+        settings: The run's, with what this call changes. None: as they are.
         impl: The back-end of all softmax sites.
         precision: None is that of the training.
         trainer: Further trainer settings of this call.
@@ -106,7 +112,8 @@ def open_trained(
         "logger": "none",
     }
     settings = dataclasses.replace(
-        run.settings, trainer=dataclasses.replace(old, **(values | trainer))
+        run.settings if settings is None else settings,
+        trainer=dataclasses.replace(old, **(values | trainer)),
     )
     model = run.load_model(recipe)
     engine.choose_impl(model, impl)

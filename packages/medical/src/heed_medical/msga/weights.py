@@ -1,8 +1,6 @@
 """Weights that others trained: the official checkpoints of MSGA, and residual backbones.
 
-A file is a `.safetensors`, or a state dict saved by torch (`.pth`, `.pt`, `.bin`, `.tar`), bare or
-under one of the usual keys ("state_dict", "model", ...), with or without the "module." that
-`DataParallel` prepends. Only tensors are read: a file that holds other Python objects is refused.
+`heed_core.checkpoints` says which files can be read.
 
 Official names beside ours (s = scale, 1 the finest; g = 1 first step, 2 second):
 
@@ -17,61 +15,19 @@ Official names beside ours (s = scale, 1 the finest; g = 1 first step, 2 second)
 | `conv_sem_g_k`, `conv8_k` and `conv8_1k` | `.semantic.s`, `.project.s` with **k = 5 - s** |
 """
 
-import pickle
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from heed_core.errors import InputError
+from heed_core.checkpoints import fill, read_state
 from heed_medical.msga.network import GuidedPyramid, Msga
 
-State = dict[str, Tensor]
-WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
-MOST_NAMES_SHOWN = 20
 UNUSED_OFFICIAL = re.compile(r"^(conv6_|conv7_|attention\d|refine\d|resnext\.fc\.)")
 POINTWISE = re.compile(r"(query|key|value)_conv\.weight$")  # 1 x 1 convolutions; linear in ours
-BATCH_COUNTER = "num_batches_tracked"  # of no effect here, and absent from old checkpoints
-
-
-def read_state(path: Path | str) -> State:
-    """The tensors of a weights file by name, on the CPU, free of wrappers.
-
-    Raises:
-        InputError: No such file, not a weights file, or one that holds more than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError("no such file", path=path, remedy="give a .safetensors or .pth file")
-    try:
-        return _unwrap(_parse(path), path)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            "is no plain state dict: it is damaged or holds other Python objects than tensors",
-            path=path,
-            remedy="save model.state_dict() again, best as .safetensors",
-        ) from error
-    except Exception as error:  # torch's reader lets anything escape from a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"cannot be read as weights ({reason})", path=path, remedy="copy the file again"
-        ) from error
-
-
-def _parse(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    with warnings.catch_warnings():  # of an unusual pickle version; what matters is raised
-        warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_official(model: Msga | GuidedPyramid, path: Path | str) -> None:
@@ -105,7 +61,7 @@ def load_official_state(
         for name, tensor in state.items()
         if not UNUSED_OFFICIAL.match(name)
     }
-    _fill(model, found, official_name, path=path)
+    fill(model, found, official_name, path=path)
 
 
 def official_name(name: str) -> str:
@@ -148,7 +104,7 @@ def load_backbone(model: Msga, path: Path | str, *, stem: Literal["sum", "mean"]
     kernels = state.get("conv1.weight")
     if kernels is not None and kernels.ndim == 4:
         state["conv1.weight"] = _adapt_stem(kernels, model.config.in_channels, stem)
-    _fill(model.backbone, state, lambda name: name, path=path)
+    fill(model.backbone, state, lambda name: name, path=path)
 
 
 def _adapt_stem(
@@ -158,24 +114,6 @@ def _adapt_stem(
         return kernels
     whole = kernels.sum(1, keepdim=True) if stem == "sum" else kernels.mean(1, keepdim=True)
     return (whole / channels).repeat(1, channels, 1, 1)
-
-
-def _unwrap(loaded: object, path: Path) -> State:
-    while isinstance(loaded, Mapping):
-        inner = next(
-            (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None
-        )
-        if inner is None:
-            break
-        loaded = inner
-    if not isinstance(loaded, Mapping) or not any(isinstance(v, Tensor) for v in loaded.values()):
-        raise InputError(
-            "holds no state dict (names and tensors)",
-            path=path,
-            remedy="save model.state_dict()",
-        )
-    tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
 def _plain_backbone(name: str) -> str:
@@ -189,50 +127,6 @@ def _plain_backbone(name: str) -> str:
     name = re.sub(r"^resnext\.layer0\.0\.", "resnext.conv1.", name)
     name = re.sub(r"^resnext\.layer0\.1\.", "resnext.bn1.", name)
     return re.sub(r"^resnext\.layer1\.\d+\.(?=\d+\.)", "resnext.layer1.", name)
-
-
-def _fill(
-    target: nn.Module,
-    found: Mapping[str, Tensor],
-    rename: Callable[[str], str],
-    *,
-    path: Path | str | None,
-) -> None:
-    """Copy `found` into `target` if names and shapes agree exactly; else change nothing."""
-    own = target.state_dict()
-    names = {name: rename(name) for name in own}
-    missing = [
-        theirs
-        for theirs in names.values()
-        if theirs not in found and not theirs.endswith(BATCH_COUNTER)
-    ]
-    unexpected = sorted(set(found) - set(names.values()))
-    mismatched = [
-        f"{theirs} {tuple(found[theirs].shape)} for {tuple(own[name].shape)}"
-        for name, theirs in names.items()
-        if theirs in found and found[theirs].shape != own[name].shape
-    ]
-    problems = [
-        f"{len(entries)} {kind} ({_shortened(entries)})"
-        for kind, entries in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", mismatched),
-        )
-        if entries
-    ]
-    if problems:
-        raise InputError(
-            "the weights are not those of this network: " + ", ".join(problems),
-            path=path,
-            remedy="build the network with the settings that the weights were made with",
-        )
-    target.load_state_dict({n: found.get(theirs, own[n]) for n, theirs in names.items()})
-
-
-def _shortened(entries: list[str]) -> str:
-    shown = ", ".join(entries[:MOST_NAMES_SHOWN])
-    return shown if len(entries) <= MOST_NAMES_SHOWN else f"{shown}, ..."
 
 
 def _step(name: str) -> str:

@@ -34,33 +34,41 @@ class Options(SystemOptions):
     """Timed calls of each contender; the contenders take turns."""
     memory: bool = True
     """Measure peak memory too, each contender in a process of its own."""
+    modes: tuple[Mode, ...] = MODES
+    """What to measure: training steps, inference, or both."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if not self.modes or len(set(self.modes)) < len(self.modes):
+            raise ValueError(f"modes must be different ones of {MODES}, got {self.modes}")
 
 
 def run(app: App, options: Options, settings: Any) -> Result:
-    """Time training steps and inference of all contenders, interleaved, in this one run."""
+    """Time all contenders, interleaved, in this one run, then the stages of ours."""
     from heed_runtime.engine import device_of
     from heed_runtime.files import write_json
 
     device = device_of(settings.trainer)
-    contenders = app.recipe(options.system).contenders(settings)
+    recipe = app.recipe(options.system)
+    contenders = recipe.contenders(settings)
     here = [contender for contender in contenders if contender.missing is None]
     rows: list[dict[str, Any]] = []
-    with options.terminal.progress("bench", len(MODES) + len(here) * options.memory) as progress:
-        for mode in MODES:
+    with options.terminal.progress(
+        "bench", len(options.modes) + len(here) * options.memory
+    ) as progress:
+        for mode in options.modes:
             rows += _rows(here, _times(here, mode, device, rounds=options.rounds), mode)
             progress.advance(note=mode)
         if options.memory:
             for index, contender in enumerate(contenders):
                 if contender.missing is None:
-                    peaks = _in_fresh_process(app, options.system, settings, index)
+                    found = _in_fresh_process(app, options.system, settings, index, options.modes)
                     for row in rows:
                         if row["name"] == contender.name:
-                            row["peak_mib"] = peaks[row["mode"]]
+                            row["peak_mib"] = found[row["mode"]]
                     progress.advance(note=contender.name)
+    stages = stage_rows(recipe.stages(settings), device, rounds=options.rounds)
     missing: list[Row] = [
         {"name": contender.name, "why": contender.missing}
         for contender in contenders
@@ -70,6 +78,7 @@ def run(app: App, options: Options, settings: Any) -> Result:
         "system": options.system,
         "device": _device_name(device),
         "rows": rows,
+        "stages": stages,
         "missing": missing,
     }
     return Result(
@@ -77,8 +86,9 @@ def run(app: App, options: Options, settings: Any) -> Result:
         tables=[
             *(
                 Table(title=mode, rows=[row for row in rows if row["mode"] == mode])
-                for mode in MODES
+                for mode in options.modes
             ),
+            *([Table(title="stages", rows=stages)] if stages else []),
             *([Table(title="not measured", rows=missing)] if missing else []),
         ],
         data=data,
@@ -99,6 +109,22 @@ def _rows(
             "peak_mib": None,
         }
         for contender in contenders
+    ]
+
+
+def stage_rows(
+    stages: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int
+) -> list[Row]:
+    """The time of each stage and its share of their sum."""
+    from heed_core.testing.benchmark import measure
+
+    if not stages:
+        return []
+    found = measure(stages, rounds=rounds, warmup=2, device=device, memory=False)
+    total = sum(item.median_s for item in found)
+    return [
+        {"stage": item.name, "ms": 1e3 * item.median_s, "share": item.median_s / total}
+        for item in found
     ]
 
 
@@ -136,14 +162,18 @@ def make_step(contender: Contender, mode: Mode, device: torch.device) -> Callabl
     return train
 
 
-def _in_fresh_process(app: App, system: str, settings: Any, index: int) -> dict[Mode, float]:
+def _in_fresh_process(
+    app: App, system: str, settings: Any, index: int, modes: tuple[Mode, ...]
+) -> dict[Mode, float]:
     """Peak memory where nothing was allocated and freed before."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(peaks, app, system, settings, index).result()
+        return pool.submit(peaks, app, system, settings, index, modes).result()
 
 
-def peaks(app: App, system: str, settings: Any, index: int) -> dict[Mode, float]:
+def peaks(
+    app: App, system: str, settings: Any, index: int, modes: tuple[Mode, ...] = MODES
+) -> dict[Mode, float]:
     """The most memory (MiB) of a call of a contender, with its model, in each mode."""
     from heed_core.testing.benchmark import peak_memory_mib
     from heed_runtime.engine import device_of
@@ -155,7 +185,7 @@ def peaks(app: App, system: str, settings: Any, index: int) -> dict[Mode, float]
         return lambda: make_step(contender, mode, device)()
 
     found: dict[Mode, float] = {}
-    for mode in reversed(MODES):  # inference first: it leaves nothing behind
+    for mode in sorted(modes):  # inference first: it leaves nothing behind
         # The first call fills the libraries' own buffers, which are nobody's cost.
         call(mode)()
         found[mode] = peak_memory_mib(call(mode), device=device)

@@ -41,7 +41,7 @@ def run(app: App, options: Options) -> Result:
         Table(title="versions", rows=_versions(app)),
         Table(title="devices", rows=_devices()),
         Table(title="attention back-ends", rows=_backends()),
-        Table(title="optional libraries", rows=_optional()),
+        Table(title="optional libraries", rows=_optional(app)),
     ]
     data = {table.title.replace(" ", "_").replace("-", "_"): table.rows for table in tables}
     return Result(title=f"{app.name} {__version__}", tables=tables, data=data)
@@ -135,8 +135,8 @@ def _explain(device: str, dtype: torch.dtype, *, grad: bool) -> list[Row]:
     ]
 
 
-def _optional() -> list[Row]:
+def _optional(app: App) -> list[Row]:
     return [
         {"library": name, "installed": _version(name) or "no", "needed for": purpose}
-        for name, purpose in OPTIONAL.items()
+        for name, purpose in (OPTIONAL | dict(app.libraries)).items()
     ]

@@ -30,11 +30,11 @@ class Options(SharedOptions):
     """Which labelled cases: train, val or test."""
 
 
-def run(app: App, options: Options) -> Result:
+def run(app: App, options: Options, settings: Any) -> Result:
     """Predict the cases, score each, sum up, write everything."""
     from heed_runtime import distributed, engine
 
-    trained = options.open(app)
+    trained = options.open(app, settings)
     distributed.join(cuda=engine.uses_cuda(trained.settings.trainer))
     recipe, settings = trained.recipe, trained.settings
     terminal = engine.terminal_of_rank(options.terminal)

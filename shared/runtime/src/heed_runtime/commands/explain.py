@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from heed_core.errors import InputError
 from heed_runtime.options import Flag, InputPaths, OutPath
@@ -31,12 +31,12 @@ class Options(UseOptions):
     """Replace files that are there."""
 
 
-def run(app: App, options: Options) -> Result:
+def run(app: App, options: Options, settings: Any) -> Result:
     """Explain case by case."""
     from heed_runtime import engine
 
     paths = expand(options.inputs)
-    trained = options.open(app)
+    trained = options.open(app, settings)
     recipe, settings = trained.recipe, trained.settings
     module = recipe.module(settings, trained.model).to(engine.device_of(settings.trainer)).eval()
     cases = recipe.inputs(settings, paths)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from heed_core.errors import InputError
+from heed_runtime.errors import UsageError
 from heed_runtime.files import atomic_write
 from heed_runtime.options import Flag, RunOptions
 from heed_runtime.recipe import Row, Table
@@ -57,6 +58,12 @@ def run(app: App, options: Options) -> Result:
         raise InputError("exists already", path=options.out, remedy="add --overwrite")
     trained = open_trained(app, options.run, device="cpu", precision="32-true")
     exportable = trained.recipe.exportable(trained.settings, trained.model)
+    if kind in exportable.refused:
+        others = [name for name in _WRITERS if name not in exportable.refused]
+        raise UsageError(
+            f"{trained.run.system} cannot be written as {kind}: {exportable.refused[kind]}",
+            remedy=f"use --format {others[0]}" if others else None,
+        )
     with trained.run.logging(), atomic_write(options.out) as temporary, _silence():
         program = _WRITERS[kind](exportable, temporary)
         rows = compare(exportable, program)
@@ -76,7 +83,8 @@ def compare(exportable: Exportable, program: Program) -> list[dict[str, Any]]:
     for inputs in exportable.examples:
         with torch.inference_mode():
             expected = _tuple(exportable.model(*inputs))
-        found = program(*inputs)
+        with torch.no_grad():
+            found = program(*inputs)
         error, ok = 0.0, len(found) == len(expected)
         for ours, theirs in zip(expected, found, strict=False):
             if ours.shape != theirs.shape:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from heed_runtime.errors import UsageError
 from heed_runtime.options import SystemOptions
 from heed_runtime.recipe import Row, Table
 from heed_runtime.settings import GROUPS, to_dict
@@ -30,8 +31,11 @@ class Options(SystemOptions):
 def run(app: App, options: Options, settings: Any) -> Result:
     """The card, the model's size at these settings, and all defaults."""
     recipe = app.recipe(options.system)
-    exportable = recipe.exportable(settings, recipe.model(settings).eval())
-    sizes = measure(exportable)
+    model = recipe.model(settings).eval()
+    try:
+        sizes = measure(recipe.exportable(settings, model))
+    except UsageError:  # nothing to export, so no example input
+        sizes = {"parameters": count_parameters(model)}
     values = to_dict(settings)
     rows = [row for group in GROUPS for row in _flat(values[group], f"{group}.")]
     presets = list(recipe.presets)

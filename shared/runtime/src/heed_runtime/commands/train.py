@@ -102,6 +102,8 @@ def run(app: App, options: Options, settings: Any) -> Result:
 
 def _create(app: App, recipe: Recipe[Any, Any, Any], options: Options, settings: Any) -> Path:
     """Make the whole run folder, with sample and initial weights, at once."""
+    from heed_runtime import engine
+
     out = options.out if options.out is not None else free_path(options.system)
     refuse_existing(out, overwrite=options.overwrite)
     if options.overwrite and out.is_dir() and any(out.iterdir()) and not is_run(out):
@@ -115,10 +117,12 @@ def _create(app: App, recipe: Recipe[Any, Any, Any], options: Options, settings:
             root.mkdir(parents=True)
             recipe.sample(root, seed=settings.trainer.seed)
         settings = recipe.plan(settings, root)
-        # Data and weights that cannot be used are found before there is a run.
+        # Data, weights and flags that cannot be used are found before there is a run.
         recipe.train_data(settings, root)
         recipe.cases(settings, root, "val")
-        recipe.start(settings, recipe.model(settings))
+        model = recipe.model(settings)
+        engine.choose_impl(model, options.impl)
+        recipe.start(settings, model)
         facts = fingerprint(root)
         if options.data is None:
             facts |= {"sample": True, "path": SAMPLE}

@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from heed_runtime.app import App
+from heed_runtime.errors import UsageError
 from heed_runtime.recipe import Card
+from heed_runtime.run import Run
 from heed_runtime.settings import from_dict, load_settings, to_dict, to_yaml
 
 QUICK = ("--trainer.max-steps", "2", "--trainer.batch", "2", "--device", "cpu", "--seed", "3")
@@ -89,8 +91,18 @@ def check_life(
 
 
 def check_export(app: App, run: Path, tmp_path: Path) -> None:
-    """Both formats are written and agree with the model at all sizes."""
-    for suffix in (".pt2", ".onnx"):
+    """Both formats are written and agree with the model at all sizes, or are refused in words."""
+    opened = Run.open(run, app)
+    recipe = app.recipe(opened.system)
+    try:
+        exportable = recipe.exportable(opened.settings, opened.load_model(recipe))
+        refused: Collection[str] = exportable.refused
+    except UsageError:
+        refused = ("export", "onnx")
+    for suffix, kind in (".pt2", "export"), (".onnx", "onnx"):
+        if kind in refused:
+            call(app, "export", run, "--out", tmp_path / f"model{suffix}", code=2)
+            continue
         found = call(app, "export", run, "--out", tmp_path / f"model{suffix}")
         assert len(found["checks"]) >= 2, "exportable has fewer than two examples"
         shapes = {check["input"] for check in found["checks"]}

@@ -1,0 +1,184 @@
+"""What `bench` measures: a scan of about 110,000 points on each back-end, and the stages of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from heed_core.sparse import (
+    BackendName,
+    RulebookCache,
+    SparseTensor,
+    unique_voxels,
+    use_backend,
+)
+from heed_core.sparse.rulebook import Rulebook, RulebookTable, Window
+from heed_lidar.classical import ClassicalConfig, detect_curbs
+from heed_lidar.clouds.cloud import PointCloud
+from heed_lidar.curves import fit_curbs
+from heed_lidar.cylinder3d import CylindricalNetwork
+from heed_lidar.cylindrical import CylindricalGrid, PointBatch, collate, voxelise
+from heed_lidar.labels import CURB_RAW
+from heed_lidar.scenes.plans import draw_scene
+from heed_lidar.scenes.sensor import Sensor, Sweep, sweep
+from heed_lidar_cli.street import NetworkSettings, PointLogits
+from heed_runtime.engine import device_of
+from heed_runtime.recipe import Contender
+
+AnyRulebook = Rulebook | RulebookTable
+SENSOR = Sensor(azimuth_step_deg=0.18)
+"""Gives about 110,000 points, as a 64-beam sensor on a car does."""
+
+
+@cache
+def street() -> Sweep:
+    """A made scan, the same for all contenders."""
+    rng = np.random.default_rng(0)
+    return sweep(draw_scene(rng, kind="straight"), SENSOR, rng)
+
+
+def scan_batch(grid: CylindricalGrid) -> PointBatch:
+    """The scan in voxels."""
+    scan = street()
+    return collate([voxelise(scan.xyz, scan.remission, grid)])
+
+
+def inputs(grid: CylindricalGrid) -> tuple[Tensor, ...]:
+    """Points and index."""
+    batch = scan_batch(grid)
+    return batch.points, batch.index
+
+
+def on_backend(build: Callable[[], CylindricalNetwork], backend: BackendName) -> nn.Module:
+    """The network with all its convolutions on one back-end."""
+    network = build()
+    use_backend(network, backend)
+    return PointLogits(network)
+
+
+def contenders(
+    build: Callable[[], CylindricalNetwork], settings: NetworkSettings
+) -> list[Contender]:
+    """This network on every back-end."""
+    grid = settings.model.grid
+
+    def contender(name: str, make: Callable[[], nn.Module]) -> Contender:
+        return Contender(name=name, build=make, inputs=partial(inputs, grid), loss=Tensor.mean)
+
+    missing = None if importlib.util.find_spec("spconv") else "spconv is not installed"
+    peer = contender("spconv, a rulebook per layer", partial(on_spconv, build, settings))
+    return [
+        *(
+            contender(f"heed, {backend}", partial(on_backend, build, backend))
+            for backend in get_args(BackendName)
+            if missing is None or backend != "spconv"
+        ),
+        replace(peer, missing=missing),
+    ]
+
+
+def on_spconv(build: Callable[[], CylindricalNetwork], settings: NetworkSettings) -> nn.Module:
+    """The network as a user of spconv writes it."""
+    from heed_lidar_cli.spconv_peer import SpconvPeer
+
+    return SpconvPeer(build(), native=device_of(settings.trainer).type == "cpu")
+
+
+class Recorded(RulebookCache):
+    """Remembers what was asked of it, so that it can be asked again of an empty cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, int, Window]] = []
+
+    def submanifold(self, level: int, window: Window) -> AnyRulebook:
+        """The rulebook of a convolution that stays on a level."""
+        self.asked.append(("submanifold", level, window))
+        return super().submanifold(level, window)
+
+    def strided(self, level: int, window: Window) -> tuple[AnyRulebook, int]:
+        """The rulebook of a convolution that leaves a level, and the level that it makes."""
+        self.asked.append(("strided", level, window))
+        return super().strided(level, window)
+
+
+def detector(config: ClassicalConfig) -> Contender:
+    """The classical detector; in training mode it does the same."""
+    return Contender(
+        name="heed, classical",
+        build=partial(Detection, config),
+        inputs=lambda: (torch.from_numpy(street().xyz),),
+        loss=Tensor.sum,
+    )
+
+
+class Detection(nn.Module):
+    """The detector as a module, so that it can be measured as one.
+
+    Args:
+        config: Its thresholds.
+    """
+
+    def __init__(self, config: ClassicalConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.still = nn.Parameter(torch.zeros(()))
+
+    def forward(self, xyz: Float[Tensor, "n 3"]) -> Float[Tensor, ""]:
+        """The number of points on curbs."""
+        points = xyz.cpu().numpy()
+        rows = np.arange(len(points), dtype=np.int64)
+        cloud = PointCloud(name="street", xyz=points, rows=rows, rows_in_file=len(points))
+        return self.still + float(detect_curbs(cloud, self.config).curb.sum())
+
+
+@torch.no_grad()
+def stages(
+    network: CylindricalNetwork, settings: NetworkSettings
+) -> Mapping[str, Callable[[], object]]:
+    """Voxels, features of points, rulebooks, convolutions, curves: each on what was made before."""
+    device = device_of(settings.trainer)
+    grid, scan = settings.model.grid, street()
+    network = network.to(device).eval()
+    batch = scan_batch(grid).to(device)
+    coords, voxel_of_point, _ = unique_voxels(batch.index, grid.shape)
+    features = network.points(batch.points, voxel_of_point, len(coords))
+    cache = Recorded()
+    voxels = SparseTensor(features, coords, grid.shape, 1, cache=cache)
+    network.segment(voxels)
+    asked = list(dict.fromkeys(cache.asked))
+    curb = scan.raw == CURB_RAW
+
+    @torch.no_grad()
+    def point_features() -> Tensor:
+        sites, rows, _ = unique_voxels(batch.index, grid.shape)
+        found: Tensor = network.points(batch.points, rows, len(sites))
+        return found
+
+    def rulebooks() -> RulebookCache:
+        fresh = SparseTensor(features, coords, grid.shape, 1).cache
+        for kind, level, window in asked:
+            getattr(fresh, kind)(level, window)
+        return fresh
+
+    @torch.no_grad()
+    def convolutions() -> SparseTensor:
+        return network.segment(voxels)
+
+    return {
+        "voxels": lambda: voxelise(scan.xyz, scan.remission, grid),
+        "point features": point_features,
+        "rulebooks": rulebooks,
+        "convolutions": convolutions,
+        "curb lines": lambda: fit_curbs(
+            scan.xyz[curb], np.ones(int(curb.sum())), settings.data.curves
+        ),
+    }

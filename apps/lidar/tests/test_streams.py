@@ -1,0 +1,84 @@
+"""Folders as streams: memory that does not grow with them, and what a kill leaves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from heed_lidar.scenes.files import SceneSet, write_scenes
+from heed_lidar.scenes.sensor import Sensor
+from heed_lidar_cli import APP
+from heed_runtime.testing.processes import KILLED, kill_when, start, wait
+
+QUICK = [
+    *("--trainer.max-steps", "1", "--trainer.batch", "2", "--device", "cpu", "--quiet"),
+    *("--model.width", "4", "--model.grid.shape", "120", "90", "8"),
+]
+PEAK = """
+import resource, sys
+from heed_lidar_cli import APP
+assert APP.call(sys.argv[1:]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def make(root: Path, sensor: Sensor, *counts: int) -> Path:
+    """A run, and folders of so many scans that are links to one."""
+    write_scenes(root / "data", SceneSet(sequences={"00": 2, "02": 1}, sensor=sensor))
+    words = ["train", "curbnet", "--data", str(root / "data"), "--out", str(root / "run"), *QUICK]
+    assert APP.call(words) == 0
+    source = root / "data" / "sequences" / "00" / "velodyne" / "000000.bin"
+    for count in counts:
+        folder = root / f"scans{count}"
+        folder.mkdir()
+        for number in range(count):
+            os.link(source, folder / f"{number:06d}.bin")
+    return root
+
+
+def peak_kib(made: Path, count: int, out: Path) -> int:
+    words = ["predict", str(made / "run"), str(made / f"scans{count}"), "--out", str(out)]
+    finished = subprocess.run(
+        [sys.executable, "-c", PEAK, *words, "--device", "cpu", "--quiet", "--data.write", "label"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return int(finished.stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_stream_does_not_grow_with_its_length(tmp_path: Path):
+    made = make(tmp_path, Sensor(azimuth_step_deg=0.35), 20, 200)
+    short = peak_kib(made, 20, tmp_path / "short")
+    long = peak_kib(made, 200, tmp_path / "long")
+    assert len(list((tmp_path / "long").glob("*.label"))) == 200
+    assert long < 1.2 * short
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_whole_files_and_a_stream_that_can_be_resumed(tmp_path: Path):
+    made = make(tmp_path, Sensor(beams=24, azimuth_step_deg=1.0, field_of_view_deg=180.0), 20)
+    words = ["predict", str(made / "run"), str(made / "scans20"), "--device", "cpu", "--quiet"]
+    words += ["--data.write", "label", "csv", "--out"]
+    assert APP.call([*words, str(tmp_path / "whole")]) == 0
+    out = tmp_path / "out"
+
+    def begun() -> bool:
+        return len(list(out.glob("*.label"))) >= 5
+
+    child = start(APP, [*words, str(out)], log=tmp_path / "log")
+    assert kill_when(child, begun) == KILLED
+    left = [path for path in out.iterdir() if not path.name.startswith(".")]
+    assert 5 <= len(left) < 40, (tmp_path / "log").read_text()
+    for path in left:
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    assert wait(start(APP, [*words, str(out), "--resume"], log=tmp_path / "log")) == 0
+    for path in (tmp_path / "whole").glob("[0-9]*"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    raw = np.fromfile(out / "000000.label", dtype="<u4")
+    assert len(raw) == (made / "scans20" / "000000.bin").stat().st_size // 16

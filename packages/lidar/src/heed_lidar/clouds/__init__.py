@@ -1,0 +1,1 @@
+"""Point clouds: what one is, and the files that hold them."""

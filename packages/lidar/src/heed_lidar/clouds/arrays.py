@@ -1,0 +1,148 @@
+"""Files that are plain arrays: `.bin` (KITTI, nuScenes), `.npy` and `.npz`."""
+
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Num, Shaped
+
+from heed_core.errors import InputError
+from heed_lidar.clouds.cloud import CloudOptions, FileColumns
+
+KITTI = ("x", "y", "z", "intensity")
+NUSCENES = ("x", "y", "z", "intensity", "ring")
+_POINT_ARRAYS = ("points", "data", "arr_0")
+
+
+def read_bin(path: Path, options: CloudOptions) -> FileColumns:
+    """Read rows of little-endian float32.
+
+    The number of columns is that of `options.columns`, else of the name: 5 for `.pcd.bin`
+    (nuScenes), 4 for other `.bin` (KITTI). It is never guessed from the contents.
+
+    Raises:
+        InputError: The bytes are no whole number of rows.
+    """
+    nuscenes = path.name.lower().endswith(".pcd.bin")
+    columns = options.columns or (NUSCENES if nuscenes else KITTI)
+    size = path.stat().st_size
+    if size % (4 * len(columns)):
+        raise InputError(
+            f"has {size} bytes, not a multiple of {4 * len(columns)} ({len(columns)} float32 "
+            f"columns: {' '.join(columns)})",
+            path=path,
+            remedy=_other_columns(size, len(columns)),
+        )
+    rows = np.fromfile(path, dtype="<f4").reshape(-1, len(columns))
+    return FileColumns(values={name: rows[:, k] for k, name in enumerate(columns)})
+
+
+def _other_columns(size: int, count: int) -> str:
+    """What to do with a file that has no whole number of rows of `count` columns."""
+    fitting = [c for c in (KITTI, NUSCENES) if len(c) != count and size % (4 * len(c)) == 0]
+    if fitting:
+        names = " ".join(fitting[0])
+        return f"{len(fitting[0])} columns would fit: --data.columns {names}"
+    tried = " nor ".join(f"{len(c)}" for c in (KITTI, NUSCENES))
+    return f"neither {tried} columns fit: the file is truncated, or name its --data.columns"
+
+
+def read_npy(path: Path, options: CloudOptions) -> FileColumns:
+    """Read an array of N rows, or a structured array with named fields.
+
+    Raises:
+        InputError: The file is no array of numbers, is truncated, or its columns have no names.
+    """
+    if path.stat().st_size == 0:
+        raise InputError("is empty, an array was expected", path=path)
+    try:
+        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # of numpy, and of the parser of the header
+        raise InputError(f"is not a numpy array ({_line(error)})", path=path) from None
+    return FileColumns(values=_columns_of(array, options.columns, path=path))
+
+
+def read_npz(path: Path, options: CloudOptions) -> FileColumns:
+    """Read the arrays `x`, `y`, `z` or `xyz` with others beside them, or one array of points.
+
+    Raises:
+        InputError: The file is no archive of arrays, is damaged, or its arrays do not fit.
+    """
+    try:
+        _check_archive(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # of numpy, zipfile and zlib
+        raise InputError(f"is not an archive of arrays ({_line(error)})", path=path) from None
+    points = next((name for name in _POINT_ARRAYS if name in arrays), None)
+    if "xyz" in arrays:
+        xyz = arrays.pop("xyz")
+        values = _columns_of(xyz, ("x", "y", "z"), path=path)
+    elif points is not None and not {"x", "y", "z"} <= set(arrays):
+        return FileColumns(values=_columns_of(arrays[points], options.columns, path=path))
+    else:
+        values = {}
+    count = len(next(iter(values.values()), next(iter(arrays.values()), np.empty(0))))
+    values |= {name: a for name, a in arrays.items() if a.ndim == 1 and len(a) == count}
+    for axis in "xyz":
+        if axis in arrays and axis not in values:
+            raise InputError(
+                f"has arrays of different lengths: {axis} {arrays[axis].shape}, others ({count},)",
+                path=path,
+            )
+    return FileColumns(values=_numbers(values, path=path))
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse arrays whose headers promise more than their part of the archive holds."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as stream:
+                version = np.lib.format.read_magic(stream)
+                read = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }.get(version)
+                if read is None:
+                    raise ValueError(f"{info.filename} has the unknown version {version}")
+                shape, _, dtype = read(stream)
+            if math.prod(shape) * dtype.itemsize > info.file_size:
+                raise ValueError(f"{info.filename} is shorter than its header says")
+
+
+def _columns_of(
+    array: Shaped[np.ndarray, "..."], names: tuple[str, ...], *, path: Path
+) -> dict[str, Num[np.ndarray, " n"]]:
+    if array.dtype.names:
+        return _numbers({name: array[name] for name in array.dtype.names}, path=path)
+    if array.ndim != 2:
+        raise InputError(
+            f"has an array of shape {array.shape}, rows of points were expected", path=path
+        )
+    names = names or (KITTI[: array.shape[1]] if array.shape[1] in (3, 4) else ())
+    if len(names) != array.shape[1]:
+        what = f"{len(names)} are named" if names else "they have no names"
+        raise InputError(
+            f"has {array.shape[1]} columns and {what}",
+            path=path,
+            remedy="name them all with --data.columns x y z ...",
+        )
+    return _numbers({name: array[:, k] for k, name in enumerate(names)}, path=path)
+
+
+def _numbers(
+    values: dict[str, Shaped[np.ndarray, "..."]], *, path: Path
+) -> dict[str, Num[np.ndarray, " n"]]:
+    for name, array in values.items():
+        if array.dtype.kind not in "fiub" or array.ndim != 1:
+            raise InputError(
+                f"has a column {name} of type {array.dtype} and shape {array.shape}, "
+                f"one number per point was expected",
+                path=path,
+            )
+    return values
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,113 @@
+"""Where the sensor was: `calib.txt`, `poses.txt` and `times.txt` of the KITTI odometry layout.
+
+Geiger et al., "Are we ready for autonomous driving? The KITTI vision benchmark suite", CVPR 2012.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64
+
+from heed_core.errors import InputError
+
+LIDAR_TO_CAMERA = "Tr"
+
+
+def read_calib(path: Path) -> dict[str, Float64[np.ndarray, "4 4"]]:
+    """Read `NAME: 12 numbers` per line: 3 x 4 matrices, completed to 4 x 4.
+
+    Raises:
+        InputError: The file does not exist, or a line is something else.
+    """
+    matrices = {}
+    for number, line in _lines(path):
+        name, colon, rest = line.partition(":")
+        values = _numbers(rest, path, number) if colon else []
+        if len(values) != 12:
+            raise InputError(
+                "is not a name and 12 numbers (NAME: ...)", path=path, place=f"row {number}"
+            )
+        matrices[name.strip()] = _square(values)
+    return matrices
+
+
+def read_poses(
+    path: Path, calib: Mapping[str, Float64[np.ndarray, "4 4"]] | None = None
+) -> Float64[np.ndarray, "frames 4 4"]:
+    """Read one pose per line: 12 numbers, the rows of a 3 x 4 matrix.
+
+    The file's poses take coordinates of the camera at a frame to those of the camera at the first.
+    With a calibration they are turned into the frame of the LiDAR: `Tr^-1 P Tr`.
+
+    Args:
+        path: The file.
+        calib: As `read_calib`, with the key `Tr`; None: the poses stay as they are.
+
+    Returns:
+        Matrices that take points of each frame to the frame of the first.
+
+    Raises:
+        InputError: The file does not exist, a line is something else, or the calibration has no
+            `Tr`.
+    """
+    poses = []
+    for number, line in _lines(path):
+        values = _numbers(line, path, number)
+        if len(values) != 12:
+            raise InputError(
+                f"has {len(values)} numbers, 12 were expected", path=path, place=f"row {number}"
+            )
+        poses.append(_square(values))
+    stacked = np.stack(poses) if poses else np.empty((0, 4, 4))
+    if calib is None:
+        return stacked
+    if LIDAR_TO_CAMERA not in calib:
+        raise InputError(
+            f"needs the matrix {LIDAR_TO_CAMERA} of its calibration",
+            path=path,
+            remedy="add the line 'Tr: ...' to calib.txt",
+        )
+    transform = calib[LIDAR_TO_CAMERA]
+    return np.asarray(np.linalg.inv(transform) @ stacked @ transform)
+
+
+def read_times(path: Path) -> Float64[np.ndarray, " frames"]:
+    """Read one time in seconds per line.
+
+    Raises:
+        InputError: The file does not exist, or a line is something else.
+    """
+    times = []
+    for number, line in _lines(path):
+        values = _numbers(line, path, number)
+        if len(values) != 1:
+            raise InputError(
+                f"has {len(values)} numbers, one was expected", path=path, place=f"row {number}"
+            )
+        times.append(values[0])
+    return np.array(times, dtype=np.float64)
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    if not path.is_file():
+        raise InputError("does not exist", path=path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError("is not a text file", path=path) from None
+    return [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+
+
+def _numbers(text: str, path: Path, number: int) -> list[float]:
+    try:
+        values = [float(part) for part in text.split()]
+    except ValueError as error:
+        raise InputError(str(error), path=path, place=f"row {number}") from None
+    if not np.isfinite(values).all():
+        raise InputError("has a number that is not finite", path=path, place=f"row {number}")
+    return values
+
+
+def _square(values: list[float]) -> Float64[np.ndarray, "4 4"]:
+    return np.vstack([np.reshape(values, (3, 4)), [0.0, 0.0, 0.0, 1.0]])
