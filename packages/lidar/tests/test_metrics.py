@@ -181,8 +181,6 @@ def test_nothing_to_score():
     assert math.isnan(metrics["curb_f1"])
     assert math.isnan(metrics["miou"])
     assert summarise([]).metrics == {"scans": 0.0}
-    with pytest.raises(ValueError, match="no class is named 'kerb'"):
-        score_scan("a", *empty, NAMES, settings=CurbScoring(curb="kerb"))
 
 
 def test_intervals_depend_on_the_scans_and_not_on_their_order():
@@ -192,3 +190,12 @@ def test_intervals_depend_on_the_scans_and_not_on_their_order():
     assert first["curb_f1_low"] < first["curb_f1"] < first["curb_f1_high"]
     alone = summarise(rows[:1] * 3).metrics
     assert alone["curb_f1_low"] == pytest.approx(alone["curb_f1_high"])
+
+
+def test_without_a_class_of_curbs_the_classes_alone_are_scored():
+    xyz, classes = np.array([[1.0, 0, 0], [2, 0, 0]]), np.array([1, 2])
+    rows = score_scan("a", xyz, classes, np.array([1, 1]), ("ignore", "car", "road"))
+    found = summarise(rows)
+    assert found.metrics["miou"] == pytest.approx(0.25)
+    assert "curb_f1" not in found.metrics
+    assert [row["class"] for row in found.classes] == ["car", "road"]

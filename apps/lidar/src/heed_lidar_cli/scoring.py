@@ -158,6 +158,7 @@ def _curb_rows(summaries: dict[str, ScoreSummary]) -> list[Row]:
         }
         for output, found in summaries.items()
         for mean, ending in (("micro", ""), ("macro", "_macro"))
+        if scores[-1] in found.metrics
     ]
 
 
@@ -184,8 +185,11 @@ def _plot(summaries: dict[str, ScoreSummary]) -> Figure:
                 left.plot(reach, values, lines, marker="o", ms=3, color=f"C{place}", label=label)
         left.set(xlabel="tolerance (cm)", ylabel="score", ylim=(0, 1), title="curb points")
         left.legend(fontsize=7, loc="lower right")
-        scans = summaries[FINAL].scans
-        values = [float(row["curb_f1"]) for row in scans]
+        final = summaries[FINAL]
+        column, label = ("miou", "mean IoU")
+        if "curb_f1" in final.metrics:
+            column, label = ("curb_f1", "F1 of curb points")
+        values = [float(row[column]) for row in final.scans]
         right.bar(range(len(values)), np.nan_to_num(values))
-        right.set(xlabel="scan", ylabel="F1 of curb points", ylim=(0, 1), title="scans")
+        right.set(xlabel="scan", ylabel=label, ylim=(0, 1), title="scans")
     return figure

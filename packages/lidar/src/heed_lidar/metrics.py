@@ -47,7 +47,8 @@ class CurbScoring:
     distance: Literal["xy", "xyz"] = "xy"
     """Whether distances are measured in the plane or in space."""
     curb: str = "curb"
-    """Name of the class whose precision and recall are reported."""
+    """Name of the class whose precision and recall are reported; where no class has it, only the
+    classes are scored."""
 
     def __post_init__(self) -> None:
         parse_region(self.region)
@@ -144,17 +145,17 @@ def score_scan(
         curbs: Fitted curves, scored too where given.
 
     Raises:
-        ValueError: Other shapes, a class out of range, or no class is named as the curb.
+        ValueError: Other shapes, or a class out of range.
     """
     settings = settings or CurbScoring()
-    if settings.curb not in names:
-        raise ValueError(f"no class is named {settings.curb!r}: {', '.join(names)}")
     counted = parse_region(settings.region).contains(xyz) & (truth > 0)
     xyz, truth, prediction = xyz[counted], truth[counted], prediction[counted]
     confusion = confusion_matrix(truth, prediction, len(names))
     row: _Row = {"scan": name, "points": len(truth)}
     for true, counts in zip(names, confusion, strict=True):
         row.update({f"{true} > {other}": int(n) for other, n in zip(names, counts, strict=True)})
+    if settings.curb not in names:
+        return [row]
     curb = list(names).index(settings.curb)
     row["curb truth"] = int(confusion[curb].sum())
     row["curb predicted"] = int(confusion[:, curb].sum())
@@ -241,7 +242,9 @@ def summarise(rows: Sequence[ScoreRow], *, seed: int = 0) -> ScoreSummary:
         )
     counts = _collect(rows)
     total = counts.confusion.sum(axis=0)
-    metrics = {"miou": float(_mean_iou(total)), **_curb_metrics(counts)}
+    metrics = {"miou": float(_mean_iou(total))}
+    if "curb truth" in rows[0]:
+        metrics.update(_curb_metrics(counts))
     metrics.update(_intervals(counts, seed))
     points, matched, covered, offset = counts.curve.sum(axis=0)
     if "curve points" in rows[0]:
@@ -358,8 +361,8 @@ def _scan_table(rows: Sequence[ScoreRow], counts: _Counts) -> list[ScoreRow]:
             "curb_precision": float(precision[i]),
             "curb_recall": float(recall[i]),
             "curb_f1": float(f1[i]),
-            "curb_truth": row["curb truth"],
-            "curb_predicted": row["curb predicted"],
+            "curb_truth": int(counts.curb[i, 0]),
+            "curb_predicted": int(counts.curb[i, 1]),
         }
         for i, row in enumerate(rows)
     ]
