@@ -17,6 +17,11 @@ from heed_runtime.testing.contract import check_recipe
 ROOT = Path(__file__).parents[1]
 VOXELS = ("--model.width", "4", "--model.grid.shape", "60", "45", "8")
 SMALL = {
+    "medusa": (
+        *("--data.size", "64", "64", "--data.body-size", "32", "32"),
+        *("--model.body-widths", "4", "8", "--model.hidden", "8"),
+    ),
+    "medusa-body": ("--data.size", "32", "32", "--model.widths", "4", "8"),
     "msga": ("--model.width", "8", "--model.scales", "1", "2"),
     "curbnet": VOXELS,
     "cylinder3d": VOXELS,
@@ -44,7 +49,9 @@ def call(app: App, *words: str | Path) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-@pytest.mark.parametrize(("app", "system"), SYSTEMS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("app", "system"), SYSTEMS, ids=[f"{app.name}-{system}" for app, system in SYSTEMS]
+)
 def test_every_verb_works_on_the_sample(app: App, system: str, tmp_path: Path):
     check_recipe(app, system, tmp_path, flags=SMALL.get(system, ()))
 
@@ -72,7 +79,9 @@ def test_list_is_one_json_document(app: App):
     assert {row["system"] for row in json.loads(out)["systems"]} == set(app.systems)
 
 
-@pytest.mark.parametrize(("app", "system"), SYSTEMS, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("app", "system"), SYSTEMS, ids=[f"{app.name}-{system}" for app, system in SYSTEMS]
+)
 @pytest.mark.parametrize(
     ("words", "said"),
     [

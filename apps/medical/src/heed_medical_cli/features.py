@@ -1,0 +1,96 @@
+"""Make features of whole slides: tissue, tiles, a frozen encoder.
+
+Reads slides (svs, tif, ndpi and others that tiffslide opens) and plain pictures, and writes
+h5_files/SLIDE.h5 (features, coords) and thumbnails/SLIDE.png, which acmil reads. A slide whose
+features are there already is not read again, so that a stopped extraction goes on where it was.
+The encoder is a .pt2 file of torch.export, or a timm model with weights from a file; nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from heed_core.errors import InputError
+from heed_medical.slides.encoding import Encoder, load_encoder
+from heed_medical.slides.features import FOLDER, extract, find_slides
+from heed_medical.slides.tiling import Tiling
+from heed_medical.slides.tissue import TissueSearch
+from heed_runtime.app import App
+from heed_runtime.options import CommonOptions
+from heed_runtime.recipe import Row, Table
+from heed_runtime.terminal import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommonOptions):
+    """The flags."""
+
+    slides: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SLIDE")]
+    """Slides and pictures, or folders of them."""
+    encoder: str
+    """A .pt2 file of torch.export, or the name of a timm model."""
+    out: Path
+    """Where to write."""
+    weights: Path | None = None
+    """Weights of the timm model. None: untrained ones, from a fixed seed, to try things out."""
+    tiling: Tiling = field(default_factory=Tiling)
+    tissue: TissueSearch = field(default_factory=TissueSearch)
+    batch: int = 64
+    """Tiles that are encoded at a time."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the encoder computes."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a slide that cannot be read does: stop, or be skipped and listed."""
+
+
+def run(app: App, options: Options) -> Result:
+    """Extract the features of all slides.
+
+    Raises:
+        InputError: There is no slide, or one cannot be read.
+    """
+    paths = find_slides(options.slides)
+    encoder = load_encoder(options.encoder, weights=options.weights, device=options.device)
+    rows: list[Row] = []
+    skipped: list[str] = []
+    with options.terminal.progress("features", len(paths)) as progress:
+        for path in paths:
+            try:
+                rows.append(_one(path, options, encoder))
+            except InputError as error:
+                if options.on_error == "stop":
+                    raise
+                skipped.append(str(error))
+            progress.advance()
+    lost: list[Row] = [{"why": line} for line in skipped]
+    return Result(
+        title=f"features of {len(rows)} slides, {len(skipped)} skipped",
+        tables=[Table(title=t, rows=r) for t, r in (("", rows), ("skipped", lost)) if r],
+        data={"slides": rows, "skipped": skipped},
+        files=[options.out],
+    )
+
+
+def _one(path: Path, options: Options, encoder: Encoder) -> Row:
+    """The line of one slide, whose features are written if they are not there."""
+    if (options.out / FOLDER / f"{path.stem}.h5").exists():
+        return {"slide": path.stem, "patches": None, "channels": None, "state": "kept"}
+    found = extract(
+        path,
+        options.out,
+        encoder,
+        tiling=options.tiling,
+        tissue=options.tissue,
+        batch=options.batch,
+    )
+    return {
+        "slide": path.stem,
+        "patches": found.patches,
+        "channels": found.dim,
+        "state": "written",
+    }

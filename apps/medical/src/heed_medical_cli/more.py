@@ -1,0 +1,610 @@
+"""The recipe of MoRE: contrastive pre-training on X-rays, ECGs and reports (arXiv 2410.16239)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import lightning as L
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from heed_core.errors import InputError
+from heed_medical.more import MODALITIES, More, MoreConfig, gather_rows, pair_losses, small_config
+from heed_medical.more.attribution import ecg_map, text_map, xray_map
+from heed_medical.more.batches import Augmentation, StudyBatch, join, rows_to_encode
+from heed_medical.more.checking import check_studies
+from heed_medical.more.prediction import (
+    Neighbour,
+    StudyPrediction,
+    retrieval_rows,
+    score_row,
+    write_prediction,
+    zero_shot_rows,
+)
+from heed_medical.more.retrieval import EmbeddingIndex
+from heed_medical.more.sample import write_sample
+from heed_medical.more.settings import MoreData
+from heed_medical.more.studies import (
+    GREY_MEAN,
+    GREY_STD,
+    Study,
+    StudySet,
+    find_inputs,
+    find_studies,
+    introduced,
+    plan_studies,
+)
+from heed_medical.more.text import folder_config
+from heed_medical.more.weights import load_official
+from heed_medical_cli.more_pictures import Relevance, draw_recall, draw_relevance
+from heed_runtime import distributed
+from heed_runtime.recipe import (
+    Card,
+    Check,
+    Contender,
+    Explanation,
+    Exportable,
+    Recipe,
+    Report,
+    Row,
+    Table,
+)
+from heed_runtime.settings import TrainerSettings
+
+VALIDATION_BATCH = 512
+"""Studies among which the loss of the validation is computed."""
+
+LAYOUT = """\
+manifest  manifest.csv or .jsonl, a study per row; every column may be empty:
+          xray_path, ecg_path, xray_report, ecg_report, subject_id, split (train val test),
+          findings (CheXpert names, 1 0 -1); also file, text, patient for X-rays with notes
+PTB-XL    ptbxl_database.csv, scp_statements.csv, records100/ (folds 1-8 train, 9 val, 10 test)
+X-ray     png, jpg, DICOM
+ECG       WFDB (.hea and .dat), any rate, leads by name: PTB-XL, MIMIC-IV-ECG"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreTraining:
+    """The loss and its minimisation; the defaults are the paper's."""
+
+    learning_rate: float = 3e-5
+    """Of AdamW, at the start; falls to a tenth on half a cosine and starts again."""
+    weight_decay: float = 0.1
+    restart_epochs: int = 10
+    """Epochs of one half cosine."""
+    xray_ecg_weight: float = 0.0
+    """Of the loss between X-ray and ECG, which the paper leaves out."""
+    learn_temperature: bool = True
+    """Whether the temperature is learned; the released code keeps it."""
+    same_is_negative: bool = False
+    """Whether studies of the same subject or with the same report are wrong answers for each other,
+    as in the released code."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Of training studies."""
+    weights: Path | None = None
+    """A checkpoint of the released code to start from."""
+    text_folder: Path | None = None
+    """A folder of transformers with a RoBERTa and its tokenizer to start the text tower from."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("weight_decay", "xray_ecg_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.restart_epochs < 1:
+            raise ValueError(f"restart_epochs must be at least 1, got {self.restart_epochs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoreSettings:
+    """All settings of MoRE."""
+
+    model: MoreConfig = field(default_factory=small_config)
+    data: MoreData = field(default_factory=MoreData)
+    training: MoreTraining = field(default_factory=MoreTraining)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+    def __post_init__(self) -> None:
+        if self.trainer.batch < 2:
+            raise ValueError(f"trainer.batch must be at least 2, got {self.trainer.batch}")
+
+
+def small() -> MoreSettings:
+    """For a laptop: small towers, a random text tower over bytes, no crops.
+
+    Contrast is not made even: in a small picture the tiles are as small as what is looked for.
+    """
+    return MoreSettings(
+        data=MoreData(equalise=False),
+        training=MoreTraining(
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            restart_epochs=40,
+            augmentation=Augmentation(crop=0.0, tone=0.5, blur=0.2),
+        ),
+        trainer=TrainerSettings(max_epochs=40, batch=16),
+    )
+
+
+def paper() -> MoreSettings:
+    """The published sizes and recipe; give the text tower with --training.text-folder."""
+    return MoreSettings(
+        model=MoreConfig(),
+        trainer=TrainerSettings(
+            max_epochs=100, batch=100, accumulate=4, patience=10, precision="16-mixed"
+        ),
+    )
+
+
+class MoreModule(L.LightningModule):
+    """Contrastive loss, optimiser and validation of MoRE."""
+
+    def __init__(self, model: More, settings: MoreSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        if not settings.training.learn_temperature:
+            model.log_temperature.requires_grad_(False)
+        self._validated: list[tuple[Study, dict[str, np.ndarray]]] = []
+        self._prompts: dict[str, dict[str, Tensor]] | None = None
+        self._index: EmbeddingIndex | None = None
+
+    def training_step(self, batch: StudyBatch, _: int) -> Tensor:
+        """The loss of a batch over all processes."""
+        embeddings = {name: gather_rows(self._embed_batch(batch, name)) for name in self._names}
+        valid = {name: gather_rows(batch.valid[name].long()).bool() for name in self._names}
+        groups = gather_rows(batch.groups.T.contiguous()).T
+        losses = self._losses(embeddings, valid, groups)
+        values = {f"train/loss_{name}": loss for name, loss in losses.items()}
+        values["train/temperature"] = self.model.temperature
+        count = len(batch.text)
+        self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
+        total = self._total(losses)
+        self.log(
+            "train/loss", total, on_step=False, on_epoch=True, sync_dist=True, batch_size=count
+        )
+        return total
+
+    def validation_step(self, cases: list[Study], _: int) -> None:
+        """Collect the embeddings of studies."""
+        for case in cases:
+            light = replace(case, xray=None, ecg=None)
+            self._validated.append((light, self._embed(case)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss and recall over the studies of all processes; the loss selects the weights."""
+        parts = distributed.gather(self._validated)
+        found = sorted((item for part in parts for item in part), key=lambda item: item[0].name)
+        self._validated = []
+        if not found:
+            return
+        chunks = [found[i : i + VALIDATION_BATCH] for i in range(0, len(found), VALIDATION_BATCH)]
+        losses = [self._validation_loss(chunk) for chunk in chunks]
+        self.log("val/loss", float(np.average(losses, weights=[len(c) for c in chunks])))
+        rows = [score_row(_unlabelled(case, vectors)) for case, vectors in found]
+        for row in retrieval_rows(rows, ()):
+            if row["from"] != "ecg" and (row["from"] == "text" or row["to"] == "ecg"):
+                value = float(row["recall@1"] or 0.0)
+                self.log(f"val/{row['from']}_to_{row['to']}_recall@1", value)
+
+    def predict_step(self, cases: list[Study], _: int) -> list[StudyPrediction]:
+        """Embeddings, cosines with the prompts of findings, neighbours in the index."""
+        return [self._predict(case) for case in cases]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, half cosines that start again."""
+        training = self.settings.training
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(
+            trained, lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        cosine = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            adam, T_0=training.restart_epochs, eta_min=training.learning_rate / 10
+        )
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": cosine, "interval": "epoch"}}
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in MODALITIES if name in self.model.config.modalities]
+
+    def _embed_batch(self, batch: StudyBatch, name: str) -> Tensor:
+        """Embeddings of the rows that have the modality; 0 for the others."""
+        valid = batch.valid[name]
+        rows = rows_to_encode(valid)
+        if name == "text":
+            found = self.model.embed_text([batch.text[i] for i in rows.tolist()])
+        elif name == "xray":
+            height, width = self.model.config.image_size
+            xray = batch.xray
+            if xray is None:
+                xray = torch.zeros(len(valid), 3, height, width, device=valid.device)
+            found = self.model.embed_xray(xray[rows])
+        else:
+            ecg = batch.ecg
+            if ecg is None:
+                shape = (len(valid), 12, self.model.config.ecg_samples)
+                ecg = torch.zeros(shape, device=valid.device)
+            found = self.model.embed_ecg(ecg[rows])
+        empty = torch.zeros(len(valid), found.shape[1], device=found.device)
+        return empty.index_copy(0, rows, found.float())
+
+    def _losses(
+        self, embeddings: Mapping[str, Tensor], valid: Mapping[str, Tensor], groups: Tensor
+    ) -> dict[str, Tensor]:
+        training = self.settings.training
+        found = pair_losses(
+            embeddings,
+            valid,
+            self.model.temperature,
+            groups=None if training.same_is_negative else groups,
+            xray_ecg=training.xray_ecg_weight > 0,
+        )
+        return {f"{one}_{other}": loss for (one, other), loss in found.items()}
+
+    def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        weight = self.settings.training.xray_ecg_weight if "text" in self._names else 1.0
+        parts = [loss * (weight if name == "xray_ecg" else 1.0) for name, loss in losses.items()]
+        return torch.stack(parts).sum()
+
+    def _validation_loss(self, chunk: Sequence[tuple[Study, dict[str, np.ndarray]]]) -> float:
+        zero = np.zeros(self.model.config.projection, dtype=np.float32)
+        embeddings, valid = {}, {}
+        for name in self._names:
+            rows = [vectors.get(name) for _, vectors in chunk]
+            stacked = np.stack([zero if row is None else row for row in rows])
+            embeddings[name] = torch.from_numpy(stacked).to(self.device)
+            valid[name] = torch.tensor([row is not None for row in rows], device=self.device)
+        groups = join([case for case, _ in chunk]).groups.to(self.device)
+        return float(self._total(self._losses(embeddings, valid, groups)))
+
+    def _embed(self, case: Study) -> dict[str, np.ndarray]:
+        batch = join([case]).to(self.device)
+        found = {}
+        if case.xray is not None and batch.xray is not None:
+            found["xray"] = self.model.embed_xray(batch.xray)
+        if case.ecg is not None and batch.ecg is not None:
+            found["ecg"] = self.model.embed_ecg(batch.ecg)
+        if case.text is not None:
+            found["text"] = self.model.embed_text([case.text])
+        return {name: rows[0].detach().float().cpu().numpy() for name, rows in found.items()}
+
+    def prompts(self) -> dict[str, dict[str, Tensor]]:
+        """Modality -> finding -> unit vectors of its prompts (k, p); empty without a text tower."""
+        if self._prompts is None:
+            self._prompts = {}
+            for place, name in enumerate(("xray", "ecg")):
+                if "text" in self._names and name in self._names:
+                    self._prompts[name] = {
+                        finding: self._asked(finding, place)
+                        for finding in self.settings.data.labels
+                    }
+        return self._prompts
+
+    def _asked(self, finding: str, place: int) -> Tensor:
+        texts = []
+        for prompt in self.settings.data.prompts_of(finding):
+            text = introduced((prompt, "") if place == 0 else ("", prompt))
+            if text is not None:
+                texts.append(text)
+        with torch.no_grad():
+            return self.model.embed_text(texts).float()
+
+    def _predict(self, case: Study) -> StudyPrediction:
+        vectors = self._embed(case)
+        findings = {}
+        for name, asked in self.prompts().items():
+            if name in vectors:
+                findings[name] = {
+                    finding: float((rows.cpu().numpy() @ vectors[name]).max())
+                    for finding, rows in asked.items()
+                }
+        prediction = _unlabelled(case, vectors)
+        return replace(prediction, findings=findings, neighbours=self._neighbours(vectors))
+
+    def _neighbours(self, vectors: Mapping[str, Float32[np.ndarray, " p"]]) -> list[Neighbour]:
+        data = self.settings.data
+        if data.index is None:
+            return []
+        if self._index is None:
+            self._index = EmbeddingIndex.load(data.index)
+        found = []
+        for query, vector in vectors.items():
+            for modality, names in self._index.names.items():
+                if self._index.vectors[modality].shape[1] != len(vector):
+                    raise InputError("has vectors of another width than the model", path=data.index)
+                cosines, rows = self._index.search(vector[None], modality, data.neighbours)
+                found += [
+                    Neighbour(query=query, modality=modality, name=names[row], cosine=float(cosine))
+                    for cosine, row in zip(cosines[0], rows[0], strict=True)
+                ]
+        return found
+
+
+class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
+    """Learn a common space of X-rays, ECGs and reports."""
+
+    card: ClassVar[Card] = Card(
+        name="more",
+        title="MoRE: contrastive pre-training on X-rays, ECGs and reports",
+        task="common embeddings, retrieval and zero-shot classification",
+        reads=("csv and jsonl manifests", "PTB-XL", "WFDB ECGs", "png, jpg and DICOM X-rays"),
+        writes="npz of embeddings, json of findings and neighbours",
+        paper="Thapa et al., 2024, arXiv 2410.16239",
+        layout=LAYOUT,
+        verified="towers, projectors, losses, gradients and ECG preparation equal to the released "
+        "code on fixed weights; exact parameter counts; the text tower by its counts only",
+        trained="not yet: the preset small does not learn its sample",
+        reproduced="none: MIMIC-CXR and MIMIC-IV-ECG are not public",
+        notice="research use only: not a medical device",
+    )
+    settings: ClassVar[type[MoreSettings]] = MoreSettings
+    presets: ClassVar[Mapping[str, Callable[[], MoreSettings]]] = {"small": small, "paper": paper}
+    monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/loss", "min")
+    changeable: ClassVar[tuple[str, ...]] = (
+        "data.on_error",
+        "data.manifest",
+        "data.root",
+        "data.ptbxl_rate",
+        "data.labels",
+        "data.prompts",
+        "data.uncertain",
+        "data.missing_leads",
+        "data.ecg_part",
+        "data.index",
+        "data.neighbours",
+    )
+
+    def sample(self, out: Path, *, seed: int) -> None:
+        """Made-up studies of eight findings."""
+        write_sample(out, seed=seed)
+
+    def check(self, settings: MoreSettings, root: Path) -> Check:
+        """Read every X-ray and ECG."""
+        found = check_studies(settings.data, root, samples=settings.model.ecg_samples)
+        return Check(counts=found.counts, problems=found.problems, warnings=found.warnings)
+
+    def plan(self, settings: MoreSettings, root: Path) -> MoreSettings:
+        """Take modalities and findings from the data, the text tower's sizes from its folder."""
+        data = plan_studies(settings.data, root)
+        model = replace(settings.model, modalities=data.modalities)
+        if settings.training.text_folder is not None:
+            text = folder_config(settings.training.text_folder, model.text)
+            model = replace(model, text=text)
+        return replace(settings, model=model, data=data)
+
+    def train_data(self, settings: MoreSettings, root: Path) -> StudySet:
+        """The training studies."""
+        files = find_studies(root, settings.data, "train")
+        wanted = set(settings.model.modalities)
+        return StudySet(
+            [file for file in files if len(wanted & set(file.modalities)) > 1],
+            settings.data,
+            settings.model,
+        )
+
+    def augment(
+        self, settings: MoreSettings
+    ) -> Callable[[Study, np.random.Generator], Study] | None:
+        """Crops, tones and blurs of X-rays, warps of ECGs."""
+        return settings.training.augmentation
+
+    def collate(self, samples: list[Study]) -> StudyBatch:
+        """Put studies together."""
+        return join(samples)
+
+    def cases(self, settings: MoreSettings, root: Path, split: str) -> StudySet:
+        """Studies with their findings."""
+        return StudySet(find_studies(root, settings.data, split), settings.data, settings.model)
+
+    def inputs(self, settings: MoreSettings, paths: Sequence[Path]) -> StudySet:
+        """Studies of manifests, pictures, records and texts."""
+        data = replace(settings.data, labels=(), cache_mb=0)
+        return StudySet(find_inputs(paths, data), data, settings.model)
+
+    def model(self, settings: MoreSettings) -> More:
+        """The network."""
+        return More(settings.model)
+
+    def start(self, settings: MoreSettings, model: nn.Module) -> None:
+        """Take over the weights that the settings name."""
+        assert isinstance(model, More)
+        if settings.training.text_folder is not None and "text" in model.config.modalities:
+            model.text.load_folder(settings.training.text_folder)
+        if settings.training.weights is not None:
+            load_official(model, settings.training.weights)
+
+    def module(self, settings: MoreSettings, model: nn.Module) -> MoreModule:
+        """The network with its loss."""
+        assert isinstance(model, More)
+        return MoreModule(model, settings)
+
+    def write_prediction(
+        self, settings: MoreSettings, prediction: StudyPrediction, out: Path
+    ) -> list[Path]:
+        """Embeddings as npz, findings and neighbours as json."""
+        return write_prediction(prediction, out)
+
+    def score(self, settings: MoreSettings, prediction: StudyPrediction) -> list[Row]:
+        """Findings, cosines and embeddings."""
+        return [score_row(prediction)]
+
+    def report(self, settings: MoreSettings, rows: Sequence[Row]) -> Report:
+        """Retrieval between all modalities, and zero-shot classification."""
+        findings = settings.data.labels
+        retrieval = retrieval_rows(rows, findings)
+        zero_shot = zero_shot_rows(rows, findings)
+        metrics: dict[str, float] = {}
+        for row in retrieval:
+            for key in ("recall@1", "recall@5", "recall@10", "finding precision@1"):
+                name = f"{row['from']}_to_{row['to']}_{key.replace(' ', '_')}"
+                metrics[name] = float(cast(float, row[key]))
+        for modality in ("xray", "ecg"):
+            for score in ("auroc", "auprc"):
+                values = [float(r[score] or 0) for r in zero_shot if r["modality"] == modality]
+                known = [value for value in values if np.isfinite(value)]
+                if known:
+                    metrics[f"{modality}_zero_shot_{score}"] = float(np.mean(known))
+        tables = [Table(title="retrieval", rows=retrieval)]
+        if zero_shot:
+            tables.append(Table(title="zero-shot", rows=zero_shot))
+        return Report(metrics=metrics, tables=tables, plots={"recall": draw_recall(retrieval)})
+
+    def explain(
+        self, settings: MoreSettings, module: L.LightningModule, case: Study
+    ) -> Explanation:
+        """Relevance of patches, of time and of words for the nearness of the modalities."""
+        assert isinstance(module, MoreModule)
+        vectors = {
+            name: torch.from_numpy(vector).to(module.device)
+            for name, vector in module._embed(case).items()
+        }
+        batch = join([case]).to(module.device)
+        arrays: dict[str, np.ndarray] = {}
+        found = Relevance()
+        if case.xray is not None and batch.xray is not None:
+            target = _target(module, vectors, "xray")
+            arrays["xray"] = xray_map(module.model, batch.xray, target)
+            found = replace(found, xray=(case.xray * GREY_STD + GREY_MEAN, arrays["xray"]))
+        if case.ecg is not None and batch.ecg is not None:
+            target = _target(module, vectors, "ecg")
+            arrays["ecg"], arrays["ecg_leads"] = ecg_map(module.model, batch.ecg, target)
+            found = replace(found, ecg=(case.ecg, arrays["ecg"]))
+        if case.text is not None:
+            target = _target(module, vectors, "text")
+            words, arrays["text"] = text_map(module.model, case.text, target)
+            arrays["words"] = np.array(words)
+            found = replace(found, text=(words, arrays["text"]))
+        figures = {"relevance": draw_relevance(found)}
+        return Explanation(name=case.name, arrays=arrays, figures=figures)
+
+    def exportable(self, settings: MoreSettings, model: nn.Module) -> Exportable:
+        """X-rays and ECGs to their embeddings; the text tower stays."""
+        assert isinstance(model, More)
+        names = [name for name in ("xray", "ecg") if name in settings.model.modalities]
+        shapes = {
+            "xray": (3, *settings.model.image_size),
+            "ecg": (12, settings.model.ecg_samples),
+        }
+        auto = torch.export.Dim.AUTO
+        return Exportable(
+            model=(Embedders(model) if len(names) > 1 else Embedder(model, names[0])).eval(),
+            examples=[tuple(torch.randn(b, *shapes[n]) for n in names) for b in (2, 3)],
+            dynamic_shapes=tuple({0: auto} for _ in names),
+            input_names=names,
+            output_names=[f"{name}_embedding" for name in names],
+        )
+
+    def contenders(self, settings: MoreSettings) -> list[Contender]:
+        """The X-ray tower, and timm's vision transformer of the same size."""
+        model, batch = settings.model, settings.trainer.batch
+        inputs = partial(_bench_inputs, (batch, 3, *model.image_size))
+        return [
+            Contender(
+                name="MoRE X-ray tower",
+                build=partial(_xray_tower, model),
+                inputs=inputs,
+                loss=torch.Tensor.mean,
+                items=batch,
+            ),
+            Contender(
+                name="timm VisionTransformer",
+                build=partial(_timm_tower, model),
+                inputs=inputs,
+                loss=torch.Tensor.mean,
+                missing=None if _installed("timm") else "timm is not installed",
+                items=batch,
+            ),
+        ]
+
+
+class Embedder(nn.Module):
+    """What is exported of one modality: X-rays or ECGs in, their embeddings out."""
+
+    def __init__(self, model: More, name: str) -> None:
+        super().__init__()
+        self.tower = getattr(model, name)
+        self.projector = model.projectors[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Unit vectors."""
+        return nn.functional.normalize(self.projector(self.tower(x)), dim=1)
+
+
+class Embedders(nn.Module):
+    """What is exported of two modalities."""
+
+    def __init__(self, model: More) -> None:
+        super().__init__()
+        self.xray, self.ecg = Embedder(model, "xray"), Embedder(model, "ecg")
+
+    def forward(self, xray: Tensor, ecg: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of both."""
+        return self.xray(xray), self.ecg(ecg)
+
+
+def _unlabelled(case: Study, vectors: Mapping[str, np.ndarray]) -> StudyPrediction:
+    """Embeddings with the labels and items of a study, before findings and neighbours."""
+    file = case.file
+    items = {"xray": str(file.xray or ""), "ecg": str(file.ecg or "")}
+    if case.text is not None:
+        items["text"] = "\n".join(case.text)
+    return StudyPrediction(
+        name=case.name, embeddings=vectors, findings={}, items=items, labels=file.labels
+    )
+
+
+def _target(module: MoreModule, vectors: Mapping[str, Tensor], name: str) -> Tensor:
+    """What a modality is compared with: the report, the other modalities, the nearest prompt."""
+    others = [vector for other, vector in vectors.items() if other != name]
+    if name != "text" and "text" in vectors:
+        return vectors["text"]
+    if others:
+        return nn.functional.normalize(torch.stack(others).sum(dim=0), dim=0)
+    asked = module.prompts().get(name)
+    if asked:
+        rows = torch.cat(list(asked.values()))
+        return rows[(rows @ vectors[name]).argmax()]
+    return vectors[name]
+
+
+def _bench_inputs(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)),)
+
+
+def _xray_tower(config: MoreConfig) -> nn.Module:
+    from heed_medical.more.network import xray_tower
+
+    return xray_tower(config)
+
+
+def _timm_tower(config: MoreConfig) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    tower = config.tower
+    network: nn.Module = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch,
+        embed_dim=tower.dim,
+        depth=tower.depth,
+        num_heads=tower.heads,
+        mlp_ratio=tower.hidden / tower.dim,
+        qkv_bias=False,
+        num_classes=0,
+    )
+    return network
+
+
+def _installed(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+RECIPE = MoreRecipe()

@@ -1,0 +1,264 @@
+"""The recipe of ACMIL: every verb on its sample, on real bags, and on what users get wrong."""
+
+import io
+import json
+import os
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from heed_medical.acmil import AcmilConfig, BagClassifier
+from heed_medical.acmil.weights import official_name
+from heed_medical_cli.acmil import RECIPE, AcmilSettings, AcmilTraining, small
+from heed_runtime.app import App, Verb
+from heed_runtime.testing.contract import call, check_recipe
+
+APP = App(
+    name="heed-medical",
+    about="ACMIL alone.",
+    systems={"acmil": "heed_medical_cli.acmil:RECIPE"},
+    verbs={"features": Verb(module="heed_medical_cli.features", arguments="SLIDE... --out DIR")},
+)
+DATA = Path(os.environ.get("HEED_DATA", Path(__file__).parents[3] / "../shared/data"))
+QUICK = ("--trainer.max-steps", "2", "--trainer.batch", "2", "--device", "cpu")
+
+
+def said(*words: object) -> tuple[int, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = APP.call([str(word) for word in words])
+    return code, err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A handful of slides with and without coordinates, in CLAM's layout."""
+    root = tmp_path_factory.mktemp("slides")
+    rng = np.random.default_rng(0)
+    (root / "h5_files").mkdir()
+    rows = ["slide_id,label,split"]
+    for number, split in enumerate(["train"] * 6 + ["val"] * 2 + ["test"] * 4):
+        with h5py.File(root / "h5_files" / f"s{number}.h5", "w") as file:
+            file["features"] = rng.normal(size=(20 + number, 8)).astype(np.float32)
+            if number != 8:
+                file["coords"] = np.stack([np.arange(20 + number) * 64, np.zeros(20 + number)], 1)
+        rows.append(f"s{number},{'tumor' if number % 2 else 'normal'},{split}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "run"
+    call(APP, "train", "acmil", "--data", data, "--out", out, *QUICK)
+    return out
+
+
+@pytest.mark.slow
+def test_every_verb_works_on_the_sample(tmp_path: Path):
+    check_recipe(APP, "acmil", tmp_path)
+
+
+def test_predictions_are_probabilities_attention_and_geojson(run: Path, data: Path, tmp_path: Path):
+    found = call(APP, "predict", run, data / "h5_files" / "s9.h5", "--out", tmp_path)
+    assert sorted(Path(name).name for name in found["files"]) == ["s9.csv", "s9.geojson", "s9.json"]
+    document = json.loads((tmp_path / "s9.json").read_text())
+    assert sum(document["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert len((tmp_path / "s9.csv").read_text().splitlines()) == 30
+    found = call(APP, "predict", run, data / "h5_files" / "s8.h5", "--out", tmp_path / "flat")
+    assert sorted(Path(name).suffix for name in found["files"]) == [".csv", ".json"]
+
+
+def test_explain_draws_over_the_thumbnail_or_over_the_coordinates(
+    run: Path, data: Path, tmp_path: Path
+):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (3000, 200), (200, 120, 170)).save(pictures / "s9.tif")
+    paths = [data / "h5_files" / f"s{n}.h5" for n in (8, 9)]
+    out = tmp_path / "out"
+    call(APP, "explain", run, *paths, "--out", out, "--data.thumbnails", pictures)
+    assert sorted(path.name for path in out.glob("*.png")) == [
+        "s8_concentration.png", "s9_concentration.png", "s9_heatmap.png",
+    ]  # fmt: skip
+    with np.load(out / "s9.npz") as arrays:
+        np.testing.assert_allclose(arrays["branch_attention"].sum(1), 1, rtol=1e-5)
+        np.testing.assert_allclose(arrays["branch_attention"].mean(0), arrays["attention"])
+        assert arrays["concentration"][-1] == pytest.approx(1)
+        assert arrays["coords"].shape == (29, 2)
+
+
+def test_evaluate_reports_scores_with_intervals(run: Path, data: Path):
+    found = call(APP, "evaluate", run, "--data", data, "--split", "test")
+    assert found["n"] == 4
+    assert set(found["metrics"]) >= {"accuracy", "balanced_accuracy", "f1", "auc"}
+    assert (run / "evaluation" / "test" / "roc.png").stat().st_size > 0
+
+
+def broken(data: Path, root: Path, fault: str) -> Path:
+    """A copy of the data with one fault."""
+    (root / "h5_files").mkdir(parents=True)
+    for path in (data / "h5_files").iterdir():
+        (root / "h5_files" / path.name).write_bytes(path.read_bytes())
+    labels = (data / "labels.csv").read_text()
+    victim = root / "h5_files" / "s1.h5"
+    if fault == "truncated":
+        victim.write_bytes(victim.read_bytes()[:200])
+    elif fault == "label":
+        labels = labels.replace("s1,tumor", "s1,")
+    elif fault == "missing":
+        victim.unlink()
+    else:
+        features = {
+            "empty": np.zeros((0, 8)),
+            "nan": np.full((3, 8), np.nan),
+            "width": np.zeros((3, 9)),
+        }
+        with h5py.File(victim, "w") as file:
+            if fault in features:
+                file["features"] = features[fault]
+    (root / "labels.csv").write_text(labels)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("truncated", "s1.h5: is not a readable h5 file"),
+        ("label", "labels.csv, row 3: has no label"),
+        ("missing", "slide 's1' has no features"),
+        ("empty", "s1.h5: is a bag without patches"),
+        ("nan", "s1.h5: 3 patches have features that are not numbers"),
+        ("width", "s1.h5: has features of 9 channels, expected 8"),
+        ("nothing", "s1.h5: has no data set 'features' or 'feat'"),
+    ],
+)
+def test_a_fault_in_the_data_is_one_line_and_exit_code_2(
+    fault: str, told: str, data: Path, tmp_path: Path
+):
+    root = broken(data, tmp_path / "data", fault)
+    words = ("train", "acmil", "--data", root, "--out", tmp_path / "run", *QUICK, "--quiet")
+    code, err = said(*words, "--trainer.max-epochs", "1", "--trainer.max-steps", "3")
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert (code, len(errors)) == (2, 1), err
+    assert told in errors[0]
+    assert said("check", "acmil", root)[0] != 0
+    if fault != "label":
+        code, err = said(*words, "--data.on-error", "skip", "--overwrite")
+        assert code == 0, err
+
+
+def test_other_weights_and_other_classes_are_refused(run: Path, data: Path, tmp_path: Path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
+    words = ("train", "acmil", "--data", data, "--out", tmp_path / "r", *QUICK)
+    code, err = said(*words, "--training.weights", tmp_path / "w.safetensors")
+    assert code == 2
+    assert "not those of this network" in err
+    (tmp_path / "labels.csv").write_text("slide_id,label,split\ns1,other,test\n")
+    (tmp_path / "s1.h5").write_bytes((data / "h5_files" / "s1.h5").read_bytes())
+    code, err = said("evaluate", run, "--data", tmp_path)
+    assert code == 2
+    assert "label 'other', the classes are normal, tumor" in err
+
+
+def test_a_run_starts_from_official_weights(tmp_path: Path):
+    config = AcmilConfig(kind="acmil-mha", in_dim=16, branches=2)
+    donor = BagClassifier(config)
+    state = {official_name(donor, k): x.contiguous() for k, x in donor.state_dict().items()}
+    save_file(state, tmp_path / "official.safetensors")
+    training = AcmilTraining(weights=tmp_path / "official.safetensors")
+    settings = AcmilSettings(model=config, training=training)
+    model = RECIPE.model(settings)
+    RECIPE.start(settings, model)
+    for name, x in donor.state_dict().items():
+        assert torch.equal(model.state_dict()[name], x), name
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: AcmilTraining(learning_rate=0.0), "learning_rate"),
+        (lambda: AcmilTraining(max_patches=0), "max_patches"),
+        (
+            lambda: AcmilSettings(
+                model=AcmilConfig(kind="mha"), training=AcmilTraining(diversity_weight=0.0)
+            ),
+            "no effect",
+        ),
+        (
+            lambda: AcmilSettings(
+                model=AcmilConfig(kind="mean"), training=AcmilTraining(weights=Path("w"))
+            ),
+            "training.weights",
+        ),
+    ],
+)
+def test_settings_without_sense_are_refused(make, told: str):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_features_of_pictures_are_trained_on(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    rows = ["file,label"]
+    for number in range(10):
+        pixels = rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+        pixels[..., number % 2] //= 3
+        Image.fromarray(pixels).save(tmp_path / "images" / f"p{number}.png")
+        rows.append(f"p{number}.png,{number % 2}")
+    bags = tmp_path / "bags"
+    words = ("features", tmp_path / "images", "--encoder", "resnet10t", "--out", bags)
+    found = call(APP, *words, "--tiling.tile", 32)
+    assert {(row["patches"], row["channels"]) for row in found["slides"]} == {(9, 512)}
+    again = call(APP, *words)
+    assert {row["state"] for row in again["slides"]} == {"kept"}
+    (bags / "labels.csv").write_text("\n".join(rows))
+    call(APP, "train", "acmil", "--data", bags, "--out", tmp_path / "run", *QUICK)
+    call(APP, "explain", tmp_path / "run", bags / "h5_files" / "p3.h5", "--out", tmp_path / "seen")
+    assert (tmp_path / "seen" / "p3_heatmap.png").stat().st_size > 0
+    (tmp_path / "images" / "p0.png").write_bytes(b"damaged")
+    code, err = said("features", tmp_path / "images", "--encoder", "resnet10t", "--out", tmp_path)
+    assert code == 2
+    assert "p0.png: cannot be read as a picture" in err
+
+
+def trained_auc(kind: str, data: Path, out: Path, *flags: object) -> dict[str, float]:
+    call(APP, "train", "acmil", "--data", data, "--out", out, "--model.kind", kind,
+         "--device", "cpu", *flags)  # fmt: skip
+    metrics: dict[str, float] = call(APP, "evaluate", out, "--device", "cpu")["metrics"]
+    return metrics
+
+
+@pytest.mark.slow
+def test_attention_beats_the_mean_patch_on_the_sample(tmp_path: Path):
+    RECIPE.sample(tmp_path / "data", seed=0)
+    whole = trained_auc("acmil-ga", tmp_path / "data", tmp_path / "whole")
+    mean = trained_auc("mean", tmp_path / "data", tmp_path / "mean")
+    assert whole["auc"] > mean["auc"] + 0.05, (whole, mean)
+    assert whole["auc"] > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "mil-bags").is_dir(), reason="the real bags are not here")
+def test_musk_is_learnt_in_a_fold(tmp_path: Path):
+    flags = ("--data.folds", 10, "--data.standardise", "--trainer.max-epochs", 30,
+             "--training.learning-rate", 5e-4)  # fmt: skip
+    assert trained_auc("gated", DATA / "mil-bags", tmp_path / "run", *flags)["auc"] >= 0.7
+
+
+def test_presets_are_the_published_networks():
+    counts = {name: make().model for name, make in RECIPE.presets.items()}
+    with torch.device("meta"):
+        sizes = {
+            n: sum(p.numel() for p in BagClassifier(c).parameters()) for n, c in counts.items()
+        }
+    assert sizes["paper"] == 662_417
+    assert sizes["paper-mha"] == 6_317_580
+    assert small().model == AcmilConfig()

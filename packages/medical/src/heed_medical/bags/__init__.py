@@ -1,0 +1,1 @@
+"""Bags of patch features of whole slides: readers of the usual layouts, splits, checks, scores."""

@@ -1,0 +1,1 @@
+"""Scores of classifiers: per class, over thresholds, of the probabilities, with intervals."""

@@ -1,0 +1,1 @@
+"""Electrocardiograms: WFDB records to twelve leads in mV, and the tables of PTB-XL."""

@@ -1,0 +1,131 @@
+"""Where the towers looked: gradient-weighted attention rollout.
+
+Chefer et al., "Transformer interpretability beyond attention visualization" (CVPR 2021), with the
+attention itself in the place of its layer-wise relevance:
+
+    A_l = I + mean over heads of (dS / dA_l * A_l)^+,   rows divided by their sum,
+    C = A_L ... A_1,
+
+of a scalar S, the cosine of two embeddings. The row of C that S is read from, without the class
+token, is the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float32
+from torch import Tensor
+
+from heed_core import observe
+from heed_medical.more.network import More
+from heed_medical.more.text import Text
+from heed_medical.more.towers import ECG_PATCH
+
+WINDOW = 5 * ECG_PATCH
+"""Samples that a token of an ECG comes of."""
+
+
+def rollout(
+    attention: Sequence[Float[Tensor, "h n n"]], gradients: Sequence[Float[Tensor, "h n n"]]
+) -> Float[Tensor, "n n"]:
+    """C of the module's formula; first block first. Rows sum to one."""
+    if len(attention) != len(gradients) or not attention:
+        raise ValueError(f"as many gradients as maps, got {len(gradients)}, {len(attention)}")
+    count = attention[0].shape[-1]
+    identity = torch.eye(count, dtype=attention[0].dtype, device=attention[0].device)
+    total = identity
+    for weights, gradient in zip(attention, gradients, strict=True):
+        relevance = identity + (gradient * weights).clamp(min=0).mean(dim=0)
+        total = relevance / relevance.sum(dim=1, keepdim=True) @ total
+    return total
+
+
+def xray_map(
+    model: More, xray: Float[Tensor, "1 3 h w"], target: Float[Tensor, " p"]
+) -> Float32[np.ndarray, "h w"]:
+    """Relevance of the patches for the cosine with `target`, at the size of the image."""
+    with torch.enable_grad(), observe(model, "xray.*", keep="all", grad=True) as record:
+        score = (model.embed_xray(xray)[0] * target).sum()
+        found = _rolled(record, score)[0, 1:]
+    height, width = model.config.image_size
+    patch = model.config.patch
+    grid = found.view(1, 1, height // patch, width // patch)
+    return _array(F.interpolate(grid, (height, width), mode="bilinear")[0, 0])
+
+
+def ecg_map(
+    model: More, ecg: Float[Tensor, "1 12 n"], target: Float[Tensor, " p"]
+) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, "12 n"]]:
+    """Relevance of each sample for the cosine with `target`, and of each lead.
+
+    The stem mixes leads, so that the attention knows only time: the relevance of leads is
+    |input gradient x input|, smoothed over 25 samples.
+    """
+    with torch.enable_grad(), observe(model, "ecg.*", keep="all", grad=True) as record:
+        given = ecg.detach().clone().requires_grad_()
+        score = (model.embed_ecg(given)[0] * target).sum()
+        tokens = _rolled(record, score)[0, 1:]
+        (gradient,) = torch.autograd.grad(score, given)
+    product = (gradient * given).detach().abs()
+    smooth = F.avg_pool1d(product, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+    return _array(tokens_to_samples(tokens, ecg.shape[2])), _array(smooth[0])
+
+
+def tokens_to_samples(tokens: Float[Tensor, " t"], samples: int) -> Float[Tensor, " n"]:
+    """Spread each token evenly over the 25 samples that it comes of; the sum stays."""
+    spread = torch.zeros(samples, dtype=tokens.dtype, device=tokens.device)
+    places = torch.arange(len(tokens), device=tokens.device).unsqueeze(1) * ECG_PATCH
+    places = places + torch.arange(WINDOW, device=tokens.device)
+    share = (tokens / WINDOW).unsqueeze(1).expand(-1, WINDOW)
+    return spread.index_add(0, places.flatten(), share.flatten())
+
+
+def text_map(
+    model: More, text: Text, target: Float[Tensor, " p"]
+) -> tuple[list[str], Float32[np.ndarray, " n"]]:
+    """Words and their relevance for the cosine with `target`; pieces of a word are summed.
+
+    The sentence vector is a mean over tokens, so the mean of their rows is the map.
+    """
+    ids, mask = model.text.tokens([text])
+    with torch.enable_grad(), observe(model, "text.*", keep="all", grad=True) as record:
+        vector = F.normalize(model.projectors["text"](model.text(ids, mask)), dim=1)
+        total = _rolled(record, (vector[0] * target).sum())
+    relevance = _array(total[mask[0]].mean(dim=0))[_array(mask[0]).astype(bool)]
+    return join_words(model.text.words(ids[0][mask[0]].tolist()), relevance)
+
+
+def join_words(
+    pieces: Sequence[str], relevance: Float32[np.ndarray, " n"]
+) -> tuple[list[str], Float32[np.ndarray, " m"]]:
+    """Join pieces to words: one begins after white space. Special tokens (empty) are left out."""
+    words: list[str] = []
+    sums: list[float] = []
+    fresh = True
+    for piece, value in zip(pieces, relevance, strict=True):
+        text = piece.strip()
+        if not piece or not text:
+            fresh = True
+            continue
+        if fresh or piece[0].isspace():
+            words.append(text)
+            sums.append(float(value))
+        else:
+            words[-1] += text
+            sums[-1] += float(value)
+        fresh = piece[-1].isspace()
+    return words, np.array(sums, dtype=np.float32)
+
+
+def _rolled(record: object, score: Tensor) -> Float[Tensor, "n n"]:
+    maps = [record.calls(name)[0] for name in record]  # type: ignore[attr-defined]
+    gradients = torch.autograd.grad(score, maps, retain_graph=True)
+    return rollout([m[0].detach() for m in maps], [g[0] for g in gradients])
+
+
+def _array(tensor: Float[Tensor, "*n"] | Bool[Tensor, "*n"]) -> np.ndarray:
+    return np.asarray(tensor.detach().float().cpu().numpy())

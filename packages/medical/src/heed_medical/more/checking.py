@@ -1,0 +1,96 @@
+"""Read a whole data set of studies and report everything that is broken or treacherous."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from heed_core.errors import InputError
+from heed_medical.ecg.reading import read_ecg
+from heed_medical.more.network import MODALITIES
+from heed_medical.more.settings import SPLITS, MoreData
+from heed_medical.more.studies import (
+    StudyFile,
+    clean_report,
+    find_studies,
+    subjects_in_two_splits,
+)
+from heed_medical.pictures.reading import read_grey
+
+CountRow = Mapping[str, str | int | float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyCheck:
+    """What a data set holds and what is wrong with it."""
+
+    counts: Sequence[CountRow]
+    """A row per split: studies, subjects, how many have what, positive findings."""
+    problems: Sequence[str]
+    warnings: Sequence[str]
+
+
+def check_studies(data: MoreData, root: Path, *, samples: int = 1000) -> StudyCheck:
+    """Read every file of every study; whatever is wrong becomes a line.
+
+    Args:
+        data: How to read.
+        root: The data set.
+        samples: Samples that an ECG needs at 100 Hz; shorter ones are told.
+    """
+    try:
+        studies = find_studies(root, data)
+    except InputError as error:
+        return StudyCheck(counts=(), problems=(str(error),), warnings=())
+    problems, warnings = [], []
+    for study in studies:
+        if study.split not in SPLITS:
+            problems.append(f"{study.place}: split {study.split!r} is none of {', '.join(SPLITS)}")
+    for path in dict.fromkeys(s.xray for s in studies if s.xray):
+        try:
+            read_grey(path)
+        except InputError as error:
+            problems.append(str(error))
+    for path in dict.fromkeys(s.ecg for s in studies if s.ecg):
+        try:
+            warnings += _odd_ecg(path, data, samples)
+        except InputError as error:
+            problems.append(str(error))
+    problems += [
+        f"{root}: subject {subject} is in the splits {' and '.join(splits)}; keep all studies of a "
+        f"subject in one split"
+        for subject, splits in subjects_in_two_splits(studies).items()
+    ]
+    empty = [s for s in studies if not any(map(clean_report, s.report))]
+    if empty and len(empty) < len(studies):
+        names = ", ".join(s.name for s in empty[:3])
+        warnings.append(f"{root}: {len(empty)} studies have an empty report ({names})")
+    counts = [_counts(split, [s for s in studies if s.split == split]) for split in SPLITS]
+    return StudyCheck(counts=counts, problems=problems, warnings=warnings)
+
+
+def _odd_ecg(path: Path, data: MoreData, samples: int) -> list[str]:
+    ecg = read_ecg(path, missing_leads=data.missing_leads)
+    lines = []
+    if ecg.missing:
+        lines.append(f"{path}: has no lead {', '.join(ecg.missing)}; filled with 0")
+    if missing := int(np.isnan(ecg.leads_mv).sum()):
+        lines.append(f"{path}: {missing} samples are missing (NaN); filled with 0")
+    if ecg.duration_s < samples / 100 - 0.01:
+        lines.append(f"{path}: lasts {ecg.duration_s:.1f} s, less than {samples / 100:g} s")
+    return lines
+
+
+def _counts(split: str, studies: Sequence[StudyFile]) -> CountRow:
+    row: dict[str, str | int | float | None] = {
+        "split": split,
+        "studies": len(studies),
+        "subjects": len({s.subject for s in studies if s.subject}),
+    }
+    row |= {name: sum(name in s.modalities for s in studies) for name in MODALITIES}
+    for name in studies[0].labels if studies else ():
+        row[name] = sum(s.labels[name] == 1 for s in studies)
+    return row

@@ -1,0 +1,169 @@
+"""What is predicted of a study, the files in which it is written, and the scores of many."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from heed_medical.classification.metrics import average_precision, roc_auc
+from heed_medical.more.network import MODALITIES
+from heed_medical.more.retrieval import label_precision, retrieval_scores
+
+ScoreRow = Mapping[str, str | int | float | None]
+DECIMALS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """A study of the index that is near."""
+
+    query: str
+    """The modality that asked."""
+    modality: str
+    """The modality that was found."""
+    name: str
+    cosine: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPrediction:
+    """The embeddings of a study, and what they are near to."""
+
+    name: str
+    embeddings: Mapping[str, Float32[np.ndarray, " p"]]
+    """Unit vectors by modality."""
+    findings: Mapping[str, Mapping[str, float]]
+    """Modality -> finding -> cosine with its prompt; the best of several prompts."""
+    neighbours: Sequence[Neighbour] = ()
+    items: Mapping[str, str]
+    """Modality -> what tells equal items: the file, or the report's text."""
+    labels: Mapping[str, int | None]
+
+
+def write_prediction(prediction: StudyPrediction, out: Path) -> list[Path]:
+    """Write `<name>.npz` (an array per modality) and `<name>.json` (findings, neighbours)."""
+    stem = out / prediction.name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    arrays, document = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".npz", ".json"))
+    with arrays.open("wb") as file:
+        np.savez(file, **dict(prediction.embeddings))  # type: ignore[arg-type]
+    content = {
+        "study": prediction.name,
+        "findings": {
+            modality: {name: round(value, DECIMALS) for name, value in found.items()}
+            for modality, found in prediction.findings.items()
+        },
+        "neighbours": [
+            {
+                "from": n.query,
+                "to": n.modality,
+                "study": n.name,
+                "cosine": round(n.cosine, DECIMALS),
+            }
+            for n in prediction.neighbours
+        ],
+    }
+    document.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return [arrays, document]
+
+
+def score_row(prediction: StudyPrediction) -> ScoreRow:
+    """One line of the table of cases: labels, cosines with prompts, and the embeddings themselves.
+
+    Embeddings are base64 of little-endian float32, as `embedding_of` reads them.
+    """
+    row: dict[str, str | int | float | None] = {"case": prediction.name}
+    row |= {f"label {name}": value for name, value in prediction.labels.items()}
+    for modality, found in prediction.findings.items():
+        row |= {f"{modality} {name}": value for name, value in found.items()}
+    for modality in MODALITIES:
+        vector = prediction.embeddings.get(modality)
+        encoded = None
+        if vector is not None:
+            encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+        row[f"{modality} embedding"] = encoded
+        row[f"{modality} item"] = prediction.items.get(modality)
+    return row
+
+
+def embedding_of(row: ScoreRow, modality: str) -> Float32[np.ndarray, " p"] | None:
+    """The embedding in a row of `score_row`."""
+    text = row.get(f"{modality} embedding")
+    if not isinstance(text, str) or not text:
+        return None
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+
+
+def retrieval_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[ScoreRow]:
+    """How well each modality finds each other one: recall, median rank, precision by finding."""
+    labels = np.array([[row.get(f"label {name}") == 1 for name in findings] for row in rows])
+    labels = labels.reshape(len(rows), len(findings))
+    vectors = {m: [embedding_of(row, m) for row in rows] for m in MODALITIES}
+    found: list[ScoreRow] = []
+    for one, other in permutations(MODALITIES, 2):
+        both = [
+            i
+            for i in range(len(rows))
+            if vectors[one][i] is not None and vectors[other][i] is not None
+        ]
+        if len(both) < 2:
+            continue
+        queries = np.stack([vectors[one][i] for i in both])  # type: ignore[misc]
+        gallery = np.stack([vectors[other][i] for i in both])  # type: ignore[misc]
+        scores = retrieval_scores(
+            queries,
+            gallery,
+            query_ids=[str(rows[i].get(f"{one} item")) for i in both],
+            gallery_ids=[str(rows[i].get(f"{other} item")) for i in both],
+        )
+        wanted = labels[both]
+        found.append(
+            {
+                "from": one,
+                "to": other,
+                "pairs": len(both),
+                "queries": scores.queries,
+                "gallery": scores.gallery,
+                **{f"recall@{k}": value for k, value in scores.recall.items()},
+                "median rank": scores.median_rank,
+                "finding precision@1": label_precision(
+                    queries, gallery, query_labels=wanted, gallery_labels=wanted
+                ),
+            }
+        )
+    return found
+
+
+def zero_shot_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[ScoreRow]:
+    """Areas under the ROC and precision-recall curves of each finding, by modality."""
+    table: list[ScoreRow] = []
+    for modality in ("xray", "ecg"):
+        for name in findings:
+            known = [
+                (float(score), label == 1)
+                for row in rows
+                if (score := row.get(f"{modality} {name}")) is not None
+                and (label := row.get(f"label {name}")) is not None
+            ]
+            if not known:
+                continue
+            scores = np.array([score for score, _ in known])
+            positive = np.array([label for _, label in known])
+            table.append(
+                {
+                    "modality": modality,
+                    "finding": name,
+                    "studies": len(known),
+                    "positive": int(positive.sum()),
+                    "auroc": roc_auc(scores, positive),
+                    "auprc": average_precision(scores, positive),
+                }
+            )
+    return table

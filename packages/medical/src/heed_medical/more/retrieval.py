@@ -1,0 +1,184 @@
+"""Find the nearest embeddings of another modality: an index on disk, and how well it finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int64
+
+from heed_core.errors import InputError, MissingExtra
+
+LARGE = 20_000
+"""Rows from which faiss searches, where it is installed."""
+_BLOCK = 1024
+_NAMES = "names"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingIndex:
+    """Unit vectors by modality, and the studies they are of."""
+
+    vectors: Mapping[str, Float32[np.ndarray, "n p"]]
+    names: Mapping[str, Sequence[str]]
+    """By modality, of each row."""
+
+    def save(self, path: Path) -> None:
+        """Write one `.safetensors`."""
+        from safetensors.numpy import save_file
+
+        names = json.dumps({key: list(value) for key, value in self.names.items()})
+        arrays = {name: np.ascontiguousarray(rows) for name, rows in self.vectors.items()}
+        save_file(arrays, path, metadata={_NAMES: names})
+
+    @classmethod
+    def load(cls, path: Path) -> EmbeddingIndex:
+        """Read what `save` wrote, or a folder of `<name>.npz` with an array per modality.
+
+        Raises:
+            InputError: It is neither.
+        """
+        if path.is_dir():
+            return cls._of_folder(path)
+        if not path.is_file():
+            raise InputError("does not exist", path=path, remedy="predict writes one")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                names = json.loads((file.metadata() or {})[_NAMES])
+                vectors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise InputError(f"is no index of embeddings ({error})", path=path) from None
+        return cls(vectors=vectors, names=names)
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> EmbeddingIndex:
+        rows: dict[str, list[np.ndarray]] = {}
+        names: dict[str, list[str]] = {}
+        for path in sorted(folder.rglob("*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as arrays:
+                    found = {key: arrays[key] for key in arrays.files}
+            except (OSError, ValueError) as error:
+                raise InputError(f"is no file of embeddings ({error})", path=path) from None
+            for key, vector in found.items():
+                rows.setdefault(key, []).append(vector)
+                name = path.relative_to(folder).with_suffix("").as_posix()
+                names.setdefault(key, []).append(name)
+        if not rows:
+            raise InputError(
+                "holds no embeddings (.npz)", path=folder, remedy="predict writes them"
+            )
+        return cls(vectors={key: np.stack(found) for key, found in rows.items()}, names=names)
+
+    def search(
+        self, queries: Float32[np.ndarray, "q p"], modality: str, k: int
+    ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
+        """The cosines and rows of the nearest, best first; equal ones in the order of rows.
+
+        Raises:
+            ValueError: The index has no such modality, or vectors of another width.
+        """
+        if modality not in self.vectors:
+            raise ValueError(f"modality must be of {sorted(self.vectors)}, got {modality!r}")
+        rows = self.vectors[modality]
+        if queries.shape[1] != rows.shape[1]:
+            raise ValueError(f"queries must have {rows.shape[1]} channels, got {queries.shape[1]}")
+        k = min(k, len(rows))
+        if len(rows) >= LARGE:
+            try:
+                return _faiss_search(rows, queries, k)
+            except MissingExtra:
+                pass
+        cosines = queries @ rows.T
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(cosines, best, axis=1), best
+
+
+def _faiss_search(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        import faiss
+    except ImportError:
+        raise MissingExtra("faiss", "heed-medical[retrieval]") from None
+    index = faiss.IndexFlatIP(rows.shape[1])
+    index.add(np.ascontiguousarray(rows, dtype=np.float32))
+    found: tuple[np.ndarray, np.ndarray] = index.search(np.ascontiguousarray(queries), k)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalScores:
+    """How well one modality finds another."""
+
+    queries: int
+    gallery: int
+    """Different items of each side; pairs may be more."""
+    recall: Mapping[int, float]
+    """k -> share of queries that have a right answer among the first k."""
+    median_rank: float
+    """Of the first right answer; 1 is best."""
+
+
+def retrieval_scores(
+    queries: Float32[np.ndarray, "n p"],
+    gallery: Float32[np.ndarray, "n p"],
+    *,
+    query_ids: Sequence[Hashable],
+    gallery_ids: Sequence[Hashable],
+    ks: Sequence[int] = (1, 5, 10),
+) -> RetrievalScores:
+    """Search each query among all gallery items; row i of both is a pair.
+
+    Rows with the same id are one item, right for all that it is paired with: an X-ray of several
+    ECGs counts once. Among equal cosines the right answer comes last.
+    """
+    q_first, q_item = _items(query_ids)
+    g_first, g_item = _items(gallery_ids)
+    right = np.zeros((len(q_first), len(g_first)), dtype=bool)
+    right[q_item, g_item] = True
+    ranks = []
+    for start in range(0, len(q_first), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        cosines = queries[q_first[block]] @ gallery[g_first].T
+        best = np.where(right[block], cosines, -np.inf).max(axis=1, keepdims=True)
+        ranks.append(1 + ((cosines >= best) & ~right[block]).sum(axis=1))
+    rank = np.concatenate(ranks)
+    return RetrievalScores(
+        queries=len(q_first),
+        gallery=len(g_first),
+        recall={k: float((rank <= k).mean()) for k in ks},
+        median_rank=float(np.median(rank)),
+    )
+
+
+def label_precision(
+    queries: Float32[np.ndarray, "n p"],
+    gallery: Float32[np.ndarray, "m p"],
+    *,
+    query_labels: Bool[np.ndarray, "n k"],
+    gallery_labels: Bool[np.ndarray, "m k"],
+    k: int = 1,
+) -> float:
+    """Share of the first k answers that have a finding of the query, over queries with one."""
+    asked = query_labels.any(axis=1)
+    if not asked.any() or not len(gallery):
+        return float("nan")
+    hits = []
+    for start in range(0, int(asked.sum()), _BLOCK):
+        block = np.flatnonzero(asked)[start : start + _BLOCK]
+        best = np.argsort(-(queries[block] @ gallery.T), axis=1, kind="stable")[:, :k]
+        shared = (gallery_labels[best] & query_labels[block][:, None]).any(axis=2)
+        hits.append(shared.mean(axis=1))
+    return float(np.concatenate(hits).mean())
+
+
+def _items(ids: Sequence[Hashable]) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " n"]]:
+    """First row of each different id, and the item of each row."""
+    numbers: dict[Hashable, int] = {}
+    item = np.array([numbers.setdefault(i, len(numbers)) for i in ids], dtype=np.int64)
+    first = np.unique(item, return_index=True)[1].astype(np.int64)
+    return first, item

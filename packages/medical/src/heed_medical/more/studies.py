@@ -1,0 +1,392 @@
+"""Studies: what belongs together of X-ray, ECG and report, and how it is found and read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from heed_core.errors import InputError
+from heed_medical.ecg.ptbxl import DATABASE, SUPERCLASSES, ptbxl_records
+from heed_medical.ecg.reading import read_ecg
+from heed_medical.ecg.signals import prepare_ecg
+from heed_medical.images import PICTURE_SUFFIXES
+from heed_medical.more.network import MODALITIES, MoreConfig
+from heed_medical.more.settings import CHEXPERT, MoreData
+from heed_medical.pictures.reading import read_grey, resize_grey
+from heed_medical.pictures.records import Rows, read_rows
+
+MANIFESTS = ("manifest.csv", "manifest.jsonl", "labels.csv")
+TABLE_SUFFIXES = (".csv", ".gz", ".jsonl", ".ndjson")
+GREY_MEAN, GREY_STD = 0.499, 0.293
+"""Of X-rays within 0..1, by which they are standardised."""
+
+_COLUMNS = {
+    "xray": ("xray_path", "xray", "image", "image_path", "file"),
+    "ecg": ("ecg_path", "ecg", "record"),
+    "xray_report": ("xray_report", "report", "text", "findings"),
+    "ecg_report": ("ecg_report",),
+    "subject": ("subject_id", "subject", "patient_id", "patient"),
+    "split": ("split",),
+    "name": ("name", "study_id", "id"),
+}
+_SPLITS = {"validate": "val", "validation": "val", "valid": "val"}
+_LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": 0, "-1": -1, "-1.0": -1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyFile:
+    """One study as a table names it; what it does not have is None or empty."""
+
+    name: str
+    xray: Path | None = None
+    ecg: Path | None = None
+    report: tuple[str, str] = ("", "")
+    """Of the X-ray and of the ECG."""
+    subject: str = ""
+    """Empty: not named."""
+    split: str = ""
+    labels: Mapping[str, int | None] = field(default_factory=dict)
+    """Finding -> 1 present, 0 absent, None not known."""
+    place: str = ""
+    """File and row, for messages."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What it has."""
+        has = {"xray": self.xray, "ecg": self.ecg, "text": any(self.report)}
+        return tuple(name for name in MODALITIES if has[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One study, read."""
+
+    name: str
+    xray: Float32[np.ndarray, "h w"] | None = None
+    """Standardised."""
+    ecg: Float32[np.ndarray, "12 n"] | None = None
+    """100 Hz, each lead within -1..1."""
+    text: tuple[str, str] | None = None
+    """The reports of the X-ray and of the ECG, cleaned and introduced."""
+    file: StudyFile
+
+    def of(self, modality: str) -> object:
+        """What it has of a modality."""
+        return getattr(self, modality)
+
+
+def find_studies(root: Path, data: MoreData, split: str | None = None) -> list[StudyFile]:
+    """The studies of a folder (PTB-XL, or with a manifest) or of a manifest, of one split or all.
+
+    Raises:
+        InputError: There is no table, none of the split, or a row that cannot be used.
+    """
+    if not root.exists():
+        raise InputError("does not exist", path=root)
+    if (root / DATABASE).is_file() and data.manifest is None:
+        found = _ptbxl(root, data)
+    else:
+        found = _of_manifest(manifest_of(root, data), data)
+    wanted = [replace(study, labels=_labels(study, data)) for study in found]
+    if split is not None:
+        wanted = [study for study in wanted if study.split == split]
+    if not wanted:
+        raise InputError(
+            f"has no study{'' if split is None else f' of the split {split!r}'}", path=root
+        )
+    return wanted
+
+
+def manifest_of(root: Path, data: MoreData) -> Path:
+    """The table of a data set.
+
+    Raises:
+        InputError: There is none.
+    """
+    if data.manifest is not None:
+        return data.manifest
+    if root.is_file():
+        return root
+    for name in MANIFESTS:
+        if (root / name).is_file():
+            return root / name
+    raise InputError(
+        f"holds none of {', '.join(MANIFESTS)} and no {DATABASE}",
+        path=root,
+        remedy="give a manifest with --data.manifest",
+    )
+
+
+def find_inputs(paths: Sequence[Path], data: MoreData) -> list[StudyFile]:
+    """The studies in files and folders; a picture, record or text file alone is one study.
+
+    Raises:
+        InputError: A path that is none of these, or a folder that holds none.
+    """
+    found: list[StudyFile] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError("does not exist", path=path)
+        is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
+        listed = path.is_dir() and any((path / name).is_file() for name in (*MANIFESTS, DATABASE))
+        if is_table or listed:
+            found += find_studies(path, replace(data, manifest=None))
+        elif path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p)]
+            if not inside:
+                raise InputError("holds no pictures, ECG records or texts", path=path)
+            found += [_alone(p, p.relative_to(path)) for p in inside]
+        else:
+            found.append(_alone(path, Path(path.name)))
+    return _unique(found)
+
+
+def _kind(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    if suffix in (*PICTURE_SUFFIXES, ".dcm", ".dicom"):
+        return "xray"
+    return {".hea": "ecg", ".txt": "text"}.get(suffix)
+
+
+def _alone(path: Path, name: Path) -> StudyFile:
+    """One file as a study."""
+    kind = "ecg" if path.suffix.lower() == ".dat" else _kind(path)
+    stem = name.with_suffix("").as_posix()
+    if kind == "text":
+        try:
+            report = path.read_text(encoding="utf-8-sig")
+        except (UnicodeDecodeError, OSError) as error:
+            raise InputError(f"cannot be read as text ({error})", path=path) from None
+        if not clean_report(report):
+            raise InputError("is an empty report", path=path)
+        return StudyFile(name=stem, report=(report, ""), place=str(path))
+    if kind == "xray":
+        return StudyFile(name=stem, xray=path, place=str(path))
+    if kind == "ecg":
+        return StudyFile(name=stem, ecg=path, place=str(path))
+    raise InputError("is no picture, ECG record (.hea), text or table", path=path)
+
+
+def _ptbxl(root: Path, data: MoreData) -> list[StudyFile]:
+    return [
+        StudyFile(
+            name=record.path.relative_to(root).as_posix(),
+            ecg=record.path,
+            report=("", record.report),
+            subject=record.patient,
+            split=record.split,
+            labels={name: int(name in record.superclasses) for name in SUPERCLASSES},
+            place=record.place,
+        )
+        for record in ptbxl_records(root, rate_hz=data.ptbxl_rate)
+    ]
+
+
+def _of_manifest(path: Path, data: MoreData) -> list[StudyFile]:
+    table = read_rows(path)
+    columns = {key: table.column(names) for key, names in _COLUMNS.items()}
+    if not any(columns[key] for key in ("xray", "ecg")):
+        table.need(*_COLUMNS["xray"][:1], *_COLUMNS["ecg"][:1])
+    labels = _label_columns(table, data)
+    root = path.parent if data.root is None else data.root
+    found = []
+    for number, (place, row) in enumerate(table.numbered(), start=1):
+        cells = {key: row[name] if name else "" for key, name in columns.items()}
+        split = cells["split"].lower()
+        found.append(
+            StudyFile(
+                name=cells["name"] or _stem(cells["xray"] or cells["ecg"]) or f"row{number}",
+                xray=root / cells["xray"] if cells["xray"] else None,
+                ecg=root / cells["ecg"] if cells["ecg"] else None,
+                report=(cells["xray_report"], cells["ecg_report"]),
+                subject=cells["subject"],
+                split=_SPLITS.get(split, split),
+                labels={name: _label(row[column], name, place) for name, column in labels.items()},
+                place=place,
+            )
+        )
+        if not found[-1].modalities:
+            raise InputError("has no X-ray, no ECG and no report", place=place)
+    return _unique(found)
+
+
+def _label_columns(table: Rows, data: MoreData) -> dict[str, str]:
+    if data.labels:
+        return {name: table.need(name) for name in data.labels}
+    known = {name: table.column([name]) for name in (*CHEXPERT, *SUPERCLASSES)}
+    return {name: column for name, column in known.items() if column is not None}
+
+
+def _label(text: str, name: str, place: str) -> int:
+    if text not in _LABELS:
+        raise InputError(f"has {text!r} for {name}, 1, 0 or -1 was expected", place=place)
+    return _LABELS[text]
+
+
+def _labels(study: StudyFile, data: MoreData) -> dict[str, int | None]:
+    """The wanted findings, uncertain ones settled."""
+    of_uncertain = {"absent": 0, "present": 1, "ignore": None}[data.uncertain]
+    names = data.labels or tuple(study.labels)
+    found: dict[str, int | None] = {}
+    for name in names:
+        if name not in study.labels:
+            raise InputError(f"has no finding {name!r}", place=study.place)
+        value = study.labels[name]
+        found[name] = of_uncertain if value == -1 else value
+    return found
+
+
+def _stem(path: str) -> str:
+    return Path(path).with_suffix("").as_posix() if path else ""
+
+
+def _unique(studies: Sequence[StudyFile]) -> list[StudyFile]:
+    """Number names that come again, as where one X-ray belongs to several ECGs."""
+    seen: dict[str, int] = defaultdict(int)
+    found = []
+    for study in studies:
+        seen[study.name] += 1
+        again = seen[study.name]
+        found.append(study if again == 1 else replace(study, name=f"{study.name}-{again}"))
+    return found
+
+
+def subjects_in_two_splits(studies: Iterable[StudyFile]) -> dict[str, list[str]]:
+    """Subject -> its splits, of those that are in more than one."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for study in studies:
+        if study.subject:
+            splits[study.subject].add(study.split)
+    return {subject: sorted(found) for subject, found in splits.items() if len(found) > 1}
+
+
+_CLOCK = re.compile(r"\b\d{1,2}:\d{2}\b")
+_HEADER = re.compile(r"\bFINAL REPORT\b:?|\b(?i:findings|impression)\s*:")
+
+
+def clean_report(text: str) -> str:
+    """A report without section headers, underscores and sentences that name a time of day.
+
+    Example:
+        >>> clean_report("FINDINGS: Clear lungs. Seen at 10:45 by Dr. ___. No effusion.")
+        'Clear lungs. No effusion.'
+    """
+    text = _HEADER.sub(" ", text).replace("_", "")
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", " ".join(text.split()))
+    kept = [s for s in sentences if not _CLOCK.search(s)]
+    return " ".join(" ".join(kept).split()).strip()
+
+
+def introduced(report: tuple[str, str]) -> tuple[str, str] | None:
+    """Cleaned reports with the words that tell which is which; None where both are empty."""
+    xray, ecg = (clean_report(part) for part in report)
+    if not xray and not ecg:
+        return None
+    return (
+        f"The report from Xray is: {xray}" if xray else "",
+        f"The report from ECG is: {ecg}" if ecg else "",
+    )
+
+
+def prepare_xray(
+    grey: Float32[np.ndarray, "h w"], size: tuple[int, int], *, equalise: bool = True
+) -> Float32[np.ndarray, "p q"]:
+    """The input of the X-ray tower, of a picture within 0..1.
+
+    Resized, its contrast made even in 8 x 8 tiles (CLAHE with 1 % of a tile as limit; OpenCV's,
+    where the released code has scikit-image's), and standardised.
+    """
+    import cv2
+
+    small = np.clip(resize_grey(grey, size), 0.0, 1.0)
+    if equalise:
+        levels = np.round(small / max(float(small.max()), 1e-6) * 255).astype(np.uint8)
+        small = cv2.createCLAHE(clipLimit=2.56, tileGridSize=(8, 8)).apply(levels) / 255.0
+    return np.asarray((small - GREY_MEAN) / GREY_STD, dtype=np.float32)
+
+
+@dataclass
+class StudySet:
+    """Studies that are read when they are asked for; what was prepared stays in memory."""
+
+    files: Sequence[StudyFile]
+    data: MoreData
+    config: MoreConfig
+    _kept: dict[tuple[str, Path], np.ndarray] = field(default_factory=dict, repr=False)
+    _used: int = field(default=0, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the studies, known before they are read."""
+        return [file.name for file in self.files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Study:
+        """Read a study.
+
+        Raises:
+            InputError: One of its files cannot be read, or it has nothing that the model takes.
+        """
+        file = self.files[index]
+        wanted = self.config.modalities
+        study = Study(
+            name=file.name,
+            xray=self._xray(file.xray) if "xray" in wanted and file.xray else None,
+            ecg=self._ecg(file.ecg) if "ecg" in wanted and file.ecg else None,
+            text=introduced(file.report) if "text" in wanted else None,
+            file=file,
+        )
+        if all(study.of(modality) is None for modality in wanted):
+            raise InputError(
+                f"has nothing of what the model takes ({', '.join(wanted)})", place=file.place
+            )
+        return study
+
+    def _xray(self, path: Path) -> np.ndarray:
+        key = ("xray", path)
+        if key in self._kept:
+            return self._kept[key]
+        size, equalise = self.config.image_size, self.data.equalise
+        return self._keep(key, prepare_xray(read_grey(path), size, equalise=equalise))
+
+    def _ecg(self, path: Path) -> np.ndarray:
+        key = ("ecg", path)
+        if key in self._kept:
+            return self._kept[key]
+        ecg = read_ecg(path, missing_leads=self.data.missing_leads)
+        samples, part = self.config.ecg_samples, self.data.ecg_part
+        return self._keep(key, prepare_ecg(ecg, samples=samples, part=part))
+
+    def _keep(self, key: tuple[str, Path], array: np.ndarray) -> np.ndarray:
+        if self._used + array.nbytes <= self.data.cache_mb * 2**20:
+            self._used += array.nbytes
+            self._kept[key] = array
+        return array
+
+
+def plan_studies(data: MoreData, root: Path) -> MoreData:
+    """Settle findings and modalities from the training studies.
+
+    Raises:
+        InputError: They have fewer than two modalities, or the wanted ones are not there.
+    """
+    train = find_studies(root, data, "train")
+    there = {name for study in train for name in study.modalities}
+    wanted = data.modalities or tuple(name for name in MODALITIES if name in there)
+    if absent := [name for name in wanted if name not in there]:
+        raise InputError(f"has no training study with {' or '.join(absent)}", path=root)
+    if sum(len(set(study.modalities) & set(wanted)) > 1 for study in train) < 2:
+        raise InputError(
+            f"has no training studies with two modalities (there is: {', '.join(sorted(there))})",
+            path=root,
+            remedy="pairs of X-ray, ECG and report are needed",
+        )
+    return replace(data, modalities=wanted, labels=data.labels or tuple(train[0].labels))

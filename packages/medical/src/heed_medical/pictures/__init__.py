@@ -1,0 +1,1 @@
+"""Labelled pictures for classification: lists in their real layouts, reading, augmentation."""

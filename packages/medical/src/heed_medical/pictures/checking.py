@@ -1,0 +1,178 @@
+"""Read a whole set of pictures and report everything that is broken or treacherous."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from heed_core.errors import InputError
+from heed_medical.pictures.layouts import Listing, list_pictures, unknown_labels
+from heed_medical.pictures.listers import splits_of_patients
+from heed_medical.pictures.planning import plan_pictures
+from heed_medical.pictures.reading import read_grey
+from heed_medical.pictures.records import PictureFile
+from heed_medical.pictures.settings import SPLITS, PictureData
+
+CountRow = Mapping[str, str | int | float | None]
+_ONE_SOURCE = 0.9
+_KNOWN_COUNTS = {
+    "9B": ({"negative": 13992, "positive": 16490}, {"negative": 200, "positive": 200}),
+    "9A": (
+        {"normal": 8085, "pneumonia": 5555, "COVID-19": 16490},
+        {"normal": 100, "pneumonia": 100, "COVID-19": 200},
+    ),
+    "8B": ({"negative": 13794, "positive": 2158}, {"negative": 200, "positive": 200}),
+    "8A": (
+        {"normal": 7966, "pneumonia": 5475, "COVID-19": 2158},
+        {"normal": 100, "pneumonia": 100, "COVID-19": 200},
+    ),
+}
+"""Release of COVIDx -> pictures per class in train and test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureCheck:
+    """What a data set holds and what is wrong with it."""
+
+    counts: Sequence[CountRow]
+    """One row per split and source: pictures, patients, sizes, pictures per class."""
+    problems: Sequence[str]
+    """What makes a picture unusable, a line each."""
+    warnings: Sequence[str]
+    """What is odd and usable."""
+
+
+def check_pictures(data: PictureData, root: Path) -> PictureCheck:
+    """Read every picture of every split; whatever is wrong becomes a line."""
+    try:
+        listing = list_pictures(root, data)
+    except InputError as error:
+        return PictureCheck(counts=(), problems=(str(error),), warnings=())
+    problems = list(listing.problems)
+    try:
+        data = plan_pictures(replace(data, on_error="skip"), root)
+    except InputError as error:
+        problems.append(str(error))
+    problems += unknown_labels(listing.pictures, data)
+    problems += [
+        f"{root}: patient {patient} is in the splits {' and '.join(splits)}; "
+        f"keep all pictures of a patient in one split"
+        for patient, splits in splits_of_patients(list(listing.pictures)).items()
+    ]
+    sizes: dict[str, tuple[int, int]] = {}
+    constant = []
+    for picture in listing.pictures:
+        try:
+            grey = read_grey(picture.path, window=data.window)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        sizes[picture.name] = (grey.shape[0], grey.shape[1])
+        if grey.max() == grey.min():
+            constant.append(picture)
+    warnings = [f"{p.path}: the picture is constant" for p in constant]
+    return PictureCheck(
+        counts=_counts(listing, data, sizes),
+        problems=problems,
+        warnings=warnings + _warnings(root, listing, data),
+    )
+
+
+def _counts(
+    listing: Listing, data: PictureData, sizes: Mapping[str, tuple[int, int]]
+) -> list[CountRow]:
+    groups: dict[tuple[str, str], list[PictureFile]] = defaultdict(list)
+    for picture in listing.pictures:
+        groups[picture.split or "", picture.source].append(picture)
+    rows: list[CountRow] = []
+    for split in SPLITS:
+        for (part, source), pictures in sorted(groups.items()):
+            if part != split:
+                continue
+            labels = Counter(p.label for p in pictures)
+            read = [sizes[p.name] for p in pictures if p.name in sizes]
+            row: dict[str, str | int | float | None] = {
+                "split": split,
+                "source": source or "-",
+                "pictures": len(pictures),
+                "broken": len(pictures) - len(read),
+                "patients": len({p.patient for p in pictures if p.patient}),
+                "size": _span(read),
+            }
+            rows.append(row | {name: labels[name] for name in data.classes})
+    return rows
+
+
+def _span(sizes: Sequence[tuple[int, int]]) -> str:
+    """Smallest to largest of each side: `256-512 x 256`."""
+    if not sizes:
+        return ""
+    low, high = np.min(sizes, axis=0), np.max(sizes, axis=0)
+    return " x ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True))
+
+
+def _warnings(root: Path, listing: Listing, data: PictureData) -> list[str]:
+    lines = []
+    if listing.drawn:
+        lines.append(
+            f"{root}: gives no {' and no '.join(listing.drawn)} split; it is drawn by patient "
+            f"(seed {data.split_seed})"
+        )
+    for split in SPLITS:
+        labels = Counter(p.label for p in listing.pictures if p.split == split)
+        lines += [
+            f"{root}: the split {split} has no picture of the class {name}"
+            for name in data.classes
+            if labels and not labels[name]
+        ]
+    if not any(p.patient for p in listing.pictures):
+        lines.append(f"{root}: names no patients; one may be in several splits unnoticed")
+    return lines + _source_warnings(root, listing, data) + _release(root, listing)
+
+
+def _source_warnings(root: Path, listing: Listing, data: PictureData) -> list[str]:
+    """Classes that one source gives nearly alone, while it gives few of the others."""
+    train = [p for p in listing.pictures if p.split == "train" and p.source]
+    lines = []
+    for name in data.classes:
+        sources = Counter(p.source for p in train if p.label == name)
+        if not sources:
+            continue
+        source, count = sources.most_common(1)[0]
+        others = [p for p in train if p.label != name]
+        shared = sum(p.source == source for p in others)
+        share = count / sources.total()
+        if share >= _ONE_SOURCE and others and shared / len(others) <= 1 - _ONE_SOURCE:
+            lines.append(
+                f"{root}: {share:.0%} of the class {name} are of the source {source}, which gives "
+                f"{shared / len(others):.0%} of the others: a model may learn the source"
+            )
+    return lines
+
+
+def _release(root: Path, listing: Listing) -> list[str]:
+    """Whether the counts are those of a release of COVIDx; nothing for other layouts."""
+    if listing.layout != "covidx":
+        return []
+    lists = {p.place.partition(",")[0] for p in listing.pictures}
+    counted = [
+        Counter(p.label for p in listing.pictures if Path(p.place).name.startswith(part))
+        for part in ("train", "test")
+    ]
+    lines = []
+    for release, wanted in _KNOWN_COUNTS.items():
+        if not any(f"COVIDx{release}" in name for name in lists):
+            continue
+        for part, found, expected in zip(("train", "test"), counted, wanted, strict=True):
+            if found != expected:
+                lines.append(
+                    f"{root}: the {part} list is called {release}, whose counts are "
+                    f"{_text(expected)}; here are {_text(found)}"
+                )
+    return lines
+
+
+def _text(counts: Mapping[str, int] | Counter[str | None]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

@@ -1,0 +1,241 @@
+"""The pictures of a data set with their splits settled, and the pictures in a user's folders."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from heed_core.errors import InputError
+from heed_medical.pictures.listers import LISTERS, find_table, is_picture, list_folders
+from heed_medical.pictures.records import PictureFile
+from heed_medical.pictures.settings import SPLITS, Layout, PictureData
+
+_KNOWN = (
+    "labels.csv with file, label and split, COVIDx lists, RSNA, CheXpert or MIMIC-CXR tables, or "
+    "{train,val,test}/CLASS/ folders are read"
+)
+_READABLE = "png, jpg, tif, bmp and DICOM are read"
+_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What a data set lists."""
+
+    layout: Layout
+    pictures: tuple[PictureFile, ...]
+    problems: tuple[str, ...]
+    """A line for each row or file that cannot be used; its picture is left out."""
+    drawn: tuple[str, ...]
+    """The splits that were drawn by patient because the data do not give them."""
+
+
+def list_pictures(root: Path, data: PictureData) -> Listing:
+    """List a data set and settle its splits; the pictures themselves are not read.
+
+    Raises:
+        InputError: No folder, no known layout, a list that cannot be read, no picture at all.
+    """
+    if not root.is_dir():
+        raise InputError("is not a folder", path=root, remedy="give the folder of a data set")
+    layout = detect_layout(root, data) if data.layout == "auto" else data.layout
+    _refuse_unused(layout, data)
+    listed, problems = LISTERS[layout](root, data)
+    pictures, wrong = _existing(listed)
+    problems += wrong
+    if not pictures:
+        raise InputError(
+            f"holds no labelled picture in the layout {layout}"
+            + (f" ({len(problems)} problems, the first: {problems[0]})" if problems else ""),
+            path=root,
+            remedy=None if problems else _KNOWN,
+        )
+    settled, drawn = _with_splits(pictures, data)
+    return Listing(
+        layout=layout, pictures=tuple(settled), problems=tuple(problems), drawn=tuple(drawn)
+    )
+
+
+def detect_layout(root: Path, data: PictureData) -> Layout:
+    """The layout of a folder, by what lies in it.
+
+    Raises:
+        InputError: None of the known ones.
+    """
+    if data.table:
+        return "table"
+    if any(root.glob("*_COVIDx*.txt")):
+        return "covidx"
+    if (root / "stage_2_train_labels.csv").is_file():
+        return "rsna"
+    if any(root.glob("mimic-cxr-2.0.0-chexpert.csv*")):
+        return "mimic"
+    if (root / "train.csv").is_file():
+        with (root / "train.csv").open(encoding="utf-8", errors="replace") as stream:
+            header = stream.readline()
+        if "Path" in header and "No Finding" in header:
+            return "chexpert"
+    if find_table(root) is not None:
+        return "table"
+    if len({picture.label for picture in list_folders(root, data)[0]}) > 1:
+        return "folders"
+    raise InputError("holds no data set in a known layout", path=root, remedy=_KNOWN)
+
+
+def _refuse_unused(layout: str, data: PictureData) -> None:
+    if data.only and layout != "table":
+        raise InputError(f"--data.only has no effect in the layout {layout}", remedy="leave it out")
+    if data.label and layout in {"covidx", "rsna", "folders"}:
+        raise InputError(
+            f"--data.label has no effect in the layout {layout}", remedy="leave it out"
+        )
+
+
+def find_pictures(root: Path, data: PictureData, split: str) -> list[PictureFile]:
+    """The labelled pictures of one split, in the order of the list.
+
+    Args:
+        root: The data set.
+        data: `on_error="skip"` leaves broken rows out; `stop` raises for them.
+        split: train, val or test.
+
+    Raises:
+        InputError: As `list_pictures`; a broken row; an unknown label; no picture in this split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    listing = list_pictures(root, data)
+    problems = [*listing.problems, *unknown_labels(listing.pictures, data)]
+    if problems and data.on_error == "stop":
+        more = len(problems) - 1
+        tail = f" (and {more} more such problem{'s' * (more > 1)})" if more else ""
+        raise InputError(problems[0] + tail)
+    known = set(data.classes)
+    pictures = [p for p in listing.pictures if p.split == split and (not known or p.label in known)]
+    if not pictures:
+        counts = ", ".join(f"{s} {sum(p.split == s for p in listing.pictures)}" for s in SPLITS)
+        raise InputError(
+            f"has no pictures in the split {split} ({counts})",
+            path=root,
+            remedy="choose another split or add pictures to it",
+        )
+    return pictures
+
+
+def broken_rows(root: Path, data: PictureData) -> tuple[str, ...]:
+    """What `find_pictures` leaves out with `on_error="skip"`, a line each."""
+    listing = list_pictures(root, data)
+    return (*listing.problems, *unknown_labels(listing.pictures, data))
+
+
+def unknown_labels(pictures: Sequence[PictureFile], data: PictureData) -> list[str]:
+    """A line for each picture whose label is not one of the classes; none if none are settled."""
+    if not data.classes:
+        return []
+    return [
+        f"{p.place or p.path}: has the label {p.label!r}, which is not one of the classes "
+        f"{', '.join(data.classes)}; correct it or name the class"
+        for p in pictures
+        if p.label not in data.classes
+    ]
+
+
+def _existing(pictures: Sequence[PictureFile]) -> tuple[list[PictureFile], list[str]]:
+    problems, found = [], []
+    first: dict[Path, PictureFile] = {}
+    for picture in pictures:
+        place = picture.place or str(picture.path)
+        if not picture.path.is_file():
+            problems.append(
+                f"{place}: names {picture.path}, which does not exist; add it or remove the row"
+            )
+            continue
+        earlier = first.setdefault(picture.path, picture)
+        if earlier is not picture:
+            problems.append(
+                f"{place}: names {picture.path.name} again (as {earlier.place}); remove a row"
+            )
+            continue
+        found.append(picture)
+    return found, problems
+
+
+def _with_splits(
+    pictures: Sequence[PictureFile], data: PictureData
+) -> tuple[list[PictureFile], list[str]]:
+    """Draw the splits that are missing, by patient; what the data give stays."""
+    given = Counter(p.split for p in pictures)
+    openly = [p for p in pictures if p.split is None]
+    if openly:
+        shares = {s: share for s, share in _shares(data).items() if not given[s]}
+    elif given["train"] and not given["val"]:
+        openly = [p for p in pictures if p.split == "train"]
+        shares = {"val": data.val_share}
+    else:
+        return list(pictures), []
+    taken = {p.group for p in pictures if p.split and p not in openly}
+    groups = sorted({p.group for p in openly} - taken)
+    split_of = _draw(groups, shares, data.split_seed)
+    changed = {id(p): split_of.get(p.group, "train") for p in openly}
+    settled = [replace(p, split=changed.get(id(p), p.split)) for p in pictures]
+    return settled, sorted(shares)
+
+
+def _shares(data: PictureData) -> dict[str, float]:
+    return {"val": data.val_share, "test": _TEST_SHARE}
+
+
+def _draw(groups: Sequence[str], shares: dict[str, float], seed: int) -> dict[str, str]:
+    order = np.random.default_rng(seed).permutation(len(groups))
+    drawn: dict[str, str] = {}
+    start = 0
+    for split, share in shares.items():
+        count = max(1, round(share * len(groups))) if len(groups) > len(shares) else 0
+        drawn |= {groups[i]: split for i in order[start : start + count]}
+        start += count
+    return drawn
+
+
+def find_inputs(paths: Sequence[Path]) -> list[PictureFile]:
+    """The pictures in files and folders; folders are searched through.
+
+    Raises:
+        InputError: A path that does not exist or is no picture; nothing found.
+    """
+    found: dict[Path, str] = {}
+    for path in paths:
+        if path.is_file():
+            if not is_picture(path):
+                raise InputError("is not a picture that can be read", path=path, remedy=_READABLE)
+            found.setdefault(path, path.stem)
+        elif path.is_dir():
+            for file in sorted(path.rglob("*")):
+                inside = file.relative_to(path)
+                hidden = any(part.startswith(".") for part in inside.parts)
+                if not hidden and file.is_file() and is_picture(file):
+                    found.setdefault(file, str(inside.with_suffix("")))
+        else:
+            raise InputError("does not exist", path=path, remedy="give a file or a folder")
+    if not found:
+        listed = ", ".join(str(p) for p in paths[:3])
+        raise InputError("holds no picture that can be read", path=listed, remedy=_READABLE)
+    twice = {name for name, count in Counter(found.values()).items() if count > 1}
+    taken: set[str] = set()
+    pictures = []
+    for path, name in found.items():
+        candidates = [name] if name not in twice else [_long_name(path)]
+        unique = next(n for n in [*candidates, *_numbered(candidates[-1])] if n not in taken)
+        taken.add(unique)
+        pictures.append(PictureFile(name=unique, path=path))
+    return pictures
+
+
+def _long_name(path: Path) -> str:
+    suffix = path.suffix.lower().removeprefix(".")
+    return f"{path.resolve().parent.name}/{path.stem}_{suffix}"
+
+
+def _numbered(name: str) -> list[str]:
+    return [f"{name}_{number}" for number in range(2, 10_000)]

@@ -1,0 +1,357 @@
+"""One function per layout: the pictures that a data set lists, and what is wrong with its lists.
+
+A function gives pictures and problems (a line each); a file that cannot be read at all raises
+`InputError`. Splits that a layout does not have are None here.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from heed_core.errors import InputError
+from heed_medical.dicom import is_dicom
+from heed_medical.images import PICTURE_SUFFIXES
+from heed_medical.pictures.records import PictureFile, Rows, read_rows
+from heed_medical.pictures.settings import SPLITS, PictureData, parse_only
+
+Found = tuple[list[PictureFile], list[str]]
+
+FILE_COLUMNS = ("file", "path", "image", "filename", "image_path", "file_name")
+LABEL_COLUMNS = ("label", "class", "target", "diagnosis")
+PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training", "tr"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "ts"), "test"),
+}
+CHEXPERT_FINDINGS = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
+    "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
+    "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
+"""In CheXpert's order; MIMIC has them in the order of the alphabet: read them by name."""
+
+_FIRST_TABLES = ("labels.csv", "manifest.csv", "manifest.jsonl", "cases.csv")
+_CHEXPERT_SPLITS = (("train.csv", "train"), ("valid.csv", "test"))
+_MIMIC = "mimic-cxr-2.0.0-{}.csv"
+_FRONTAL = {"PA", "AP"}
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture or DICOM by its name (and its mark, where it has no suffix)."""
+    if path.name.startswith("."):
+        return False
+    return path.suffix.lower() in PICTURE_SUFFIXES or is_dicom(path)
+
+
+def find_table(root: Path, name: str = "") -> Rows | None:
+    """The table of a folder that names pictures: the one called `name`, or the first there is."""
+    if name:
+        return read_rows(root / name)
+    paths = [p for s in ("*.csv", "*.csv.gz", "*.jsonl") for p in sorted(root.glob(s))]
+    paths.sort(key=lambda p: _FIRST_TABLES.index(p.name) if p.name in _FIRST_TABLES else 9)
+    for path in paths:
+        if not path.name.startswith("."):
+            rows = read_rows(path)
+            if rows.column(FILE_COLUMNS):
+                return rows
+    return None
+
+
+def list_table(root: Path, data: PictureData) -> Found:
+    """A csv or jsonl: a column with files, one with labels, optionally split, patient, source."""
+    table = find_table(root, data.table)
+    if table is None:
+        raise InputError(
+            "holds no csv or jsonl with a column of files",
+            path=root,
+            remedy=f"name the column one of {', '.join(FILE_COLUMNS)}",
+        )
+    file, label = table.need(*FILE_COLUMNS), table.need(*_label_columns(data))
+    patient, source = table.column(PATIENT_COLUMNS), table.column(("source",))
+    split = table.column(("split",))
+    wanted = _conditions(table, data)
+    pictures, problems = [], []
+    for place, row in table.numbered():
+        if any(row[column] not in values for column, values in wanted.items()):
+            continue
+        if not row[file]:
+            problems.append(f"{place}: names no file; add it or remove the row")
+            continue
+        if not row[label]:
+            problems.append(f"{place}: has no {label}; fill it in or remove the row")
+            continue
+        part = row[split].lower() if split else ""
+        if split and part not in SPLIT_NAMES:
+            problems.append(f"{place}: has split {row[split]!r}; use train, val or test")
+            continue
+        pictures.append(
+            PictureFile(
+                name=_stem(row[file]),
+                path=root / row[file],
+                label=row[label],
+                split=SPLIT_NAMES.get(part),
+                patient=row[patient] if patient else "",
+                source=row[source] if source else "",
+                place=place,
+                columns=row,
+            )
+        )
+    return pictures, problems
+
+
+def _label_columns(data: PictureData) -> tuple[str, ...]:
+    return (data.label,) if data.label else LABEL_COLUMNS
+
+
+def _conditions(table: Rows, data: PictureData) -> Mapping[str, set[str]]:
+    wanted = {}
+    for column, values in parse_only(data.only).items():
+        name = table.need(column)
+        present = {row[name] for row in table.rows}
+        if not values & present:
+            raise InputError(
+                f"no row has {column} = {' or '.join(sorted(values))}",
+                path=table.path,
+                remedy=f"its values are {', '.join(sorted(present)[:12])}",
+            )
+        wanted[name] = values
+    return wanted
+
+
+def _stem(text: str) -> str:
+    path = Path(text)
+    stem = path.with_suffix("") if path.suffix.lower() in (*PICTURE_SUFFIXES, ".dcm") else path
+    return str(stem).lstrip("/").replace("..", "")
+
+
+def list_covidx(root: Path, data: PictureData) -> Found:
+    """COVIDx: `<split>_COVIDx*.txt` with `patient file label source`, read from the right.
+
+    A patient's id may hold spaces, as those of the source `sirm` do.
+    """
+    lists = sorted(root.glob("*_COVIDx*.txt"))
+    pictures, problems = [], []
+    for path in lists:
+        split = SPLIT_NAMES.get(path.name.split("_")[0].lower())
+        if split is None:
+            problems.append(f"{path}: has no split in its name; call it train_... or test_...")
+            continue
+        for number, line in enumerate(_lines(path), start=1):
+            place = f"{path}, row {number}"
+            fields = line.split()
+            if not fields:
+                continue
+            if len(fields) < 4:
+                problems.append(
+                    f"{place}: has {len(fields)} fields; patient, file, label and source are needed"
+                )
+                continue
+            *patient, file, label, source = fields
+            folder = path.name.split("_")[0]
+            pictures.append(
+                PictureFile(
+                    name=f"{folder}/{_stem(file)}",
+                    path=root / folder / file,
+                    label=label,
+                    split=split,
+                    patient=" ".join(patient),
+                    source=source,
+                    place=place,
+                )
+            )
+    return pictures, problems
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"cannot be read as text ({error})", path=path) from None
+
+
+def list_rsna(root: Path, data: PictureData) -> Found:
+    """RSNA Pneumonia: a picture is positive if any of its rows has the target 1."""
+    table = read_rows(root / "stage_2_train_labels.csv")
+    patient, target = table.need("patientId"), table.need("Target")
+    detail = _rsna_details(root)
+    targets: dict[str, str] = {}
+    places: dict[str, str] = {}
+    problems = []
+    for place, row in table.numbered():
+        if row[target] not in {"0", "1"}:
+            problems.append(f"{place}: has the target {row[target]!r}, 0 or 1 was expected")
+            continue
+        places.setdefault(row[patient], place)
+        targets[row[patient]] = max(targets.get(row[patient], "0"), row[target])
+    pictures = [
+        PictureFile(
+            name=name,
+            path=root / "stage_2_train_images" / f"{name}.dcm",
+            label="positive" if targets[name] == "1" else "negative",
+            patient=name,
+            source=detail.get(name, ""),
+            place=places[name],
+        )
+        for name in targets
+    ]
+    return pictures, problems
+
+
+def _rsna_details(root: Path) -> dict[str, str]:
+    path = root / "stage_2_detailed_class_info.csv"
+    if not path.is_file():
+        return {}
+    table = read_rows(path)
+    patient, kind = table.need("patientId"), table.need("class")
+    return {row[patient]: row[kind] for row in table.rows}
+
+
+def list_chexpert(root: Path, data: PictureData) -> Found:
+    """CheXpert: train.csv, and valid.csv as the test split; the finding decides the label."""
+    pictures: list[PictureFile] = []
+    problems: list[str] = []
+    for name, split in _CHEXPERT_SPLITS:
+        if name == "valid.csv" and not (root / name).is_file():
+            continue
+        table = read_rows(root / name)
+        path, finding = table.need("Path"), table.need(_finding(data))
+        view = table.column(("Frontal/Lateral",))
+        for place, row in table.numbered():
+            if data.views == "frontal" and view and row[view] != "Frontal":
+                continue
+            label = _finding_label(row[finding], data)
+            if label is None:
+                continue
+            if label == "":
+                problems.append(f"{place}: has {finding} = {row[finding]!r}, use 1, 0, -1 or blank")
+                continue
+            file = _chexpert_file(root, row[path])
+            patient = next((p for p in Path(row[path]).parts if p.startswith("patient")), "")
+            pictures.append(
+                PictureFile(
+                    name=_stem(str(Path(*file.relative_to(root).parts))),
+                    path=file,
+                    label=label,
+                    split=None if split == "train" else split,
+                    patient=patient,
+                    place=place,
+                    columns=row,
+                )
+            )
+    return pictures, problems
+
+
+def _chexpert_file(root: Path, text: str) -> Path:
+    """Paths start with the name of the release's folder, whatever it is called here."""
+    parts = Path(text).parts
+    return root / Path(*parts[1:]) if parts and parts[0].startswith("CheXpert") else root / text
+
+
+def _finding(data: PictureData) -> str:
+    return data.label or "Pneumonia"
+
+
+def _finding_label(value: str, data: PictureData) -> str | None:
+    """The class of a finding's value; None: to be left out; empty: not a value."""
+    if value == "":
+        return "negative" if data.blank == "negative" else None
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    if number == -1:
+        return None if data.uncertain == "leave-out" else data.uncertain
+    return {0.0: "negative", 1.0: "positive"}.get(number, "")
+
+
+def list_mimic(root: Path, data: PictureData) -> Found:
+    """MIMIC-CXR-JPG: labels of studies, split and view of pictures, joined by their ids."""
+    labels = _mimic_table(root, "chexpert")
+    split_rows, views = _mimic_table(root, "split"), _mimic_table(root, "metadata")
+    finding, study = labels.need(_finding(data)), labels.need("study_id")
+    view_of = {row[views.need("dicom_id")]: row for row in views.rows}
+    view = views.need("ViewPosition")
+    by_study = {row[study]: (place, row[finding]) for place, row in labels.numbered()}
+    columns = [split_rows.need(n) for n in ("dicom_id", "study_id", "subject_id", "split")]
+    pictures, problems = [], []
+    for place, row in split_rows.numbered():
+        dicom, number, subject, split = (row[c] for c in columns)
+        if data.views == "frontal" and view_of.get(dicom, {}).get(view) not in _FRONTAL:
+            continue
+        if number not in by_study:
+            continue  # a report in which the labeller found nothing has no row
+        label_place, value = by_study[number]
+        label = _finding_label(value, data)
+        if label is None:
+            continue
+        if label == "" or split.lower() not in SPLIT_NAMES:
+            wrong = f"split {split!r}" if label else f"{finding} = {value!r}"
+            problems.append(f"{place if label else label_place}: has {wrong}; correct it")
+            continue
+        folder = Path("files", f"p{subject[:2]}", f"p{subject}", f"s{number}")
+        pictures.append(
+            PictureFile(
+                name=str(folder / dicom),
+                path=root / folder / f"{dicom}.jpg",
+                label=label,
+                split=SPLIT_NAMES[split.lower()],
+                patient=subject,
+                place=place,
+                columns=row,
+            )
+        )
+    return pictures, problems
+
+
+def _mimic_table(root: Path, part: str) -> Rows:
+    path = root / _MIMIC.format(part)
+    return read_rows(path if path.is_file() else path.with_name(path.name + ".gz"))
+
+
+def list_folders(root: Path, data: PictureData) -> Found:
+    """A folder per class, under a folder per split or on its own."""
+    parts: dict[str, str | None] = {
+        p.name: SPLIT_NAMES[p.name.lower()] for p in _folders(root) if _is_split(p)
+    }
+    pictures = []
+    for above, split in (parts or {"": None}).items():
+        for folder in _folders(root / above):
+            pictures += [
+                PictureFile(
+                    name=str(path.relative_to(root).with_suffix("")),
+                    path=path,
+                    label=folder.name,
+                    split=split,
+                )
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and is_picture(path)
+            ]
+    return pictures, []
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_split(path: Path) -> bool:
+    return path.name.lower() in SPLIT_NAMES
+
+
+LISTERS: Mapping[str, Callable[[Path, PictureData], Found]] = {
+    "table": list_table,
+    "covidx": list_covidx,
+    "rsna": list_rsna,
+    "chexpert": list_chexpert,
+    "mimic": list_mimic,
+    "folders": list_folders,
+}
+
+
+def splits_of_patients(pictures: list[PictureFile]) -> dict[str, tuple[str, ...]]:
+    """Patients whose pictures lie in more than one split -> these splits."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for picture in pictures:
+        if picture.patient and picture.split:
+            seen[picture.patient].add(picture.split)
+    return {p: tuple(s for s in SPLITS if s in f) for p, f in seen.items() if len(f) > 1}

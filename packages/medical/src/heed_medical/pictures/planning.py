@@ -1,0 +1,72 @@
+"""Settle what depends on the data: the layout and the classes."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from heed_core.errors import InputError
+from heed_medical.pictures.layouts import list_pictures
+from heed_medical.pictures.settings import PictureData
+
+DataT = TypeVar("DataT", bound=PictureData)
+
+MOST_CLASSES = 50
+"""More labels than this are taken for numbers or names of cases."""
+_ORDERS = (
+    ("negative", "positive"),
+    ("normal", "pneumonia", "COVID-19"),
+    ("level2", "level1"),
+)
+"""The lists of COVIDx: its classes 0, 1, 2."""
+_NONE_FIRST = ("normal", "negative", "no finding", "healthy", "benign", "control", "none", "no")
+
+
+def plan_pictures(data: DataT, root: Path) -> DataT:
+    """Fill the open fields (layout, classes) from the training pictures.
+
+    Raises:
+        InputError: No training pictures; one class alone; too many; a class without a picture.
+    """
+    listing = list_pictures(root, data)
+    if listing.problems and data.on_error == "stop":
+        raise InputError(listing.problems[0], remedy="or --data.on-error skip")
+    counts = Counter(p.label for p in listing.pictures if p.split == "train")
+    found = {str(label) for label in counts}
+    if not found:
+        raise InputError("has no training pictures", path=root, remedy="add some to the split")
+    classes = data.classes or order_classes(found)
+    if len(classes) < 2:
+        raise InputError(
+            f"has one class alone in the training pictures ({classes[0]})",
+            path=root,
+            remedy="two are needed",
+        )
+    if len(classes) > MOST_CLASSES:
+        raise InputError(
+            f"has {len(classes)} different labels in the training pictures",
+            path=root,
+            remedy="name the column of the classes with --data.label",
+        )
+    if absent := [name for name in classes if name not in found]:
+        raise InputError(
+            f"has no training picture of the class {absent[0]}",
+            path=root,
+            remedy=f"the labels are {', '.join(sorted(found)[:12])}",
+        )
+    return replace(data, layout=listing.layout, classes=tuple(classes))
+
+
+def order_classes(found: set[str]) -> tuple[str, ...]:
+    """The classes in order: as the known lists have them, else what means "nothing" first.
+
+    Example:
+        >>> order_classes({"pneumonia", "normal", "covid19"})
+        ('normal', 'covid19', 'pneumonia')
+    """
+    for order in _ORDERS:
+        if found <= set(order) and order[0] in found:
+            return tuple(name for name in order if name in found)
+    if all(name.lstrip("-").isdigit() for name in found):
+        return tuple(sorted(found, key=int))
+    return tuple(sorted(found, key=lambda n: (n.lower() not in _NONE_FIRST, n.lower(), n)))

@@ -1,0 +1,137 @@
+"""One picture of a list, and the tables that name pictures."""
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from heed_core.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFile:
+    """One picture as a list names it."""
+
+    name: str
+    """Unique in its list."""
+    path: Path
+    label: str | None = None
+    split: str | None = None
+    patient: str = ""
+    """Empty: not named."""
+    source: str = ""
+    """Where the picture comes from; empty: not named."""
+    place: str = ""
+    """File and row of the list, for messages."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """What else the list says about it."""
+
+    @property
+    def group(self) -> str:
+        """What must not be in two splits: the patient, or the picture where none is named."""
+        return self.patient or self.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a table, with their numbers in the file."""
+
+    path: Path
+    columns: Sequence[str]
+    rows: Sequence[Mapping[str, str]]
+
+    def numbered(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """The place of each row, for messages, and the row."""
+        first = 1 if self.path.suffix.lower() in _JSON_LINES else 2
+        for number, row in enumerate(self.rows, start=first):
+            yield f"{self.path}, row {number}", row
+
+    def column(self, names: Sequence[str]) -> str | None:
+        """The first of `names` that is a column, whatever its case."""
+        lower = {column.lower(): column for column in reversed(self.columns)}
+        return next((lower[name.lower()] for name in names if name.lower() in lower), None)
+
+    def need(self, *names: str) -> str:
+        """As `column`.
+
+        Raises:
+            InputError: None of them is a column.
+        """
+        found = self.column(names)
+        if found is None:
+            raise InputError(
+                f"has no column {' or '.join(repr(n) for n in names)}",
+                path=self.path,
+                remedy=f"its columns are {', '.join(self.columns)}",
+            )
+        return found
+
+
+_JSON_LINES = {".jsonl", ".ndjson"}
+
+
+def read_rows(path: Path) -> Rows:
+    """Read a csv, csv.gz or jsonl file as text.
+
+    Raises:
+        InputError: Missing, damaged, empty, not such a file, or a row of another length.
+    """
+    if not path.is_file():
+        raise InputError("does not exist", path=path)
+    try:
+        text = _text(path)
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"cannot be read as text ({str(error) or type(error).__name__})",
+            path=path,
+            remedy="save it as UTF-8, or copy it again",
+        ) from None
+    if path.suffix.lower() in _JSON_LINES:
+        return _json_rows(path, text)
+    try:
+        reader = csv.DictReader(text.splitlines())
+        rows = list(reader)
+    except csv.Error as error:
+        raise InputError(f"is not a csv file ({error})", path=path) from None
+    columns = [name.strip() for name in reader.fieldnames or ()]
+    if not columns:
+        raise InputError("is empty", path=path, remedy="a header and a row per picture are needed")
+    for number, row in enumerate(rows, start=2):
+        if None in row or None in row.values():
+            raise InputError(
+                "has another number of fields than the header", path=path, place=f"row {number}"
+            )
+    stripped = [{k.strip(): v.strip() for k, v in row.items()} for row in rows]
+    return Rows(path=path, columns=columns, rows=stripped)
+
+
+def _text(path: Path) -> str:
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            return stream.read()
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _json_rows(path: Path, text: str) -> Rows:
+    rows: list[Mapping[str, str]] = []
+    columns: dict[str, None] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"is not JSON ({error.msg})", path=path, place=f"row {number}") from (
+                None
+            )
+        if not isinstance(entry, dict):
+            raise InputError("is not a JSON object", path=path, place=f"row {number}")
+        rows.append({str(k): "" if v is None else str(v).strip() for k, v in entry.items()})
+        columns |= dict.fromkeys(rows[-1])
+    if not rows:
+        raise InputError("is empty", path=path, remedy="a JSON object per picture is needed")
+    complete = [{name: row.get(name, "") for name in columns} for row in rows]
+    return Rows(path=path, columns=tuple(columns), rows=complete)

@@ -1,0 +1,1 @@
+"""Radiology reports: their files, their words, and the scores of generated ones."""

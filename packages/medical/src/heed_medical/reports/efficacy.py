@@ -1,0 +1,155 @@
+"""Clinical efficacy: do generated and reference reports state the same findings?
+
+Both are labelled by a labeller outside (CheXpert-labeler, CheXbert), which writes a csv with the
+14 CheXpert findings: 1 stated, 0 denied, -1 uncertain, blank not mentioned. As in R2Gen, only 1
+counts as positive.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from heed_core.errors import InputError
+
+FINDINGS = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
+    "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
+    "Pleural Other", "Fracture", "Support Devices",
+)  # fmt: skip
+"""The columns, in the order of CheXpert; MIMIC-CXR's files have another order: read by name."""
+
+_NAMES = ("id", "study_id", "image_id", "case", "reports", "report")
+"""Columns that may name a report, the first that a file has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficacy:
+    """Scores over all findings, and of each finding in the order of `FINDINGS`."""
+
+    macro: tuple[float, float, float]
+    """Precision, recall and F1, averaged over the findings."""
+    micro: tuple[float, float, float]
+    """Precision, recall and F1 of all findings together."""
+    findings: Float64[np.ndarray, "14 4"]
+    """Precision, recall, F1 and area under the ROC curve (of hard labels) of each."""
+
+    @property
+    def auroc(self) -> float:
+        """Mean area over the findings that have both kinds of reports; NaN without any."""
+        areas = self.findings[:, 3]
+        known = areas[np.isfinite(areas)]
+        return float(known.mean()) if len(known) else float("nan")
+
+
+def clinical_efficacy(
+    truth: Float64[np.ndarray, "n 14"], predicted: Float64[np.ndarray, "n 14"]
+) -> Efficacy:
+    """Compare labels, 1 positive, everything else (0, -1, NaN) negative.
+
+    A finding that is never predicted has precision 0, one that is never true recall 0. Areas are
+    NaN where all reports are alike.
+
+    Raises:
+        ValueError: The shapes differ or are not (n, 14).
+    """
+    if truth.shape != predicted.shape or truth.ndim != 2 or truth.shape[1] != len(FINDINGS):
+        raise ValueError(
+            f"truth and predicted must both be (n, 14), got {truth.shape} and {predicted.shape}"
+        )
+    true: Bool[np.ndarray, "n 14"] = truth == 1
+    called: Bool[np.ndarray, "n 14"] = predicted == 1
+    hits, false, missed = (true & called), (~true & called), (true & ~called)
+    single = np.stack(_scores(hits.sum(0), false.sum(0), missed.sum(0)), axis=1)  # (14, 3)
+    micro = _scores(hits.sum(), false.sum(), missed.sum())
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = hits.sum(0) / true.sum(0)
+        denied = (~true & ~called).sum(0) / (~true).sum(0)
+    areas = (found + denied) / 2
+    precision, recall, f1 = (float(x) for x in single.mean(0))
+    return Efficacy(
+        macro=(precision, recall, f1),
+        micro=(float(micro[0]), float(micro[1]), float(micro[2])),
+        findings=np.concatenate([single, areas[:, None]], axis=1),
+    )
+
+
+def _scores(hits: np.ndarray, false: np.ndarray, missed: np.ndarray) -> tuple[np.ndarray, ...]:
+    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+        return np.where(whole > 0, part / np.maximum(whole, 1), 0.0)
+
+    return (
+        share(hits, hits + false),
+        share(hits, hits + missed),
+        share(2 * hits, 2 * hits + false + missed),
+    )
+
+
+def read_findings(path: Path) -> tuple[list[str], Float64[np.ndarray, "n 14"]]:
+    """Read a labeller's csv: the names of its reports, and their labels (NaN = blank).
+
+    Without a column that names reports, they are numbered in order.
+
+    Raises:
+        InputError: The file is missing, a finding has no column, or a label is not 1, 0, -1 or
+            blank.
+    """
+    if not path.is_file():
+        raise InputError("no such file", path=path, remedy="give the csv of a labeller")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or ()
+        if lacking := [name for name in FINDINGS if name not in columns]:
+            raise InputError(
+                f"has no column {', '.join(map(repr, lacking))}",
+                path=path,
+                remedy="give the csv of a labeller with all 14 CheXpert findings",
+            )
+        naming = next((name for name in _NAMES if name in columns), None)
+        names, rows = [], []
+        for number, row in enumerate(reader, start=1):
+            names.append(row[naming] if naming else str(number))
+            rows.append([_label(row[name], path, f"row {number}, {name}") for name in FINDINGS])
+    if not rows:
+        raise InputError("holds no row", path=path)
+    return names, np.array(rows)
+
+
+def _label(text: str | None, path: Path, place: str) -> float:
+    if text is None or not text.strip():
+        return float("nan")
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("inf")
+    if value not in (1.0, 0.0, -1.0):
+        raise InputError(f"is {text!r}, not 1, 0, -1 or blank", path=path, place=place)
+    return value
+
+
+def match_findings(truth: Path, predicted: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of two files, row by row of the same report.
+
+    Raises:
+        InputError: A file cannot be read, or they do not name the same reports.
+    """
+    names, first = read_findings(truth)
+    others, second = read_findings(predicted)
+    if len(names) != len(set(names)) or len(others) != len(set(others)):
+        if len(names) != len(others):
+            raise InputError(f"has {len(others)} rows, {truth} has {len(names)}", path=predicted)
+        return first, second
+    if lacking := sorted(set(names) ^ set(others)):
+        raise InputError(
+            f"does not label the same reports as {truth}: {_few(lacking)}", path=predicted
+        )
+    order = {name: row for row, name in enumerate(others)}
+    return first, second[[order[name] for name in names]]
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,433 @@
+"""Find the studies of a data set: pictures, report and split of each, in five layouts."""
+
+import csv
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from heed_core.errors import InputError
+from heed_medical.dicom import is_dicom
+from heed_medical.images import file_kind
+from heed_medical.reports.settings import SPLITS, Layout, ReportData
+
+_TEXTS = ("report", "text", "caption")
+_PICTURES = ("image", "image_path", "file", "path", "filename")
+_NAMES = ("id", "study", "study_id", "name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Pictures of a patient and the report about them."""
+
+    name: str
+    """Unique; may hold `/`."""
+    pictures: tuple[Path, ...]
+    report: str | None
+    """As written; None: to be written."""
+    split: str | None = None
+    """train, val or test; None: to be drawn."""
+    patient: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The studies of a data set."""
+
+    layout: Layout
+    studies: tuple[Study, ...]
+    problems: tuple[str, ...] = ()
+    """Entries that are no studies, a line each."""
+    left_out: int = 0
+    """Reports without the wanted sections, or without a picture, as raw collections have some."""
+
+
+def list_studies(root: Path, data: ReportData) -> Listing:
+    """All studies of a data set, splits drawn by patient where there are none.
+
+    Raises:
+        InputError: The folder or its lists are missing or broken, or hold no study.
+    """
+    if not root.is_dir():
+        raise InputError("no such folder", path=root, remedy="give the folder of the data set")
+    layout = _detect(root, data) if data.layout == "auto" else data.layout
+    listing = _LISTERS[layout](root, data)
+    seen: dict[str, int] = {}
+    for study in listing.studies:
+        seen[study.name] = seen.get(study.name, 0) + 1
+    if twice := next((name for name, count in seen.items() if count > 1), None):
+        raise InputError(f"holds the study {twice!r} twice", path=root, remedy="rename one")
+    if not listing.studies:
+        first = listing.problems[0] if listing.problems else f"{root}: holds no study"
+        raise InputError(first)
+    return replace(listing, studies=_with_splits(listing.studies, data))
+
+
+def studies_of(root: Path, data: ReportData, split: str) -> tuple[Study, ...]:
+    """The studies of a split.
+
+    Raises:
+        InputError: As `list_studies`; an entry is broken and `on_error` is "stop"; the split is
+            empty.
+    """
+    listing = list_studies(root, data)
+    if listing.problems and data.on_error == "stop":
+        raise InputError(listing.problems[0], remedy="or --data.on-error skip")
+    found = tuple(study for study in listing.studies if study.split == split)
+    if not found:
+        counts = {name: sum(s.split == name for s in listing.studies) for name in SPLITS}
+        held = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(f"holds no study of the split {split} ({held})", path=root)
+    return found
+
+
+def find_inputs(paths: Sequence[Path], *, views: int) -> tuple[Study, ...]:
+    """Studies of pictures alone: each file given, and in folders each folder of a few pictures.
+
+    A folder that holds no more pictures than `views` is one study; of a larger one each picture is.
+
+    Raises:
+        InputError: A path does not exist, or a folder holds no picture.
+    """
+    found: list[Study] = []
+    for path in paths:
+        if not path.exists():
+            raise InputError("does not exist", path=path)
+        if path.is_dir():
+            found += _studies_in(path, views)
+        else:
+            found.append(Study(name=path.stem, pictures=(path,), report=None))
+    return tuple(found)
+
+
+def _studies_in(root: Path, views: int) -> Iterator[Study]:
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and (file_kind(path) == "picture" or is_dicom(path)):
+            folders.setdefault(path.parent, []).append(path)
+    if not folders:
+        raise InputError("holds no picture", path=root, remedy="png, jpg, tif, bmp or DICOM")
+    for folder, files in folders.items():
+        if len(files) <= views:
+            name = root.name if folder == root else folder.relative_to(root).as_posix()
+            yield Study(name=name, pictures=tuple(files), report=None)
+        else:
+            for file in files:
+                name = file.relative_to(root).with_suffix("").as_posix()
+                yield Study(name=name, pictures=(file,), report=None)
+
+
+def _detect(root: Path, data: ReportData) -> Layout:
+    if data.annotation:
+        return "r2gen" if data.annotation.endswith(".json") else "table"
+    signs: dict[str, Layout] = {
+        "annotation.json": "r2gen",
+        "ecgen-radiology": "openi",
+        "indiana_reports.csv": "kaggle",
+        "mimic-cxr-2.0.0-split.csv*": "mimic",
+        "*.csv": "table",
+        "*.jsonl": "table",
+    }
+    for pattern, layout in signs.items():
+        if any(root.glob(pattern)):
+            return layout
+    raise InputError(
+        "is in no layout that is known: neither annotation.json, ecgen-radiology/, "
+        "indiana_reports.csv, mimic-cxr-2.0.0-split.csv nor a csv or jsonl",
+        path=root,
+        remedy="see the layouts in `info ivgn`",
+    )
+
+
+def _with_splits(studies: Sequence[Study], data: ReportData) -> tuple[Study, ...]:
+    if all(study.split is not None for study in studies):
+        return tuple(studies)
+    patients = sorted({study.patient or study.name for study in studies if study.split is None})
+    order = np.random.default_rng(data.split_seed).permutation(len(patients))
+    test = max(1, round(data.test_share * len(patients)))
+    val = max(1, round(data.val_share * len(patients)))
+    drawn = {
+        patients[number]: "test" if rank < test else "val" if rank < test + val else "train"
+        for rank, number in enumerate(order)
+    }
+    return tuple(
+        study if study.split else replace(study, split=drawn[study.patient or study.name])
+        for study in studies
+    )
+
+
+def _folder(root: Path, data: ReportData, *usual: str) -> Path:
+    """The folder of pictures: the one that is named, or the first of the usual ones."""
+    if data.images:
+        return root / data.images
+    return next((root / name for name in usual if (root / name).is_dir()), root)
+
+
+def _r2gen(root: Path, data: ReportData) -> Listing:
+    """The annotation json of R2Gen: split -> list of id, report, image_path."""
+    path = root / (data.annotation or "annotation.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError("no such file", path=path, remedy="see --data.annotation") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"is not readable json ({error})", path=path) from None
+    if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+        raise InputError("is not a json of the lists train, val and test", path=path)
+    if unknown := [key for key in content if key not in SPLITS]:
+        raise InputError(
+            f"has the unknown split {unknown[0]!r}; its keys are {', '.join(map(repr, content))}",
+            path=path,
+            remedy="rename it to train, val or test",
+        )
+    images = _folder(root, data, "images")
+    studies, problems = [], []
+    for split, entries in content.items():
+        for number, entry in enumerate(entries):
+            try:
+                studies.append(_annotated(entry, split, images, path, f"{split}[{number}]"))
+            except InputError as error:
+                problems.append(str(error))
+    return Listing(layout="r2gen", studies=tuple(studies), problems=tuple(problems))
+
+
+def _annotated(entry: Any, split: str, images: Path, path: Path, place: str) -> Study:
+    if not isinstance(entry, dict):
+        raise InputError("is not an entry with id, report and image_path", path=path, place=place)
+    for key, kinds in (("id", (str, int)), ("report", (str,)), ("image_path", (list, str))):
+        if not isinstance(entry.get(key), kinds):
+            raise InputError(f"has no {key}", path=path, place=place)
+    names = entry["image_path"]
+    names = [names] if isinstance(names, str) else names
+    if not names:
+        raise InputError(f"{entry['id']} has no picture", path=path, place=place)
+    return Study(
+        name=str(entry["id"]),
+        pictures=tuple(images / str(name) for name in names),
+        report=entry["report"],
+        split=split,
+        patient=str(entry.get("subject_id", "")),
+    )
+
+
+def _table(root: Path, data: ReportData) -> Listing:
+    """A csv or jsonl with a row per picture; rows of one study share its id."""
+    path = _table_path(root, data)
+    rows = list(_read_rows(path))
+    columns = set(rows[0][1]) if rows else set()
+    text = _column(columns, _TEXTS, path)
+    picture = _column(columns, _PICTURES, path)
+    name_of = next((name for name in _NAMES if name in columns), None)
+    images = _folder(root, data)
+    studies: dict[str, Study] = {}
+    problems = []
+    for place, row in rows:
+        file, report = str(row.get(picture) or "").strip(), str(row.get(text) or "")
+        split = str(row.get("split") or "").strip() or None
+        if not file or (split is not None and split not in SPLITS):
+            fault = f"has the unknown split {split!r}" if file else f"has no {picture}"
+            problems.append(str(InputError(fault, path=path, place=place)))
+            continue
+        name = str(row[name_of]) if name_of else Path(file).with_suffix("").as_posix()
+        study = Study(
+            name=name,
+            pictures=(images / file,),
+            report=report,
+            split=split,
+            patient=str(row.get("patient") or row.get("subject_id") or ""),
+        )
+        before = studies.get(name)
+        if before is not None and (before.report, before.split) != (report, split):
+            fault = f"the study {name!r} has another report or split in an earlier row"
+            problems.append(str(InputError(fault, path=path, place=place)))
+        elif before is not None:
+            studies[name] = replace(before, pictures=(*before.pictures, *study.pictures))
+        else:
+            studies[name] = study
+    return Listing(layout="table", studies=tuple(studies.values()), problems=tuple(problems))
+
+
+def _table_path(root: Path, data: ReportData) -> Path:
+    if data.annotation:
+        return root / data.annotation
+    found = sorted([*root.glob("*.csv"), *root.glob("*.jsonl")])
+    if len(found) != 1:
+        raise InputError(
+            f"holds {len(found)} tables", path=root, remedy="name the table with --data.annotation"
+        )
+    return found[0]
+
+
+def _column(columns: set[str], names: Sequence[str], path: Path) -> str:
+    for name in names:
+        if name in columns:
+            return name
+    raise InputError(
+        f"has no column {names[0]!r} (nor {', '.join(names[1:])})", path=path, remedy="add it"
+    )
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a csv, csv.gz or jsonl file and what to call each."""
+    try:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"line {number} is no object")
+                    yield f"line {number}", row
+            return
+        if path.suffix == ".gz":
+            text = gzip.decompress(path.read_bytes()).decode("utf-8-sig")
+        else:
+            text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError("no such file", path=path) from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"cannot be read ({error})", path=path) from None
+    for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), start=1):
+        yield f"row {number}", row
+
+
+def _join(sections: Mapping[Any, str], data: ReportData) -> str:
+    return " ".join(sections[name] for name in data.sections if sections.get(name))
+
+
+def _by_number(number: int) -> str:
+    """The split of a raw report of Indiana: by the last digit of its number."""
+    return {0: "test", 1: "val"}.get(number % 10, "train")
+
+
+def _openi(root: Path, data: ReportData) -> Listing:
+    """The XML files of Open-i, numbered; pictures are named by `parentImage`."""
+    files = sorted((root / "ecgen-radiology").glob("*.xml"))
+    images = _folder(root, data, "NLMCXR_png", "images")
+    studies: list[Study] = []
+    problems, left_out = [], 0
+    for path in sorted(files, key=lambda p: (len(p.stem), p.stem)):
+        try:
+            tree = ElementTree.parse(path).getroot()
+        except (ElementTree.ParseError, OSError) as error:
+            problems.append(str(InputError(f"is not readable XML ({error})", path=path)))
+            continue
+        texts = {
+            str(node.get("Label", "")).lower(): (node.text or "").strip()
+            for node in tree.iter("AbstractText")
+        }
+        report = _join(texts, data)
+        names = tuple(str(node.get("id")) for node in tree.iter("parentImage"))
+        if not report or (not names and data.pictures == "needed"):
+            left_out += 1
+            continue
+        number = int(path.stem) if path.stem.isdigit() else len(studies)
+        studies.append(
+            Study(
+                name=path.stem,
+                pictures=tuple(images / f"{name}.png" for name in names),
+                report=report,
+                split=_by_number(number),
+            )
+        )
+    return Listing(
+        layout="openi", studies=tuple(studies), problems=tuple(problems), left_out=left_out
+    )
+
+
+def _kaggle(root: Path, data: ReportData) -> Listing:
+    """The tables of Kaggle's copy of Open-i; frontal pictures come first."""
+    images = _folder(root, data, "images/images_normalized", "images_normalized", "images")
+    table = root / "indiana_projections.csv"
+    pictures: dict[str, list[tuple[bool, str]]] = {}
+    for place, row in _read_rows(table):
+        if not row.get("uid") or not row.get("filename"):
+            raise InputError("has no uid or filename", path=table, place=place)
+        lateral = str(row.get("projection", "")).lower() != "frontal"
+        pictures.setdefault(row["uid"], []).append((lateral, row["filename"]))
+    studies, rows = [], 0
+    for place, row in _read_rows(root / "indiana_reports.csv"):
+        rows += 1
+        uid = str(row.get("uid") or "")
+        if not uid.isdigit():
+            path = root / "indiana_reports.csv"
+            raise InputError("has no uid that is a number", path=path, place=place)
+        sections = {name: str(row.get(name) or "").strip() for name in data.sections}
+        if report := _join(sections, data):
+            files = tuple(images / name for _, name in sorted(pictures.get(uid, [])))
+            if files or data.pictures == "ignored":
+                split = _by_number(int(uid))
+                studies.append(Study(name=uid, pictures=files, report=report, split=split))
+    return Listing(layout="kaggle", studies=tuple(studies), left_out=rows - len(studies))
+
+
+_HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ]{3,}):", re.MULTILINE)
+
+
+def report_sections(text: str) -> dict[str, str]:
+    r"""The parts of a MIMIC-CXR report by their headings in lower case.
+
+    Example:
+        >>> report_sections("EXAM: x\n FINDINGS:  Clear lungs.\n\n IMPRESSION: Normal.")
+        {'exam': 'x', 'findings': 'Clear lungs.', 'impression': 'Normal.'}
+    """
+    marks = list(_HEADING.finditer(text))
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    return {
+        mark.group(1).lower(): text[mark.end() : end].strip()
+        for mark, end in zip(marks, ends, strict=False)
+    }
+
+
+def _mimic(root: Path, data: ReportData) -> Listing:
+    """MIMIC-CXR-JPG: a study per picture, as R2Gen has it, with the official split."""
+    tables = sorted(root.glob("mimic-cxr-2.0.0-split.csv*"))
+    if not tables:
+        raise InputError("has no mimic-cxr-2.0.0-split.csv", path=root)
+    files = _folder(root, data, "files")
+    names = {"train": "train", "validate": "val", "test": "test"}
+    texts: dict[Path, str] = {}
+    studies, problems, left_out = [], [], 0
+    for place, row in _read_rows(tables[0]):
+        try:
+            patient, exam, picture = (row[k] for k in ("subject_id", "study_id", "dicom_id"))
+            split = names[row["split"]]
+        except KeyError as error:
+            raise InputError(f"has no {error}", path=tables[0], place=place) from None
+        folder = files / f"p{patient[:2]}" / f"p{patient}"
+        note = folder / f"s{exam}.txt"
+        if note not in texts:
+            try:
+                text = note.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                problems.append(str(InputError("the report is missing", path=note)))
+                text = ""
+            texts[note] = _join(report_sections(text), data)
+        left_out += not texts[note]
+        if texts[note]:
+            studies.append(
+                Study(
+                    name=f"p{patient}/s{exam}/{picture}",
+                    pictures=(folder / f"s{exam}" / f"{picture}.jpg",),
+                    report=texts[note],
+                    split=split,
+                    patient=patient,
+                )
+            )
+    return Listing(
+        layout="mimic", studies=tuple(studies), problems=tuple(problems), left_out=left_out
+    )
+
+
+_LISTERS: Mapping[str, Callable[[Path, ReportData], Listing]] = {
+    "r2gen": _r2gen,
+    "table": _table,
+    "openi": _openi,
+    "kaggle": _kaggle,
+    "mimic": _mimic,
+}

@@ -1,0 +1,1 @@
+"""Whole slides: reading, tissue, tiles, features by a frozen encoder, overlays for viewers."""
