@@ -33,7 +33,12 @@ from heed_medical.pictures.settings import PictureData
 
 DATA = Path(os.environ.get("HEED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
 STILL = PictureAugmentation(
-    flip_probability=0, rotation_deg=0, shift=0, zoom=0, aspect_probability=0, brightness=0
+    flip_probability=0.0,
+    rotation_deg=0.0,
+    shift=0.0,
+    zoom=0.0,
+    aspect_probability=0.0,
+    brightness=0.0,
 )
 
 
@@ -346,7 +351,7 @@ def test_grey_values_lie_between_black_and_white(tmp_path: Path):
     assert read_grey(tmp_path / "dark.png").max() == pytest.approx(127 / 255)
     Image.fromarray(ramp.astype(np.uint16) * 10 + 300).save(tmp_path / "wide.png")
     assert read_grey(tmp_path / "wide.png") == pytest.approx(ramp / 255)
-    assert read_grey(tmp_path / "wide.png", window=(300, 1575)).max() == 1
+    assert read_grey(tmp_path / "wide.png", window=(300.0, 1575.0)).max() == 1
     Image.fromarray(np.full((8, 8), 900, dtype=np.uint16)).save(tmp_path / "even.png")
     assert read_grey(tmp_path / "even.png").max() == 0
     Image.fromarray(np.dstack([ramp, ramp // 2, ramp // 4])).save(tmp_path / "colour.png")
@@ -368,7 +373,7 @@ def test_dicom_is_scaled_and_inverted(tmp_path: Path):
     rescaled = save_dicom(
         tmp_path / "d.dcm", ramp.astype(np.uint8), RescaleSlope="2", RescaleIntercept="-10"
     )
-    assert read_grey(rescaled, window=(-10, 116)) == pytest.approx(ramp / 63)
+    assert read_grey(rescaled, window=(-10.0, 116.0)) == pytest.approx(ramp / 63)
 
 
 def test_dicom_that_cannot_be_read_is_named(tmp_path: Path):

@@ -274,7 +274,10 @@ def test_written_features_do_not_depend_on_the_time(tmp_path: Path):
 
     for name in ("a", "b"):
         write_features(
-            tmp_path / f"{name}.h5", np.ones((3, 2), np.float16), np.zeros((3, 2)), patch_size=8
+            tmp_path / f"{name}.h5",
+            np.ones((3, 2), np.float16),
+            np.zeros((3, 2), np.int64),
+            patch_size=8,
         )
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
     with h5py.File(tmp_path / "a.h5") as file:

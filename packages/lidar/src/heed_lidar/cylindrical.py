@@ -142,8 +142,8 @@ class PointBatch:
 
 
 def collate(
-    scans: Sequence[tuple[Float32[np.ndarray, "n 9"], Int32[np.ndarray, "n 3"]]],
-    classes: Sequence[Int64[np.ndarray, " n"]] | None = None,
+    scans: Sequence[tuple[Float32[np.ndarray, "_ 9"], Int32[np.ndarray, "_ 3"]]],
+    classes: Sequence[Int64[np.ndarray, " _"]] | None = None,
 ) -> PointBatch:
     """One batch of several voxelised scans; a scan may be empty.
 

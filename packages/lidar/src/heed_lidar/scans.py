@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64, Integer, UInt32
@@ -97,6 +97,9 @@ def raw_by_row(
     return raw
 
 
+DataT = TypeVar("DataT", bound="ScanData")
+
+
 class ScanData(Dataset[Scan]):
     """Scans, read when asked for, each time anew: thousands need the memory of one.
 
@@ -132,7 +135,9 @@ class ScanData(Dataset[Scan]):
         self._recordings = Recordings()
 
     @classmethod
-    def of_split(cls, root: Path, data: LidarData, split: str, *, crop: bool = False) -> Self:
+    def of_split(
+        cls: type[DataT], root: Path, data: LidarData, split: str, *, crop: bool = False
+    ) -> DataT:
         """The labelled scans of one split of a data set; an empty one is a fault.
 
         Args:

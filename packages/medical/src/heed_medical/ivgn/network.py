@@ -137,7 +137,7 @@ class Ivgn(nn.Module):
         images: Float[Tensor, "b v 3 h w"],
         tokens: Int64[Tensor, "b n"],
         views: Bool[Tensor, "b v"] | None = None,
-    ) -> Float[Tensor, "b n w"]:
+    ) -> Float[Tensor, "b n words"]:
         """Log-probabilities of the word after each word (teacher forcing).
 
         Args:

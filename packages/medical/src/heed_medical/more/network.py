@@ -179,7 +179,7 @@ class MoreClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(len(inputs) * config.projection, classes)
 
-    def forward(self, **inputs: Float[Tensor, "b c *size"]) -> Float[Tensor, "b k"]:
+    def forward(self, **inputs: Float[Tensor, "b ..."]) -> Float[Tensor, "b k"]:
         """Scores before the sigmoid."""
         parts = []
         for name in self.inputs:

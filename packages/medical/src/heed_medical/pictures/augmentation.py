@@ -97,12 +97,12 @@ def apply_change(
 
 
 def augment_pictures(
-    pictures: Sequence[Float32[np.ndarray, "h w"]],
+    pictures: Sequence[Float32[np.ndarray, "_ _"]],
     rng: np.random.Generator,
     options: PictureAugmentation,
     *,
     changed: Sequence[bool] | None = None,
-) -> list[Float32[np.ndarray, "h w"]]:
+) -> list[Float32[np.ndarray, "_ _"]]:
     """Change several sizes of one picture in the same way; a pure function of its arguments.
 
     Args:

@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float64
 
 from heed_core.errors import InputError
 
+Counts = np.ndarray | np.integer
+"""Cases that were counted: per finding, or of all together."""
 FINDINGS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
     "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
@@ -77,8 +79,8 @@ def clinical_efficacy(
     )
 
 
-def _scores(hits: np.ndarray, false: np.ndarray, missed: np.ndarray) -> tuple[np.ndarray, ...]:
-    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _scores(hits: Counts, false: Counts, missed: Counts) -> tuple[np.ndarray, ...]:
+    def share(part: Counts, whole: Counts) -> np.ndarray:
         return np.where(whole > 0, part / np.maximum(whole, 1), 0.0)
 
     return (

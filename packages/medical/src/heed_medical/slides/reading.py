@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -19,6 +19,7 @@ SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif")
 PLAIN_SUFFIXES = tuple(suffix for suffix in PICTURE_SUFFIXES if suffix not in SLIDE_SUFFIXES)
 
 
+@runtime_checkable
 class Slide(Protocol):
     """A slide that is open."""
 

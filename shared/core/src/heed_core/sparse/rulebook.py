@@ -170,8 +170,8 @@ class Rulebook:
     Under one kernel cell no row occurs twice on either side.
     """
 
-    sources: tuple[Int64[Tensor, " pairs"], ...]
-    targets: tuple[Int64[Tensor, " pairs"], ...]
+    sources: tuple[Int64[Tensor, " _"], ...]
+    targets: tuple[Int64[Tensor, " _"], ...]
     num_in: int
     num_out: int
     centre: int | None = None
@@ -224,7 +224,7 @@ class RulebookTable:
         return RulebookTable(table=swapped[:, : self.num_in], num_in=self.num_out)
 
 
-PairsOfRows = tuple[Int64[Tensor, " pairs"], Int64[Tensor, " pairs"]]
+PairsOfRows = tuple[Int64[Tensor, " _"], Int64[Tensor, " _"]]
 """Rows that are read, rows that they are added to."""
 
 
