@@ -1,6 +1,7 @@
 """What stands on a street: boxes, upright cylinders and ellipsoids, hit by rays in closed form."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ Hits = tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
+class Thing(ABC):
     """A solid with a label and a surface."""
 
     x: float
@@ -30,13 +31,13 @@ class Thing:
     """Share of the rays that pass through it."""
 
     @property
+    @abstractmethod
     def reach_m(self) -> float:
         """Horizontal radius of a circle around the centre that holds the thing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hit(self, origin: Float[np.ndarray, " 3"], directions: Float[np.ndarray, "n 3"]) -> Hits:
         """Where unit rays from one origin meet the thing first."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
