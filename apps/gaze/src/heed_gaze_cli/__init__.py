@@ -1,0 +1,16 @@
+"""The command `heed-gaze`: train, evaluate, predict, explain and export the gaze systems."""
+
+from heed_runtime.app import App
+
+__version__ = "0.1.0"
+
+APP = App(
+    name="heed-gaze",
+    about="Attention models for gaze: scanpaths over objects, visual search with an eccentric retina.",
+    systems={},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    APP.main()
