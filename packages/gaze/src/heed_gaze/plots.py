@@ -1,0 +1,315 @@
+"""The pictures of the field: scanpaths, heat maps, curves of search, histograms of saccades.
+
+Every function draws into axes of matplotlib that the caller made; none opens a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Num, Shaped, UInt8
+
+from heed_gaze.scanpaths import Scanpath, Size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.projections.polar import PolarAxes
+
+HUMAN = "0.25"
+"""Colour of the viewers in every plot; programs take the colours of the cycle."""
+CHANCE = "0.65"
+PATH_COLOUR = "#ffb000"
+TARGET_COLOUR = "#00d0ff"
+"""Amber and cyan are told apart by colour-blind readers and seen on photographs."""
+
+_LARGEST_RADIUS = 0.045
+"""Of the mark of the longest fixation, as a share of the picture's diagonal."""
+_SMALLEST_RADIUS = 0.012
+_NUMBERED = 40
+"""Longer scanpaths would be numbers on numbers."""
+
+
+def draw_picture(
+    axes: Axes, size_px: Size, picture: Shaped[np.ndarray, "h w ..."] | None = None
+) -> None:
+    """Show a picture, or an empty frame of its size, in its own pixels, y downwards.
+
+    Args:
+        axes: Where.
+        size_px: Width and height that positions refer to; the picture is stretched to it.
+        picture: Grey or RGB.
+    """
+    width, height = size_px
+    if picture is not None:
+        axes.imshow(picture, extent=(0, width, height, 0), cmap="gray", interpolation="bilinear")
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", xticks=[], yticks=[])
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set(visible=True, color="0.7")
+
+
+def draw_scanpath(
+    axes: Axes,
+    path: Scanpath,
+    *,
+    picture: Shaped[np.ndarray, "h w ..."] | None = None,
+    colour: str = PATH_COLOUR,
+    numbers: bool = True,
+    label: str = "",
+) -> None:
+    """Draw numbered fixations joined by saccades; the area of a mark is the fixation's duration.
+
+    Without durations all marks are alike. The target's box is drawn where it is known.
+
+    Args:
+        axes: Where.
+        path: Needs a size, or a picture of its own size.
+        picture: What was looked at.
+        colour: Of marks and saccades.
+        numbers: Whether fixations are numbered from 1.
+        label: For a legend.
+    """
+    from matplotlib.patches import Circle
+
+    size = _size_of(path, picture)
+    draw_picture(axes, size, picture)
+    draw_target(axes, path)
+    x, y = path.xy_px.T
+    axes.plot(x, y, color="black", linewidth=3.2, alpha=0.45, solid_capstyle="round", zorder=3)
+    axes.plot(x, y, color=colour, linewidth=1.6, solid_capstyle="round", label=label, zorder=4)
+    for index, radius in enumerate(mark_radii_px(path, size)):
+        place = (float(x[index]), float(y[index]))
+        axes.add_patch(
+            Circle(place, radius, facecolor=colour, edgecolor="black", alpha=0.75, zorder=5)
+        )
+        if numbers and len(path) <= _NUMBERED:
+            axes.text(
+                *place,
+                str(index + 1),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black",
+                zorder=6,
+                clip_on=True,
+            )
+
+
+def draw_target(axes: Axes, path: Scanpath) -> None:
+    """Frame the target, where its box is known."""
+    from matplotlib.patches import Rectangle
+
+    if path.target_box is None:
+        return
+    x0, y0, x1, y1 = path.target_box
+    axes.add_patch(
+        Rectangle(
+            (x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=TARGET_COLOUR, linewidth=2, zorder=2
+        )
+    )
+
+
+def mark_radii_px(path: Scanpath, size_px: Size) -> Float[np.ndarray, " n"]:
+    """Radius of each fixation's mark: its square grows with the duration."""
+    diagonal = float(np.hypot(*size_px))
+    if path.duration_s is None or not path.duration_s.max(initial=0.0) > 0:
+        return np.full(len(path), 0.4 * _LARGEST_RADIUS * diagonal)
+    share = np.sqrt(path.duration_s / path.duration_s.max())
+    return np.asarray(diagonal * np.maximum(_LARGEST_RADIUS * share, _SMALLEST_RADIUS))
+
+
+def draw_heat_map(
+    axes: Axes,
+    density: Num[np.ndarray, "h w"],
+    size_px: Size,
+    *,
+    picture: Shaped[np.ndarray, "h w ..."] | None = None,
+    strength: float = 0.75,
+) -> None:
+    """Lay a fixation density or saliency map over a picture; what nobody looked at stays clear.
+
+    Args:
+        axes: Where.
+        density: Any resolution and scale.
+        size_px: Width and height that it covers.
+        picture: What was looked at.
+        strength: Opacity of the highest value.
+    """
+    draw_picture(axes, size_px, picture)
+    low, high = float(density.min()), float(density.max())
+    share = (density - low) / (high - low) if high > low else np.zeros(density.shape)
+    axes.imshow(
+        share,
+        extent=(0, size_px[0], size_px[1], 0),
+        cmap="inferno",
+        alpha=strength * np.sqrt(share),
+        interpolation="bilinear",
+        vmin=0.0,
+        vmax=1.0,
+    )
+
+
+def draw_performance(
+    axes: Axes,
+    curves: Mapping[str, Float[np.ndarray, " n"]],
+    *,
+    human: str = "human",
+    chance: str = "chance",
+) -> None:
+    """Draw cumulative performance: the share of trials whose target is found by each fixation.
+
+    Args:
+        axes: Where.
+        curves: Name -> share found within 0, 1, 2, ... fixations (saccades).
+        human: The name whose curve is drawn dark.
+        chance: The name whose curve is drawn pale.
+    """
+    for name, curve in curves.items():
+        colour = {human: HUMAN, chance: CHANCE}.get(name)
+        line = "--" if name == chance else "-"
+        fixations = np.arange(len(curve))
+        axes.plot(
+            fixations, curve, marker="o", markersize=3, color=colour, linestyle=line, label=name
+        )
+    axes.set(xlabel="fixation", ylabel="share of targets found", ylim=(-0.02, 1.02))
+    axes.legend()
+
+
+def draw_search_slopes(
+    axes: Axes,
+    set_sizes: Num[np.ndarray, " n"],
+    times: Mapping[str, Num[np.ndarray, " n"]],
+    *,
+    errors: Mapping[str, Num[np.ndarray, " n"]] | None = None,
+    ylabel: str = "reaction time (ms)",
+    unit: str = "ms/item",
+) -> dict[str, float]:
+    """Draw mean reaction time against set size, with least-squares lines; return their slopes.
+
+    Args:
+        axes: Where.
+        set_sizes: Number of items.
+        times: Name of a task -> mean time at each set size; NaN is left out.
+        errors: Name of a task -> standard error at each set size.
+        ylabel: What the times are, with their unit.
+        unit: Of the slope, for the legend.
+
+    Returns:
+        The slope of each task; NaN with fewer than two set sizes.
+    """
+    slopes: dict[str, float] = {}
+    sizes = np.asarray(set_sizes, dtype=np.float64)
+    for number, (name, values) in enumerate(times.items()):
+        known = np.isfinite(values)
+        slope, intercept = fit_line(sizes[known], np.asarray(values, dtype=np.float64)[known])
+        slopes[name] = slope
+        axes.errorbar(
+            sizes,
+            values,
+            yerr=None if errors is None else errors.get(name),
+            fmt="os^Dv"[number % 5],
+            color=f"C{number}",
+            capsize=3,
+            label=f"{name}: {slope:.3g} {unit}",
+        )
+        axes.plot(sizes, intercept + slope * sizes, color=f"C{number}", linewidth=1.2)
+    axes.set(xlabel="set size (items)", ylabel=ylabel, xticks=sizes)
+    axes.legend()
+    return slopes
+
+
+def fit_line(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[float, float]:
+    """Slope and intercept of the least-squares line; NaN with fewer than two different x.
+
+    Example:
+        >>> fit_line(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 5.0]))
+        (2.0, -1.0)
+    """
+    spread = x - x.mean() if len(x) else x
+    variance = float(spread @ spread)
+    if variance == 0:
+        return float("nan"), float("nan")
+    slope = float(spread @ y) / variance
+    return slope, float(y.mean() - slope * x.mean())
+
+
+def draw_amplitudes(
+    axes: Axes,
+    amplitudes: Mapping[str, Float[np.ndarray, " n"]],
+    *,
+    unit: str = "px",
+    bins: int = 30,
+) -> None:
+    """Draw histograms of saccade amplitudes, each scaled to a density.
+
+    Args:
+        axes: Where.
+        amplitudes: Name -> amplitudes.
+        unit: Of the amplitudes.
+        bins: Number of equal bins from 0 to the 99.5th percentile of all of them.
+    """
+    everything = np.concatenate([np.zeros(0), *amplitudes.values()])
+    top = float(np.percentile(everything, 99.5)) if len(everything) else 1.0
+    edges = np.linspace(0.0, top or 1.0, bins + 1).tolist()
+    for name, values in amplitudes.items():
+        if len(values):
+            axes.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.3)
+            colour = axes.patches[-1].get_facecolor()[:3]
+            axes.hist(
+                values, bins=edges, density=True, histtype="step", color=colour, label=name,
+                linewidth=1.5,
+            )  # fmt: skip
+    axes.set(xlabel=f"saccade amplitude ({unit})", ylabel=f"density (1/{unit})", xlim=(0, None))
+    axes.legend()
+
+
+def draw_directions(
+    axes: PolarAxes, directions_rad: Mapping[str, Float[np.ndarray, " n"]], *, bins: int = 24
+) -> None:
+    """Draw the direction rose of saccades: the share of saccades in each sector.
+
+    Args:
+        axes: With `projection="polar"`.
+        directions_rad: Name -> counter-clockwise from "to the right", "up" is a quarter turn.
+        bins: Number of sectors; the first is centred on "to the right".
+    """
+    width = 2 * np.pi / bins
+    for number, (name, values) in enumerate(directions_rad.items()):
+        if not len(values):
+            continue
+        sectors = np.floor(np.mod(values + width / 2, 2 * np.pi) / width).astype(int) % bins
+        share = np.bincount(sectors, minlength=bins) / len(values)
+        around = np.append(np.arange(bins) * width, 2 * np.pi)
+        closed = np.append(share, share[0])
+        axes.plot(around, closed, color=f"C{number}", label=name)
+        axes.fill(around, closed, color=f"C{number}", alpha=0.2)
+    axes.set_xticks(np.arange(4) * np.pi / 2, ["right", "up", "left", "down"])
+    axes.set_ylim(0, None)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    axes.legend(loc="lower right", bbox_to_anchor=(1.15, -0.15))
+
+
+def scanpath_colours(count: int) -> Sequence[str]:
+    """So many colours, told apart on photographs, as hex strings."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    table = colormaps["turbo"]
+    return [to_hex(table(0.08 + 0.84 * k / max(count - 1, 1))) for k in range(count)]
+
+
+def as_rgb(picture: UInt8[np.ndarray, "h w ..."]) -> UInt8[np.ndarray, "h w 3"]:
+    """A grey picture or one with opacity as RGB."""
+    if picture.ndim == 2:
+        return np.repeat(picture[..., None], 3, axis=2)
+    return picture[..., :3]
+
+
+def _size_of(path: Scanpath, picture: Shaped[np.ndarray, "h w ..."] | None) -> Size:
+    if path.size_px is not None:
+        return path.size_px
+    if picture is None:
+        raise ValueError(f"{path.name} has no size; give its picture")
+    return picture.shape[1], picture.shape[0]

@@ -1,0 +1,231 @@
+"""One trial of any file: checked, in pixels and seconds.
+
+A reader yields its trials; one that cannot be used is yielded as the `InputError` that says why,
+so that whoever collects them may stop or go on. What spoils the whole file is raised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64
+from numpy.typing import ArrayLike
+
+from heed_core.errors import InputError
+from heed_gaze.scanpaths import Scanpath, ScanpathSet, Size
+
+Trials = Iterator[Scanpath | InputError]
+Policy = Literal["stop", "drop", "clip", "keep"]
+OnError = Literal["stop", "skip"]
+Facts = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What is done with what is wrong.
+
+    Example:
+        >>> ReadOptions(outside="drop").on_error
+        'stop'
+    """
+
+    on_error: OnError = "stop"
+    """A trial that cannot be used: stop raises, skip leaves it out and lists it."""
+    outside: Policy = "stop"
+    """A fixation off the picture: stop makes its trial unusable, drop removes the fixation, clip
+    moves it to the border, keep leaves it where it is."""
+    size_px: Size | None = None
+    """Width and height of the screen or pictures, of files that do not say; None: of the picture
+    files beside them, where there are some."""
+
+    def __post_init__(self) -> None:
+        if self.size_px is not None and min(self.size_px) < 1:
+            raise ValueError(f"size_px must be positive, got {self.size_px}")
+
+
+def build_trial(
+    path: Path,
+    place: str,
+    facts: Facts,
+    *,
+    x: object,
+    y: object,
+    duration: object = None,
+    onset: object = None,
+    objects: object = None,
+    seconds: float = 1.0,
+) -> Scanpath | InputError:
+    """Make a scanpath of what a file says, or the error that says why not.
+
+    Args:
+        path: The file, for messages.
+        place: The trial in the file, for messages.
+        facts: The other fields of `Scanpath`.
+        x: Pixels, one per fixation.
+        y: Pixels.
+        duration: One per fixation; None: the file has none.
+        onset: One per fixation; None: the file has none.
+        objects: Index of the fixated objects; None: the file has none.
+        seconds: Length of the file's unit of time.
+    """
+    try:
+        columns = {"x": _numbers(x, "x"), "y": _numbers(y, "y")}
+        if duration is not None:
+            columns["duration"] = _numbers(duration, "duration")
+        if onset is not None:
+            columns["onset"] = _numbers(onset, "onset")
+        if objects is not None:
+            columns["objects"] = _numbers(objects, "objects")
+        _check(columns)
+    except ValueError as error:
+        return InputError(str(error), path=path, place=place, remedy="correct or remove the trial")
+    times = {name: columns[name] * seconds for name in ("duration", "onset") if name in columns}
+    return Scanpath(
+        xy_px=np.stack([columns["x"], columns["y"]], axis=1),
+        duration_s=times.get("duration"),
+        onset_s=times.get("onset"),
+        objects=columns["objects"].astype(np.int64) if objects is not None else None,
+        **facts,  # type: ignore[arg-type]
+    )
+
+
+def _numbers(values: object, name: str) -> Float64[np.ndarray, " n"]:
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} holds something that is not a number") from None
+    if found.ndim != 1:
+        raise ValueError(f"{name} must be a list of numbers, its shape is {found.shape}")
+    return found
+
+
+def _check(columns: Mapping[str, Float64[np.ndarray, " n"]]) -> None:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{n} of {name}" for name, n in lengths.items())
+        raise ValueError(f"has different numbers of values: {counts}")
+    if not lengths["x"]:
+        raise ValueError("has no fixation")
+    for name, values in columns.items():
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            raise ValueError(f"fixation {wrong[0] + 1}: {name} is {values[wrong[0]]}")
+    for name in {"duration", "objects"} & set(columns):
+        negative = np.flatnonzero(columns[name] < 0)
+        if len(negative):
+            index = int(negative[0])
+            raise ValueError(f"fixation {index + 1}: {name} is {columns[name][index]:g}, below 0")
+
+
+def collect(
+    trials: Iterable[Scanpath | InputError],
+    options: ReadOptions,
+    *,
+    path: Path,
+    layout: str,
+    images: Mapping[str, Path] | None = None,
+) -> ScanpathSet:
+    """The usable trials of a file or folder.
+
+    Args:
+        trials: What a reader yields.
+        options: What is done with what is wrong.
+        path: The file or folder, for messages.
+        layout: Its layout.
+        images: Name of a picture -> its file.
+
+    Raises:
+        InputError: A trial that cannot be used under `on_error="stop"`; or nothing is left.
+    """
+    images = images or {}
+    sizes = _Sizes(images, options.size_px)
+    kept: list[Scanpath] = []
+    skipped: list[str] = []
+    for trial in trials:
+        found = trial if isinstance(trial, InputError) else _inside(sizes.of(trial), options, path)
+        if isinstance(found, Scanpath):
+            kept.append(found)
+        elif options.on_error == "stop":
+            raise found
+        else:
+            skipped.append(str(found))
+    if not kept:
+        reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
+        raise InputError(f"holds no scanpath that can be used{reason}", path=path)
+    return ScanpathSet(
+        scanpaths=tuple(kept), skipped=tuple(skipped), layout=layout, images=dict(images)
+    )
+
+
+class _Sizes:
+    """Gives scanpaths the size of their picture; every picture is looked at once."""
+
+    def __init__(self, images: Mapping[str, Path], fallback: Size | None) -> None:
+        self._images, self._fallback = images, fallback
+        self._known: dict[str, Size] = {}
+
+    def of(self, path: Scanpath) -> Scanpath:
+        if path.size_px is not None:
+            return path
+        size = self._fallback
+        if size is None and path.image in self._images:
+            size = self._known.setdefault(path.image, picture_size(self._images[path.image]))
+        return replace(path, size_px=size)
+
+
+def picture_size(path: Path) -> Size:
+    """Width and height of a picture file.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except (OSError, UnidentifiedImageError) as error:
+        raise InputError(f"is no picture that can be read ({error})", path=path) from None
+
+
+def _inside(trial: Scanpath, options: ReadOptions, path: Path) -> Scanpath | InputError:
+    outside = trial.outside()
+    if options.outside == "keep" or not outside.any() or trial.size_px is None:
+        return trial
+    if options.outside == "clip":
+        return replace(trial, xy_px=np.clip(trial.xy_px, 0.0, np.array(trial.size_px, dtype=float)))
+    if options.outside == "drop" and not outside.all():
+        return trial.keep(~outside)
+    first = int(np.flatnonzero(outside)[0])
+    x, y = trial.xy_px[first]
+    return InputError(
+        f"fixation {first + 1} at ({x:g}, {y:g}) is off the picture of "
+        f"{trial.size_px[0]} x {trial.size_px[1]} pixels",
+        path=path,
+        place=trial.name,
+        remedy="leave such fixations out or move them in with outside=drop or clip",
+    )
+
+
+def text_of(value: object) -> str:
+    """A name as text: 3.0 and 3 are both "3", nothing is empty.
+
+    Example:
+        >>> text_of(3.0), text_of("dog"), text_of(None)
+        ('3', 'dog', '')
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def first_values(values: ArrayLike, count: int) -> list[float]:
+    """The first values of a list, as plain numbers."""
+    return [float(value) for value in np.asarray(values, dtype=np.float64)[:count]]
