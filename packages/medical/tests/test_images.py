@@ -174,6 +174,14 @@ def test_mask_with_four_axes(tmp_path):
     assert read_mask_nifti(single).array.shape == (2, 2, 2)
 
 
+@pytest.mark.parametrize("reader", [read_nifti, read_mask_nifti])
+@pytest.mark.parametrize("kind", [np.complex64, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])])
+def test_values_that_are_no_numbers(tmp_path, reader, kind):
+    path = save_nifti(tmp_path / "a.nii.gz", np.zeros((2, 3, 4), kind))
+    with pytest.raises(InputError, match="numbers were expected"):
+        reader(path)
+
+
 def test_affine_that_cannot_be_inverted(tmp_path):
     image = nib.Nifti1Image(np.zeros((2, 2, 2), np.float32), None)
     image.header["sform_code"] = 1

@@ -171,9 +171,9 @@ def read_nifti(path: Path) -> MedicalImage:
             that are not finite.
     """
     image = _open_nifti(path)
+    array = _three_axes(_nifti_values(image, path), path, most=4)
     with np.errstate(invalid="ignore", over="ignore"):
-        array = np.asarray(_nifti_values(image, path), dtype=np.float32)
-    array = _three_axes(array, path, most=4)
+        array = np.asarray(array, dtype=np.float32)
     array = np.moveaxis(array, 3, 0) if array.ndim == 4 else array[None]
     check_finite(array, path)
     return MedicalImage(
@@ -189,7 +189,7 @@ def read_mask_nifti(path: Path) -> MaskImage:
             values that are not whole numbers.
     """
     image = _open_nifti(path)
-    array = _three_axes(np.asarray(_nifti_values(image, path)), path, most=3)
+    array = _three_axes(_nifti_values(image, path), path, most=3)
     return MaskImage(array=_as_integers(array, path), affine_ras=_affine(image, path))
 
 
