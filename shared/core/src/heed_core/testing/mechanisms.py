@@ -18,6 +18,7 @@ from heed_core.testing.conformance import (
     unseen_masked,
 )
 from heed_core.testing.oracle import naive_attention
+from heed_core.testing.pointer_mechanisms import POINTER_MECHANISMS
 from heed_core.testing.sequence_mechanisms import SEQUENCE_MECHANISMS
 from heed_core.testing.vision_mechanisms import VISION_MECHANISMS
 
@@ -146,5 +147,6 @@ MECHANISMS: tuple[Mechanism, ...] = (
     *BLOCK_MECHANISMS,
     *SEQUENCE_MECHANISMS,
     *VISION_MECHANISMS,
+    *POINTER_MECHANISMS,
 )
 """Every mechanism of the core."""
