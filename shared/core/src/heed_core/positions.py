@@ -3,6 +3,7 @@
 | code | names here |
 | --- | --- |
 | sine, any number of axes (arXiv 1706.03762) | `sine_code`, `sine_grid`, `SinePositions` |
+| sine, of padded pictures (arXiv 2005.12872) | `masked_sine_grid` |
 | learned table | `LearnedPositions` |
 | Gaussian-Gram table | `gaussian_gram_codes`, `GaussianGramPositions` |
 | learnable Fourier features (arXiv 2106.02795) | `FourierPositions` |
@@ -19,7 +20,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 Layout = Literal["interleaved", "half"]
@@ -120,6 +121,31 @@ def sine_grid(
         place[axis] = size
         codes.append(code.view(place).expand(*shape, width))
     return torch.cat(codes, dim=-1)[..., :dim]
+
+
+def masked_sine_grid(
+    mask: Bool[Tensor, "b h w"], dim: int, *, base: float = 10000.0
+) -> Float[Tensor, "b h w dim"]:
+    """Sine code of the cells of padded pictures: only real cells count (arXiv 2005.12872).
+
+    A cell's place along an axis is the number of real cells up to it, over their number in its row
+    or column, times 2 pi. Where all cells are real it is `sine_grid` with `normalise`.
+
+    Args:
+        mask: True = real cell.
+        dim: Channels of the code, a multiple of 4: rows first, then columns.
+        base: As in `sine_grid`.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True = real cell, got {mask.dtype}")
+    if dim < 4 or dim % 4:
+        raise ValueError(f"dim must be a multiple of 4, got {dim}")
+    codes = []
+    for axis in (1, 2):
+        places = mask.cumsum(axis).double()
+        total = places.narrow(axis, mask.shape[axis] - 1, 1).clamp(min=1)
+        codes.append(sine_code(places / total * (2 * math.pi), dim // 2, base=base).float())
+    return torch.cat(codes, dim=-1)
 
 
 class SinePositions(nn.Module):

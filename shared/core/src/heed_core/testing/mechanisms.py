@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from heed_core import masks
 from heed_core.sites import Attend
 from heed_core.testing.block_mechanisms import BLOCK_MECHANISMS
+from heed_core.testing.circuit_mechanisms import CIRCUIT_MECHANISMS
 from heed_core.testing.conformance import (
     Inputs,
     Mechanism,
@@ -19,6 +20,8 @@ from heed_core.testing.conformance import (
 )
 from heed_core.testing.oracle import naive_attention
 from heed_core.testing.pointer_mechanisms import POINTER_MECHANISMS
+from heed_core.testing.readout_mechanisms import READOUT_MECHANISMS
+from heed_core.testing.reduced_mechanisms import REDUCED_MECHANISMS
 from heed_core.testing.sequence_mechanisms import SEQUENCE_MECHANISMS
 from heed_core.testing.vision_mechanisms import VISION_MECHANISMS
 
@@ -145,8 +148,11 @@ MECHANISMS: tuple[Mechanism, ...] = (
         dynamic={"query": {2: "n"}, "key": {2: "m"}, "value": {2: "m"}},
     ),
     *BLOCK_MECHANISMS,
+    *CIRCUIT_MECHANISMS,
     *SEQUENCE_MECHANISMS,
     *VISION_MECHANISMS,
     *POINTER_MECHANISMS,
+    *REDUCED_MECHANISMS,
+    *READOUT_MECHANISMS,
 )
 """Every mechanism of the core."""
