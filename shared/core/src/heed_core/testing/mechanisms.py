@@ -18,6 +18,7 @@ from heed_core.testing.conformance import (
     unseen_future,
     unseen_masked,
 )
+from heed_core.testing.long_sequence_mechanisms import LONG_SEQUENCE_MECHANISMS
 from heed_core.testing.oracle import naive_attention
 from heed_core.testing.pointer_mechanisms import POINTER_MECHANISMS
 from heed_core.testing.readout_mechanisms import READOUT_MECHANISMS
@@ -150,6 +151,7 @@ MECHANISMS: tuple[Mechanism, ...] = (
     *BLOCK_MECHANISMS,
     *CIRCUIT_MECHANISMS,
     *SEQUENCE_MECHANISMS,
+    *LONG_SEQUENCE_MECHANISMS,
     *VISION_MECHANISMS,
     *POINTER_MECHANISMS,
     *REDUCED_MECHANISMS,
