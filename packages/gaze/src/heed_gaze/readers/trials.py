@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64
-from numpy.typing import ArrayLike
 
 from heed_core.errors import InputError
+from heed_gaze.readers.pictures import picture_size
 from heed_gaze.scanpaths import Scanpath, ScanpathSet, Size
 
 Trials = Iterator[Scanpath | InputError]
@@ -40,8 +41,10 @@ class ReadOptions:
     """A fixation off the picture: stop makes its trial unusable, drop removes the fixation, clip
     moves it to the border, keep leaves it where it is."""
     size_px: Size | None = None
-    """Width and height of the screen or pictures, of files that do not say; None: of the picture
-    files beside them, where there are some."""
+    """Width and height that all positions refer to; None: what the file says, else what is usual
+    for its layout, else of the picture files."""
+    images: Path | None = None
+    """The folder of the pictures; None: beside the file."""
 
     def __post_init__(self) -> None:
         if self.size_px is not None and min(self.size_px) < 1:
@@ -128,7 +131,8 @@ def collect(
     *,
     path: Path,
     layout: str,
-    images: Mapping[str, Path] | None = None,
+    images: Mapping[str, Path],
+    usual_size: Size | None = None,
 ) -> ScanpathSet:
     """The usable trials of a file or folder.
 
@@ -138,16 +142,23 @@ def collect(
         path: The file or folder, for messages.
         layout: Its layout.
         images: Name of a picture -> its file.
+        usual_size: Of the pictures, where the file does not say it.
 
     Raises:
         InputError: A trial that cannot be used under `on_error="stop"`; or nothing is left.
     """
-    images = images or {}
-    sizes = _Sizes(images, options.size_px)
+
+    @cache
+    def seen(image: str) -> Size | None:
+        return picture_size(images[image]) if image in images else None
+
     kept: list[Scanpath] = []
     skipped: list[str] = []
     for trial in trials:
-        found = trial if isinstance(trial, InputError) else _inside(sizes.of(trial), options, path)
+        found = trial
+        if isinstance(found, Scanpath):
+            size = options.size_px or found.size_px or usual_size or seen(found.image)
+            found = _inside(replace(found, size_px=size), options, path)
         if isinstance(found, Scanpath):
             kept.append(found)
         elif options.on_error == "stop":
@@ -155,42 +166,15 @@ def collect(
         else:
             skipped.append(str(found))
     if not kept:
-        reason = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
+        reason = f" (of {len(skipped)} skipped the first: {skipped[0]})" if skipped else ""
         raise InputError(f"holds no scanpath that can be used{reason}", path=path)
+    used = {found.image for found in kept}
     return ScanpathSet(
-        scanpaths=tuple(kept), skipped=tuple(skipped), layout=layout, images=dict(images)
+        scanpaths=tuple(kept),
+        skipped=tuple(skipped),
+        layout=layout,
+        images={name: file for name, file in images.items() if name in used},
     )
-
-
-class _Sizes:
-    """Gives scanpaths the size of their picture; every picture is looked at once."""
-
-    def __init__(self, images: Mapping[str, Path], fallback: Size | None) -> None:
-        self._images, self._fallback = images, fallback
-        self._known: dict[str, Size] = {}
-
-    def of(self, path: Scanpath) -> Scanpath:
-        if path.size_px is not None:
-            return path
-        size = self._fallback
-        if size is None and path.image in self._images:
-            size = self._known.setdefault(path.image, picture_size(self._images[path.image]))
-        return replace(path, size_px=size)
-
-
-def picture_size(path: Path) -> Size:
-    """Width and height of a picture file.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"is no picture that can be read ({error})", path=path) from None
 
 
 def _inside(trial: Scanpath, options: ReadOptions, path: Path) -> Scanpath | InputError:
@@ -224,8 +208,3 @@ def text_of(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
-
-
-def first_values(values: ArrayLike, count: int) -> list[float]:
-    """The first values of a list, as plain numbers."""
-    return [float(value) for value in np.asarray(values, dtype=np.float64)[:count]]

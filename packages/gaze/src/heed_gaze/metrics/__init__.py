@@ -1,0 +1,1 @@
+"""How alike scanpaths are, and how well maps predict fixations: one family of scores per file."""
