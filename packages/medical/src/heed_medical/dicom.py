@@ -6,10 +6,12 @@ slices), or by InstanceNumber where no place is stored; never by file name. Valu
 (rows, columns, slices).
 """
 
+import contextlib
 import itertools
+import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +148,7 @@ def _values(dataset: FileDataset, path: Path) -> Float32[np.ndarray, "rows colum
             remedy="it is not an image: remove it from the folder",
         )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_decoders():
             warnings.simplefilter("ignore")  # padding bytes after the pixels are harmless
             stored = dataset.pixel_array
     except Exception as error:  # each decoder has its own faults
@@ -169,6 +171,18 @@ def _values(dataset: FileDataset, path: Path) -> Float32[np.ndarray, "rows colum
     return values
 
 
+@contextlib.contextmanager
+def _silent_decoders() -> Iterator[None]:
+    """Without the tracebacks that pydicom logs of each decoder that failed."""
+    logger = logging.getLogger("pydicom")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _decoding_fault(dataset: FileDataset, path: Path, error: Exception) -> InputError:
     meta = getattr(dataset, "file_meta", {})
     syntax = meta.get("TransferSyntaxUID") if meta else None
@@ -188,9 +202,13 @@ def _decoding_fault(dataset: FileDataset, path: Path, error: Exception) -> Input
     )
 
 
+_NO_DECODER = ("plugin", "missing", "no available", "not installed", "no pixel data decoders")
+"""What pydicom says where it has no decoder for an encoding."""
+
+
 def _decoder_is_missing(error: Exception) -> bool:
     text = str(error).lower()
-    return any(part in text for part in ("plugin", "missing", "no available", "not installed"))
+    return any(part in text for part in _NO_DECODER)
 
 
 def _series_affine(
