@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int64, Integer
 
 from heed_gaze.scanpaths import Scanpath, Size
 
-Symbols = Int64[np.ndarray, " n"]
+Symbols = Int64[np.ndarray, " _"]
 
 
 def grid_symbols(path: Scanpath, size_px: Size, bins: tuple[int, int]) -> Symbols:
