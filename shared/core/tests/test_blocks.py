@@ -246,6 +246,24 @@ def test_decoding_step_by_step_equals_the_full_forward(name: str, cross: bool, c
     assert cache.length == 9
 
 
+def test_rows_that_share_a_cached_context_decode_as_with_a_copy_of_it_each() -> None:
+    model = causal_stack("grouped", True, "rotary")
+    x, context = torch.randn(5, 4, 16), torch.randn(1, 6, 10)
+    there = torch.tensor([[True, True, False, True, True, True]])
+    with torch.no_grad():
+        cache = model.new_cache(1, 9)
+        first = torch.randn(1, 1, 16)
+        model(first, context, context_padding_mask=there, cache=cache)
+        for layer in cache.layers:
+            layer.own.reorder(torch.zeros(5, dtype=torch.long))
+        found = model(x, context_padding_mask=there, cache=cache)
+        whole = torch.cat([first.expand(5, -1, -1), x], dim=1)
+        full = model(whole, context.expand(5, -1, -1), context_padding_mask=there.expand(5, -1))
+    torch.testing.assert_close(found, full[:, 1:], atol=1e-5, rtol=0)
+    with torch.no_grad(), pytest.raises(ValueError, match="share a cached context"):
+        model(x, context_mask=there, cache=cache)
+
+
 @pytest.mark.parametrize("cross", [False, True])
 def test_crop_and_reorder_decode_as_if_nothing_had_happened(cross: bool) -> None:
     model = causal_stack("grouped", cross, "rotary")

@@ -245,7 +245,7 @@ class DecoderBlock(_Block):
         mask: Bool[Tensor, "*#mask"] | None = None,
         padding_mask: Bool[Tensor, "b n"] | None = None,
         context_mask: Bool[Tensor, "*#cmask"] | None = None,
-        context_padding_mask: Bool[Tensor, "b m"] | None = None,
+        context_padding_mask: Bool[Tensor, "#b m"] | None = None,
         positions: Real[Tensor, "*n"] | None = None,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "b n c"]:
@@ -390,7 +390,7 @@ class Decoder(nn.Module):
         mask: Bool[Tensor, "*#mask"] | None = None,
         padding_mask: Bool[Tensor, "b n"] | None = None,
         context_mask: Bool[Tensor, "*#cmask"] | None = None,
-        context_padding_mask: Bool[Tensor, "b m"] | None = None,
+        context_padding_mask: Bool[Tensor, "#b m"] | None = None,
         positions: Real[Tensor, "*n"] | None = None,
         cache: StackCache | None = None,
     ) -> Float[Tensor, "b n c"]:

@@ -323,7 +323,11 @@ class StateCache:
 
 
 class CrossCache:
-    """Keys and values of the context of a cross-attention: computed once, used by all steps."""
+    """Keys and values of the context of a cross-attention: computed once, used by all steps.
+
+    One row serves any number of sequences: `LayerCache.own.reorder` then multiplies the sequences
+    and leaves the context alone.
+    """
 
     def __init__(self) -> None:
         self._pair: tuple[Tensor, Tensor] | None = None

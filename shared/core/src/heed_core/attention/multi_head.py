@@ -108,7 +108,7 @@ class MultiHeadAttention(nn.Module):
         *,
         value: Float[Tensor, "b m k"] | None = None,
         mask: Bool[Tensor, "*#mask"] | None = None,
-        padding_mask: Bool[Tensor, "b m"] | None = None,
+        padding_mask: Bool[Tensor, "#b m"] | None = None,
         bias: Float[Tensor, "*#bias"] | None = None,
         positions: Real[Tensor, "*n"] | None = None,
         context_positions: Real[Tensor, "*m"] | None = None,
@@ -128,7 +128,9 @@ class MultiHeadAttention(nn.Module):
             positions: Of `x`, for `rotary` only; default 0, 1, ... after those in the cache.
             context_positions: Of the context, for `rotary` only; default 0, 1, ...
             cache: `KVCache` or `WindowCache` of a causal self-attention: m counts its tokens too;
-                `CrossCache` of a cross-attention: the context is read at the first call only.
+                `CrossCache` of a cross-attention: the context is read at the first call only. Where
+                it holds one row, later calls may have any number of rows: all see that context
+                (many samples of one scene), and `padding_mask` has that one row.
         """
         self._check_call(x, context, value, cache)
         if self.rotary is None and not (positions is None and context_positions is None):
@@ -148,11 +150,19 @@ class MultiHeadAttention(nn.Module):
                 cache.store(key, values)
             elif cache is not None:
                 key, values = cache.append(key, values)
+        rows = query.shape[0]
+        shared = isinstance(cache, CrossCache) and key.shape[0] == 1 < rows
+        if shared:
+            if mask is not None or bias is not None:
+                raise ValueError("mask and bias have no effect on rows that share a cached context")
+            query = query.transpose(0, 1).flatten(1, 2)[None]  # (1, h, b n, d)
         mask = self._permission(mask, padding_mask, query, key)
         if self.relative_bias is not None:
             relative = self.relative_bias(query.shape[2], key.shape[2])
             bias = relative if bias is None else relative + bias
         mixed: Tensor = self.attend(query, key, values, mask=mask, bias=bias)
+        if shared:
+            mixed = mixed.view(self.heads, rows, -1, mixed.shape[-1]).transpose(0, 1)
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
     def new_cache(
