@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -76,6 +76,50 @@ def write_geojson(
         document["heed:crs"] = crs
         path = path.with_name(f"{path.name.removesuffix('.geojson')}.local.geojson")
     return _write(path, json.dumps(document, allow_nan=False, indent=1) + "\n")
+
+
+def read_geojson(path: Path) -> list[Curb]:
+    """Read what `write_geojson` wrote without an origin: curbs in metres.
+
+    Raises:
+        InputError: The file does not exist, is something else, or holds degrees.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        crs = document.get("heed:crs")
+        curbs = [] if crs is None else [_curb_of(feature) for feature in document["features"]]
+    except FileNotFoundError:
+        raise InputError("does not exist", path=path) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"is not a file of curbs ({type(error).__name__}: {error})",
+            path=path,
+            remedy="give what predict wrote",
+        ) from error
+    if crs is None:
+        raise InputError(
+            "holds degrees, curbs in metres are needed", path=path, remedy="leave out map_origin"
+        )
+    return curbs
+
+
+def _curb_of(feature: dict[str, Any]) -> Curb:
+    known = feature["properties"]
+    polyline = np.asarray(feature["geometry"]["coordinates"], dtype=np.float64)
+    if polyline.ndim != 2 or polyline.shape[1] != 3 or len(polyline) < 2:
+        raise ValueError(f"a line of shape {polyline.shape}")
+    if not np.isfinite(polyline).all():
+        raise ValueError("a vertex that is not finite")
+    return Curb(
+        number=int(known["id"]),
+        polyline=polyline,
+        side="left" if known["side"] == "left" else "right",
+        length_m=float(known["length_m"]),
+        rmse_m=float(known["rmse_m"]),
+        points=int(known["n_points"]),
+        step_height_m=float(known["step_height_m"]),
+        score=float(known["score"]),
+    )
 
 
 def write_csv(
