@@ -1,5 +1,6 @@
 """The network of IVGN: counts, identities, decoding."""
 
+import copy
 import math
 
 import pytest
@@ -217,6 +218,20 @@ def test_a_view_that_is_not_there_means_nothing():
     torch.testing.assert_close(before[:1], single, atol=1e-5, rtol=1e-5)
     none = model(images, tokens, torch.zeros(2, 2, dtype=torch.bool))
     assert none.isfinite().all()
+
+
+def test_a_view_that_is_not_there_does_not_move_the_running_means():
+    model, tokens, images = tiny(), words(), pictures()
+    views = torch.tensor([[True, False], [True, True]])
+    buffers = []
+    for value in (0.0, 9.0):
+        images[0, 1] = value
+        trained = copy.deepcopy(model).train()
+        trained(images, tokens, views)
+        buffers.append({n: b for n, b in trained.named_buffers() if "running" in n})
+    assert buffers[0]
+    for name, buffer in buffers[0].items():
+        assert torch.equal(buffer, buffers[1][name]), name
 
 
 def test_steps_with_a_cache_give_what_the_whole_gives():

@@ -45,6 +45,7 @@ from heed_medical.more.studies import (
     find_studies,
     plan_studies,
     prepare_xray,
+    subjects_in_two_splits,
 )
 from heed_medical.more.towers import ImageStem, Tower
 
@@ -389,6 +390,30 @@ def test_check_lists_everything(tmp_path: Path):
     assert "subject 1 is in the splits train and val" in told
     assert "split 'odd'" in told
     assert "empty report" in found.warnings[0]
+
+
+def test_broken_rows_are_all_told_and_can_be_skipped(tmp_path: Path):
+    write_manifest(tmp_path, MANIFEST + "b.png,x,7,train,odd\n,,8,train,0\n")
+    found = check_studies(MoreData(), tmp_path)
+    assert len([line for line in found.problems if "row" in line]) == 2
+    with pytest.raises(InputError, match=r"row \d+: has 'odd' .*and 1 more such row"):
+        find_studies(tmp_path, MoreData())
+    sound = len(find_studies(tmp_path, MoreData(on_error="skip")))
+    write_manifest(tmp_path, MANIFEST)
+    assert len(find_studies(tmp_path, MoreData())) == sound
+
+
+def test_splits_are_drawn_by_subject_where_there_are_none(tmp_path: Path):
+    rows = [f"a.png,report {n},{n // 2},0" for n in range(40)]
+    text = "file,text,patient_id,Edema\n" + "\n".join(rows) + "\n"
+    (tmp_path / "manifest.csv").write_text(text)
+    studies = find_studies(tmp_path, MoreData())
+    assert [sum(s.split == split for s in studies) for split in ("train", "val", "test")] == [
+        28, 4, 8,
+    ]  # fmt: skip
+    assert not subjects_in_two_splits(studies)
+    other = find_studies(tmp_path, MoreData(split_seed=1))
+    assert [s.split for s in other] != [s.split for s in studies]
 
 
 def test_inputs_of_all_kinds(tmp_path: Path):

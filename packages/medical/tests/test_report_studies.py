@@ -139,6 +139,21 @@ def test_drawn_splits_keep_patients_together(tmp_path):
     assert {s.split for s in studies} == {"train", "val", "test"}
 
 
+def test_missing_validation_is_drawn_and_given_splits_stay(tmp_path):
+    rows = [(i, "test" if i >= 48 else "train") for i in range(60)]
+    lines = ["file,text,patient,split", *(f"{i}.png,Clear.,p{i // 3},{s}" for i, s in rows)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    studies = list_studies(tmp_path, SMALL).studies
+    assert [s.split for s in studies if int(s.name) >= 48] == ["test"] * 12
+    val = {s.patient for s in studies if s.split == "val"}
+    train = {s.patient for s in studies if s.split == "train"}
+    assert (len(val), len(train)) == (2, 14)
+    lines[1:4] = [f"{i}.png,Clear.,p0,{'' if i else 'test'}" for i in range(3)]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    again = list_studies(tmp_path, SMALL).studies
+    assert {s.split for s in again if s.patient == "p0"} == {"test"}
+
+
 def test_the_raw_sources_of_indiana(tmp_path):
     xml = tmp_path / "xml"
     for number in (10, 11, 12):

@@ -121,7 +121,7 @@ class IvgnSettings:
 
 
 def small() -> IvgnSettings:
-    """A network and schedule for a laptop: three convolutions on 64 pixels, one block of 96."""
+    """A network and schedule for a laptop: three convolutions on 32 pixels, one block of 96."""
     return IvgnSettings(
         model=IvgnConfig(
             backbone="conv",
@@ -133,11 +133,11 @@ def small() -> IvgnSettings:
             patch_dropout=0.0,
             patch_positions="sine",
         ),
-        data=ReportData(resize=72, size=64, most_words=40),
+        data=ReportData(resize=34, size=32, most_words=40),
         training=IvgnTraining(
-            learning_rate=2e-3, extractor_learning_rate=2e-3, weight_decay=0.0, step=70
+            learning_rate=4e-3, extractor_learning_rate=4e-3, weight_decay=0.0, step=24
         ),
-        trainer=TrainerSettings(max_epochs=40, batch=16, validate_every=5),
+        trainer=TrainerSettings(max_epochs=30, batch=16, validate_every=5),
     )
 
 

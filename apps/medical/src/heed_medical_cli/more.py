@@ -42,6 +42,14 @@ from heed_medical.more.studies import (
 )
 from heed_medical.more.text import folder_config
 from heed_medical.more.weights import load_official
+from heed_medical_cli.more_parts import (
+    Embedder,
+    Embedders,
+    bench_inputs,
+    bench_tower,
+    is_installed,
+    timm_tower,
+)
 from heed_medical_cli.more_pictures import Relevance, draw_recall, draw_relevance
 from heed_runtime import distributed
 from heed_runtime.recipe import (
@@ -117,7 +125,7 @@ class MoreSettings:
 
 
 def small() -> MoreSettings:
-    """For a laptop: small towers, a random text tower over bytes, no crops.
+    """For a laptop: small towers, a random text tower over bytes, little augmentation.
 
     Contrast is not made even: in a small picture the tiles are as small as what is looked for.
     """
@@ -126,10 +134,10 @@ def small() -> MoreSettings:
         training=MoreTraining(
             learning_rate=1e-3,
             weight_decay=0.01,
-            restart_epochs=40,
-            augmentation=Augmentation(crop=0.0, tone=0.5, blur=0.2),
+            restart_epochs=30,
+            augmentation=Augmentation(crop=0.0, tone=0.5, blur=0.0, ecg=False),
         ),
-        trainer=TrainerSettings(max_epochs=40, batch=16),
+        trainer=TrainerSettings(max_epochs=30, batch=16),
     )
 
 
@@ -504,49 +512,24 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
     def contenders(self, settings: MoreSettings) -> list[Contender]:
         """The X-ray tower, and timm's vision transformer of the same size."""
         model, batch = settings.model, settings.trainer.batch
-        inputs = partial(_bench_inputs, (batch, 3, *model.image_size))
+        inputs = partial(bench_inputs, (batch, 3, *model.image_size))
         return [
             Contender(
                 name="MoRE X-ray tower",
-                build=partial(_xray_tower, model),
+                build=partial(bench_tower, model),
                 inputs=inputs,
                 loss=torch.Tensor.mean,
                 items=batch,
             ),
             Contender(
                 name="timm VisionTransformer",
-                build=partial(_timm_tower, model),
+                build=partial(timm_tower, model),
                 inputs=inputs,
                 loss=torch.Tensor.mean,
-                missing=None if _installed("timm") else "timm is not installed",
+                missing=None if is_installed("timm") else "timm is not installed",
                 items=batch,
             ),
         ]
-
-
-class Embedder(nn.Module):
-    """What is exported of one modality: X-rays or ECGs in, their embeddings out."""
-
-    def __init__(self, model: More, name: str) -> None:
-        super().__init__()
-        self.tower = getattr(model, name)
-        self.projector = model.projectors[name]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Unit vectors."""
-        return nn.functional.normalize(self.projector(self.tower(x)), dim=1)
-
-
-class Embedders(nn.Module):
-    """What is exported of two modalities."""
-
-    def __init__(self, model: More) -> None:
-        super().__init__()
-        self.xray, self.ecg = Embedder(model, "xray"), Embedder(model, "ecg")
-
-    def forward(self, xray: Tensor, ecg: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of both."""
-        return self.xray(xray), self.ecg(ecg)
 
 
 def _unlabelled(case: Study, vectors: Mapping[str, np.ndarray]) -> StudyPrediction:
@@ -556,7 +539,12 @@ def _unlabelled(case: Study, vectors: Mapping[str, np.ndarray]) -> StudyPredicti
     if case.text is not None:
         items["text"] = "\n".join(case.text)
     return StudyPrediction(
-        name=case.name, embeddings=vectors, findings={}, items=items, labels=file.labels
+        name=case.name,
+        embeddings=vectors,
+        findings={},
+        items=items,
+        labels=file.labels,
+        subject=file.subject,
     )
 
 
@@ -572,39 +560,6 @@ def _target(module: MoreModule, vectors: Mapping[str, Tensor], name: str) -> Ten
         rows = torch.cat(list(asked.values()))
         return rows[(rows @ vectors[name]).argmax()]
     return vectors[name]
-
-
-def _bench_inputs(shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)),)
-
-
-def _xray_tower(config: MoreConfig) -> nn.Module:
-    from heed_medical.more.network import xray_tower
-
-    return xray_tower(config)
-
-
-def _timm_tower(config: MoreConfig) -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    tower = config.tower
-    network: nn.Module = VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch,
-        embed_dim=tower.dim,
-        depth=tower.depth,
-        num_heads=tower.heads,
-        mlp_ratio=tower.hidden / tower.dim,
-        qkv_bias=False,
-        num_classes=0,
-    )
-    return network
-
-
-def _installed(name: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
 
 
 RECIPE = MoreRecipe()

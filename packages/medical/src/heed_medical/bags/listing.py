@@ -83,6 +83,24 @@ def list_bags(root: Path, data: BagData) -> Listing:
     return Listing(files=files, problems=found.problems, warnings=found.warnings)
 
 
+def known_bags(root: Path, data: BagData) -> list[BagFile]:
+    """Every bag of a data folder, with label and split where they are known or can be drawn.
+
+    Raises:
+        InputError: There is no such folder, no feature in it, or a table is broken.
+    """
+    if not root.exists():
+        raise InputError("no such file or folder", path=root)
+    found = _Found(files=find_features(root, data))
+    table = _label_file(root, data)
+    if table is not None:
+        _join(root, table, found)
+    labelled = [file for file in found.files if file.label is not None]
+    placed = assign_splits(root, labelled, data) if labelled else []
+    settled = {file.name: file for file in placed}
+    return [settled.get(file.name, file) for file in found.files]
+
+
 def find_bags(root: Path, data: BagData, split: str) -> list[BagFile]:
     """The bags of a split, with labels of the classes.
 

@@ -69,8 +69,13 @@ def confusion(
     return np.asarray(cells, dtype=np.float64).reshape(classes, classes)
 
 
-class _Ranked:
-    """Scores in falling order with ties joined, so that areas are one pass over weights."""
+class Ranked:
+    """Scores in falling order with ties joined, so that areas are one pass over weights.
+
+    Args:
+        scores: Of the cases.
+        positive: Which cases are positive.
+    """
 
     def __init__(self, scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> None:
         self.order = np.argsort(-scores, kind="stable")
@@ -89,6 +94,7 @@ class _Ranked:
         return np.cumsum(true), np.cumsum(false)
 
     def auc(self, weights: Float64[np.ndarray, " n"] | None = None) -> float:
+        """Area under the ROC curve, ties counted half; NaN without positive or negative cases."""
         true, false = (np.r_[0.0, total] for total in self.totals(weights))
         if not true[-1] or not false[-1]:
             return math.nan
@@ -121,15 +127,15 @@ def precision_recall(scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarra
     return Curve(x=true / true[-1], y=true / (true + false), thresholds=ranked.thresholds)
 
 
-def _ranked(scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> _Ranked:
+def _ranked(scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> Ranked:
     if positive.all() or not positive.any():
         raise ValueError("a curve needs positive and negative cases")
-    return _Ranked(scores, positive)
+    return Ranked(scores, positive)
 
 
 def roc_auc(scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
     """Area under the ROC curve, ties counted half; NaN without positive or negative cases."""
-    return _Ranked(scores, positive).auc() if len(scores) else math.nan
+    return Ranked(scores, positive).auc() if len(scores) else math.nan
 
 
 def average_precision(scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
@@ -213,9 +219,7 @@ def summarise(found: Predictions, *, samples: int = 1000, seed: int = 0) -> Summ
         samples: Numbers of resamplings.
         seed: Of the resampling.
     """
-    ranked = [
-        _Ranked(found.probabilities[:, k], found.labels == k) for k in range(len(found.names))
-    ]
+    ranked = [Ranked(found.probabilities[:, k], found.labels == k) for k in range(len(found.names))]
     whole = _scores(found, ranked, None)
     drawn = _bootstrap(found, ranked, samples=samples, seed=seed)
     with np.errstate(all="ignore"):
@@ -259,7 +263,7 @@ def _score_names(classes: int) -> list[str]:
 
 
 def _scores(
-    found: Predictions, ranked: Sequence[_Ranked], weights: Float64[np.ndarray, " n"] | None
+    found: Predictions, ranked: Sequence[Ranked], weights: Float64[np.ndarray, " n"] | None
 ) -> Float64[np.ndarray, " s"]:
     """The scores of `_score_names`, NaN where one is not defined."""
     classes = len(found.names)
@@ -276,7 +280,7 @@ def _scores(
 
 
 def _bootstrap(
-    found: Predictions, ranked: Sequence[_Ranked], *, samples: int, seed: int
+    found: Predictions, ranked: Sequence[Ranked], *, samples: int, seed: int
 ) -> Float64[np.ndarray, "t s"]:
     rng = np.random.default_rng(seed)
     _, group = np.unique(found.groups, return_inverse=True)

@@ -162,7 +162,7 @@ class Ivgn(nn.Module):
             raise ValueError(
                 f"images must be (batch, views, 3, height, width), got {tuple(images.shape)}"
             )
-        maps = self.features(images.flatten(0, 1))
+        maps = self._features_of_views(images.flatten(0, 1), views)
         rows, columns = maps.shape[2:]
         patches = maps.flatten(2).transpose(1, 2)  # (b v, p q, c)
         patches = self.project(patches)
@@ -173,6 +173,20 @@ class Ivgn(nn.Module):
         mask = None if views is None else views.repeat_interleave(rows * columns, dim=1)
         tokens = self.encoder(patches, padding_mask=mask)
         return Memory(tokens, mask, (rows, columns))
+
+    def _features_of_views(
+        self, images: Float[Tensor, "n 3 h w"], views: Bool[Tensor, "b v"] | None
+    ) -> Float[Tensor, "n c p q"]:
+        """Feature maps; 0 of views that are not there, so that batch norms never see these."""
+        if views is None:
+            return self.features(images)
+        there = views.flatten()
+        rows = there.nonzero()[:, 0]
+        if len(rows) == len(images):
+            return self.features(images)
+        found = self.features(images[rows if len(rows) else slice(0, 1)])
+        maps = found.new_zeros(len(images), *found.shape[1:])
+        return maps.index_copy(0, rows, found[: len(rows)])
 
     def decode(
         self,

@@ -1,6 +1,6 @@
 """MEDUSA: a classifier whose every scale is steered by one global attention network."""
 
-from heed_medical.medusa.losses import body_loss, class_loss
+from heed_medical.medusa.losses import body_loss, class_loss, findings_loss
 from heed_medical.medusa.network import Medusa, MedusaConfig, MedusaView, ScaleGate, UNetBody
 from heed_medical.medusa.weights import load_backbone, load_body
 
@@ -12,6 +12,7 @@ __all__ = [
     "UNetBody",
     "body_loss",
     "class_loss",
+    "findings_loss",
     "load_backbone",
     "load_body",
 ]

@@ -1,7 +1,7 @@
 """The two inputs of MEDUSA: the picture for the backbone, and a smaller grey one for the body."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from heed_medical.medusa.network import SMALLEST_SIDE
 from heed_medical.pictures.augmentation import PictureAugmentation, augment_pictures
 from heed_medical.pictures.batches import even_groups
+from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical.pictures.records import PictureFile
 from heed_medical.pictures.settings import PictureData
@@ -55,6 +56,8 @@ class MedusaCase:
     label: int | None = None
     patient: str = ""
     source: str = ""
+    findings: Float32[np.ndarray, " k"] | None = None
+    """1 present, 0 absent, NaN not known; None: pictures have a class instead."""
 
 
 class MedusaBatch(TypedDict):
@@ -80,6 +83,7 @@ def read_case(file: PictureFile, data: MedusaData) -> MedusaCase:
         label=label,
         patient=file.patient,
         source=file.source,
+        findings=findings_of(file, data) if data.findings and file.columns else None,
     )
 
 
@@ -126,14 +130,7 @@ def vary_case(
     main, small = augment_pictures(
         [case.main, case.body], rng, options, changed=(True, body == "shared")
     )
-    return MedusaCase(
-        name=case.name,
-        main=main,
-        body=small,
-        label=case.label,
-        patient=case.patient,
-        source=case.source,
-    )
+    return replace(case, main=main, body=small)
 
 
 class CaseData(Dataset[MedusaCase]):

@@ -26,6 +26,20 @@ def class_loss(
     return losses.mean()
 
 
+def findings_loss(logits: Float[Tensor, "b k"], labels: Float[Tensor, "b k"]) -> Float[Tensor, ""]:
+    """The mean binary cross-entropy over the findings that are known (not NaN); 0 without any.
+
+    Args:
+        logits: Scores of the findings.
+        labels: 1 present, 0 absent, NaN not known.
+    """
+    known = torch.isfinite(labels)
+    losses = F.binary_cross_entropy_with_logits(
+        logits, torch.where(known, labels, 0.0), reduction="none"
+    )
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
 def body_loss(
     logits: Float[Tensor, "b 1 h w"],
     mask: Float[Tensor, "b 1 h w"],

@@ -12,7 +12,7 @@ token, is the map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from heed_core import observe
-from heed_medical.more.network import More
+from heed_medical.more.network import More, MoreClassifier
 from heed_medical.more.text import Text
 from heed_medical.more.towers import ECG_PATCH
 
@@ -75,6 +75,36 @@ def ecg_map(
     return _array(tokens_to_samples(tokens, ecg.shape[2])), _array(smooth[0])
 
 
+def finding_maps(
+    model: MoreClassifier, inputs: Mapping[str, Float[Tensor, "1 ..."]], finding: int
+) -> dict[str, np.ndarray]:
+    """Relevance of what a classifier sees for one finding's score: as `xray_map` and `ecg_map`.
+
+    Returns:
+        `xray` (h, w), `ecg` (n) and `ecg_leads` (12, n), as far as the classifier sees them.
+    """
+    given = {name: inputs[name].detach().clone().requires_grad_() for name in model.inputs}
+    found: dict[str, np.ndarray] = {}
+    sites = [f"{name}.*" for name in model.inputs]
+    with torch.enable_grad(), observe(model, sites, keep="all", grad=True) as record:
+        score = model(**given)[0, finding]
+        if "xray" in given:
+            tokens = _rolled(record, score, of="xray.")[0, 1:]
+            height, width = model.config.image_size
+            patch = model.config.patch
+            grid = tokens.view(1, 1, height // patch, width // patch)
+            found["xray"] = _array(F.interpolate(grid, (height, width), mode="bilinear")[0, 0])
+        if "ecg" in given:
+            ecg = given["ecg"]
+            tokens = _rolled(record, score, of="ecg.")[0, 1:]
+            (gradient,) = torch.autograd.grad(score, ecg)
+            product = (gradient * ecg).detach().abs()
+            smooth = F.avg_pool1d(product, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+            found["ecg"] = _array(tokens_to_samples(tokens, ecg.shape[2]))
+            found["ecg_leads"] = _array(smooth[0])
+    return found
+
+
 def tokens_to_samples(tokens: Float[Tensor, " t"], samples: int) -> Float[Tensor, " n"]:
     """Spread each token evenly over the 25 samples that it comes of; the sum stays."""
     spread = torch.zeros(samples, dtype=tokens.dtype, device=tokens.device)
@@ -121,8 +151,9 @@ def join_words(
     return words, np.array(sums, dtype=np.float32)
 
 
-def _rolled(record: object, score: Tensor) -> Float[Tensor, "n n"]:
-    maps = [record.calls(name)[0] for name in record]  # type: ignore[attr-defined]
+def _rolled(record: object, score: Tensor, *, of: str = "") -> Float[Tensor, "n n"]:
+    names = [name for name in record if name.startswith(of)]  # type: ignore[attr-defined]
+    maps = [record.calls(name)[0] for name in names]  # type: ignore[attr-defined]
     gradients = torch.autograd.grad(score, maps, retain_graph=True)
     return rollout([m[0].detach() for m in maps], [g[0] for g in gradients])
 

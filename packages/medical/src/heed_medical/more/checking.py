@@ -15,7 +15,7 @@ from heed_medical.more.settings import SPLITS, MoreData
 from heed_medical.more.studies import (
     StudyFile,
     clean_report,
-    find_studies,
+    list_studies,
     subjects_in_two_splits,
 )
 from heed_medical.pictures.reading import read_grey
@@ -42,10 +42,14 @@ def check_studies(data: MoreData, root: Path, *, samples: int = 1000) -> StudyCh
         samples: Samples that an ECG needs at 100 Hz; shorter ones are told.
     """
     try:
-        studies = find_studies(root, data)
+        listing = list_studies(root, data)
     except InputError as error:
         return StudyCheck(counts=(), problems=(str(error),), warnings=())
-    problems, warnings = [], []
+    studies, problems, warnings = listing.studies, list(listing.problems), []
+    if listing.drawn:
+        warnings.append(
+            f"{root}: gives no splits; they are drawn by subject (seed {data.split_seed})"
+        )
     for study in studies:
         if study.split not in SPLITS:
             problems.append(f"{study.place}: split {study.split!r} is none of {', '.join(SPLITS)}")

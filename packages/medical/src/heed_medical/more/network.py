@@ -167,7 +167,7 @@ class MoreClassifier(nn.Module):
         super().__init__()
         if not inputs or set(inputs) - {"xray", "ecg"} or classes < 1:
             raise ValueError(f"inputs must be of xray, ecg, classes above 0, got {inputs, classes}")
-        self.inputs, self.ecg_drop = tuple(inputs), ecg_drop
+        self.config, self.inputs, self.ecg_drop = config, tuple(inputs), ecg_drop
         if "xray" in inputs:
             self.xray = xray_tower(config)
         if "ecg" in inputs:
@@ -191,9 +191,17 @@ class MoreClassifier(nn.Module):
         return cast(Tensor, self.head(self.dropout(torch.cat(parts, dim=1))))
 
     def start_from(self, model: More) -> None:
-        """Take towers and projectors over from a pre-trained model."""
+        """Take towers and projectors over from a pre-trained model; the head stays.
+
+        Raises:
+            ValueError: It has no such tower, or one of another size.
+        """
         own = self.state_dict()
         found = model.state_dict()
+        for name, tensor in own.items():
+            head = name.startswith("head.")
+            if not head and (name not in found or found[name].shape != tensor.shape):
+                raise ValueError(f"the pre-trained model has no {name} of this size")
         self.load_state_dict({name: found.get(name, own[name]) for name in own})
 
     def train_only_last(self, blocks: int = 3) -> None:
@@ -225,7 +233,7 @@ def ecg_tower(config: MoreConfig) -> Tower:
 def small_config() -> MoreConfig:
     """A network for a laptop: small towers, a random text tower over bytes."""
     return MoreConfig(
-        tower=TowerConfig(dim=64, depth=4, heads=4, hidden=128, key_drop=0.1),
+        tower=TowerConfig(dim=64, depth=4, heads=4, hidden=128, key_drop=0.05),
         image_size=(64, 64),
         ecg_samples=500,
         stem_width=32,

@@ -10,7 +10,7 @@ from itertools import permutations
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32, Int64
 
 from heed_medical.classification.metrics import average_precision, roc_auc
 from heed_medical.more.network import MODALITIES
@@ -45,6 +45,8 @@ class StudyPrediction:
     items: Mapping[str, str]
     """Modality -> what tells equal items: the file, or the report's text."""
     labels: Mapping[str, int | None]
+    subject: str = ""
+    """Whose it is; empty: not named."""
 
 
 def write_prediction(prediction: StudyPrediction, out: Path) -> list[Path]:
@@ -166,4 +168,47 @@ def zero_shot_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[Sc
                     "auprc": average_precision(scores, positive),
                 }
             )
+    return table
+
+
+def call_findings(scores: Float[np.ndarray, "n k"]) -> Int64[np.ndarray, " n"]:
+    """The finding that stands out in each row: each column is compared with itself first.
+
+    Cosines with different prompts have different means and spreads, so each column is less its
+    mean over the rows, over its deviation. Of equal ones the first is called.
+    """
+    deviation = scores.std(axis=0)
+    scaled = (scores - scores.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0)
+    return np.asarray(scaled.argmax(axis=1), dtype=np.int64)
+
+
+def first_finding_alone(labels: Mapping[str, int | None]) -> Mapping[str, int | None]:
+    """One label per study, as the released script has it: the first finding that is present."""
+    first = next((name for name, value in labels.items() if value == 1), None)
+    return {name: None if value is None else int(name == first) for name, value in labels.items()}
+
+
+def called_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[ScoreRow]:
+    """How often the finding that stands out is one that a study has, by modality.
+
+    Studies with a known finding count; `by chance` is the mean share of findings that they have.
+    """
+    table: list[ScoreRow] = []
+    for modality in ("xray", "ecg"):
+        asked = [row for row in rows if all(f"{modality} {name}" in row for name in findings)]
+        there = np.array([[row.get(f"label {n}") == 1 for n in findings] for row in asked])
+        if not len(asked) or not there.any():
+            continue
+        scores = [[float(row[f"{modality} {n}"] or 0.0) for n in findings] for row in asked]
+        called = call_findings(np.array(scores))
+        some = there.any(axis=1)
+        hits = there[np.arange(len(asked)), called][some]
+        table.append(
+            {
+                "modality": modality,
+                "studies": int(some.sum()),
+                "called right": float(hits.mean()),
+                "by chance": float(there[some].mean()),
+            }
+        )
     return table

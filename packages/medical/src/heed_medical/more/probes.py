@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Float64
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 from scipy.special import expit  # type: ignore[import-untyped]
+
+from heed_medical.classification.metrics import roc_auc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,34 @@ def fit_probe(
     fitted = [_fit(x, column, penalty) for column in labels.T]
     weight = np.stack([part[:-1] for part in fitted], axis=1)
     return LinearProbe(weight=weight, bias=np.array([p[-1] for p in fitted]), mean=mean, std=std)
+
+
+Labelled = tuple[Float[np.ndarray, "n p"], Float[np.ndarray, "n k"]]
+"""Embeddings, and labels: 1 present, 0 absent, NaN not known."""
+
+
+def choose_probe(
+    train: Labelled, val: Labelled, *, penalties: Sequence[float]
+) -> tuple[LinearProbe, float]:
+    """The probe, fitted to `train`, whose penalty has the highest mean area under the ROC on `val`.
+
+    Of equal ones the strongest penalty is taken, and so it is where no finding has both kinds.
+    """
+    best: tuple[float, LinearProbe, float] | None = None
+    for penalty in sorted(penalties, reverse=True):
+        probe = fit_probe(*train, penalty=penalty)
+        found = probe.probabilities(val[0])
+        areas = []
+        for column, truth in zip(found.T, val[1].T, strict=True):
+            known = np.isfinite(truth)
+            areas.append(roc_auc(column[known], truth[known] == 1))
+        finite = [area for area in areas if np.isfinite(area)]
+        score = float(np.mean(finite)) if finite else 0.0
+        if best is None or score > best[0]:
+            best = (score, probe, penalty)
+    if best is None:
+        raise ValueError("penalties must be one or more numbers, got none")
+    return best[1], best[2]
 
 
 def _fit(

@@ -99,6 +99,21 @@ class EmbeddingIndex:
         return np.take_along_axis(cosines, best, axis=1), best
 
 
+def index_of(
+    studies: Sequence[tuple[str, Mapping[str, Float32[np.ndarray, " p"]]]],
+) -> EmbeddingIndex:
+    """The index of studies: the name of each, and its embeddings by modality."""
+    rows: dict[str, list[np.ndarray]] = {}
+    names: dict[str, list[str]] = {}
+    for name, embeddings in studies:
+        for modality, vector in embeddings.items():
+            rows.setdefault(modality, []).append(vector)
+            names.setdefault(modality, []).append(name)
+    return EmbeddingIndex(
+        vectors={key: np.stack(found) for key, found in rows.items()}, names=names
+    )
+
+
 def _faiss_search(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         import faiss

@@ -64,6 +64,8 @@ class MoreData:
     """Where predict looks for neighbours: an index, or a folder that an earlier predict wrote."""
     neighbours: int = 5
     """How many of them."""
+    split_seed: int = 0
+    """Seed of the splits by subject (70 % train, 10 % val, 20 % test) where the data give none."""
     cache_mb: int = 512
     """Prepared X-rays and ECGs are kept in memory up to this size."""
     on_error: Literal["stop", "skip"] = "stop"

@@ -23,6 +23,7 @@ from heed_medical.pictures.records import Rows, read_rows
 
 MANIFESTS = ("manifest.csv", "manifest.jsonl", "labels.csv")
 TABLE_SUFFIXES = (".csv", ".gz", ".jsonl", ".ndjson")
+_VAL_SHARE, _TEST_SHARE = 0.1, 0.2
 GREY_MEAN, GREY_STD = 0.499, 0.293
 """Of X-rays within 0..1, by which they are standardised."""
 
@@ -81,26 +82,69 @@ class Study:
         return getattr(self, modality)
 
 
-def find_studies(root: Path, data: MoreData, split: str | None = None) -> list[StudyFile]:
-    """The studies of a folder (PTB-XL, or with a manifest) or of a manifest, of one split or all.
+@dataclass(frozen=True, kw_only=True)
+class StudyListing:
+    """The studies of a data set, splits settled."""
+
+    studies: tuple[StudyFile, ...]
+    problems: tuple[str, ...] = ()
+    """A line for each row that cannot be used; its study is left out."""
+    drawn: bool = False
+    """Whether the splits were drawn by subject because the data give none."""
+
+
+def list_studies(root: Path, data: MoreData) -> StudyListing:
+    """The studies of a folder (PTB-XL, or with a manifest) or of a manifest.
 
     Raises:
-        InputError: There is no table, none of the split, or a row that cannot be used.
+        InputError: There is no table, it cannot be read, or it has no study.
     """
     if not root.exists():
         raise InputError("does not exist", path=root)
+    problems: list[str] = []
     if (root / DATABASE).is_file() and data.manifest is None:
         found = _ptbxl(root, data)
     else:
-        found = _of_manifest(manifest_of(root, data), data)
+        found, problems = _of_manifest(manifest_of(root, data), data)
     wanted = [replace(study, labels=_labels(study, data)) for study in found]
-    if split is not None:
-        wanted = [study for study in wanted if study.split == split]
     if not wanted:
-        raise InputError(
-            f"has no study{'' if split is None else f' of the split {split!r}'}", path=root
-        )
+        raise InputError(problems[0]) if problems else InputError("has no study", path=root)
+    drawn = not any(study.split for study in wanted)
+    return StudyListing(
+        studies=tuple(draw_splits(wanted, data.split_seed) if drawn else wanted),
+        problems=tuple(problems),
+        drawn=drawn,
+    )
+
+
+def find_studies(root: Path, data: MoreData, split: str | None = None) -> list[StudyFile]:
+    """The studies of one split or of all.
+
+    Raises:
+        InputError: As `list_studies`; none of the split; a row that cannot be used, unless
+            `data.on_error` is "skip".
+    """
+    listing = list_studies(root, data)
+    if listing.problems and data.on_error == "stop":
+        more = len(listing.problems) - 1
+        raise InputError(listing.problems[0] + (f" (and {more} more such rows)" if more else ""))
+    wanted = [study for study in listing.studies if split is None or study.split == split]
+    if not wanted:
+        raise InputError(f"has no study of the split {split!r}", path=root)
     return wanted
+
+
+def draw_splits(studies: Sequence[StudyFile], seed: int) -> list[StudyFile]:
+    """A tenth of the subjects for validation, a fifth for the test, the others for training."""
+    subjects = sorted({study.subject or study.name for study in studies})
+    order = np.random.default_rng(seed).permutation(len(subjects))
+    test = max(1, round(_TEST_SHARE * len(subjects)))
+    val = max(1, round(_VAL_SHARE * len(subjects)))
+    split_of = {
+        subjects[number]: "test" if rank < test else "val" if rank < test + val else "train"
+        for rank, number in enumerate(order)
+    }
+    return [replace(study, split=split_of[study.subject or study.name]) for study in studies]
 
 
 def manifest_of(root: Path, data: MoreData) -> Path:
@@ -188,32 +232,42 @@ def _ptbxl(root: Path, data: MoreData) -> list[StudyFile]:
     ]
 
 
-def _of_manifest(path: Path, data: MoreData) -> list[StudyFile]:
+def _of_manifest(path: Path, data: MoreData) -> tuple[list[StudyFile], list[str]]:
     table = read_rows(path)
     columns = {key: table.column(names) for key, names in _COLUMNS.items()}
     if not any(columns[key] for key in ("xray", "ecg")):
         table.need(*_COLUMNS["xray"][:1], *_COLUMNS["ecg"][:1])
     labels = _label_columns(table, data)
     root = path.parent if data.root is None else data.root
-    found = []
+    found, problems = [], []
     for number, (place, row) in enumerate(table.numbered(), start=1):
         cells = {key: row[name] if name else "" for key, name in columns.items()}
-        split = cells["split"].lower()
-        found.append(
-            StudyFile(
-                name=cells["name"] or _stem(cells["xray"] or cells["ecg"]) or f"row{number}",
-                xray=root / cells["xray"] if cells["xray"] else None,
-                ecg=root / cells["ecg"] if cells["ecg"] else None,
-                report=(cells["xray_report"], cells["ecg_report"]),
-                subject=cells["subject"],
-                split=_SPLITS.get(split, split),
-                labels={name: _label(row[column], name, place) for name, column in labels.items()},
-                place=place,
-            )
-        )
-        if not found[-1].modalities:
-            raise InputError("has no X-ray, no ECG and no report", place=place)
-    return _unique(found)
+        values = {name: row[column] for name, column in labels.items()}
+        try:
+            found.append(_study(cells, values, root, f"row{number}", place))
+        except InputError as error:
+            problems.append(str(error))
+    return _unique(found), problems
+
+
+def _study(
+    cells: Mapping[str, str], labels: Mapping[str, str], root: Path, name: str, place: str
+) -> StudyFile:
+    """One row of a manifest."""
+    split = cells["split"].lower()
+    study = StudyFile(
+        name=cells["name"] or _stem(cells["xray"] or cells["ecg"]) or name,
+        xray=root / cells["xray"] if cells["xray"] else None,
+        ecg=root / cells["ecg"] if cells["ecg"] else None,
+        report=(cells["xray_report"], cells["ecg_report"]),
+        subject=cells["subject"],
+        split=_SPLITS.get(split, split),
+        labels={finding: _label(text, finding, place) for finding, text in labels.items()},
+        place=place,
+    )
+    if not study.modalities:
+        raise InputError("has no X-ray, no ECG and no report", place=place)
+    return study
 
 
 def _label_columns(table: Rows, data: MoreData) -> dict[str, str]:

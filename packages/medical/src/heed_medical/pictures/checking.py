@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.layouts import Listing, list_pictures, unknown_labels
 from heed_medical.pictures.listers import splits_of_patients
 from heed_medical.pictures.planning import plan_pictures
@@ -101,7 +102,11 @@ def _counts(
                 "patients": len({p.patient for p in pictures if p.patient}),
                 "size": _span(read),
             }
-            rows.append(row | {name: labels[name] for name in data.classes})
+            row |= {name: labels[name] for name in data.classes}
+            if data.findings:
+                present = np.array([findings_of(p, data) for p in pictures]) == 1
+                row |= dict(zip(data.findings, present.sum(0).tolist(), strict=True))
+            rows.append(row)
     return rows
 
 

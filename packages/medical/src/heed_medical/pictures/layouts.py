@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.listers import LISTERS, find_table, is_picture, list_folders
 from heed_medical.pictures.records import PictureFile
 from heed_medical.pictures.settings import SPLITS, Layout, PictureData
@@ -52,6 +53,8 @@ def list_pictures(root: Path, data: PictureData) -> Listing:
             path=root,
             remedy=None if problems else _KNOWN,
         )
+    pictures, odd = _with_findings(pictures, data)
+    problems += odd
     settled, drawn = _with_splits(pictures, data)
     return Listing(
         layout=layout, pictures=tuple(settled), problems=tuple(problems), drawn=tuple(drawn)
@@ -87,6 +90,11 @@ def detect_layout(root: Path, data: PictureData) -> Layout:
 def _refuse_unused(layout: str, data: PictureData) -> None:
     if data.only and layout != "table":
         raise InputError(f"--data.only has no effect in the layout {layout}", remedy="leave it out")
+    if data.findings and layout in {"covidx", "rsna", "folders"}:
+        raise InputError(
+            f"--data.findings has no effect in the layout {layout}",
+            remedy="pictures with several findings are read from a table, CheXpert or MIMIC",
+        )
     if data.label and layout in {"covidx", "rsna", "folders"}:
         raise InputError(
             f"--data.label has no effect in the layout {layout}", remedy="leave it out"
@@ -157,6 +165,21 @@ def _existing(pictures: Sequence[PictureFile]) -> tuple[list[PictureFile], list[
             problems.append(
                 f"{place}: names {picture.path.name} again (as {earlier.place}); remove a row"
             )
+            continue
+        found.append(picture)
+    return found, problems
+
+
+def _with_findings(
+    pictures: Sequence[PictureFile], data: PictureData
+) -> tuple[list[PictureFile], list[str]]:
+    """The pictures whose findings can be read; a line for each of the others."""
+    problems, found = [], []
+    for picture in pictures:
+        try:
+            findings_of(picture, data)
+        except InputError as error:
+            problems.append(str(error))
             continue
         found.append(picture)
     return found, problems

@@ -11,6 +11,7 @@ from pathlib import Path
 from heed_core.errors import InputError
 from heed_medical.dicom import is_dicom
 from heed_medical.images import PICTURE_SUFFIXES
+from heed_medical.pictures.findings import finding_value
 from heed_medical.pictures.records import PictureFile, Rows, read_rows
 from heed_medical.pictures.settings import SPLITS, PictureData, parse_only
 
@@ -67,7 +68,9 @@ def list_table(root: Path, data: PictureData) -> Found:
             path=root,
             remedy=f"name the column one of {', '.join(FILE_COLUMNS)}",
         )
-    file, label = table.need(*FILE_COLUMNS), table.need(*_label_columns(data))
+    file = table.need(*FILE_COLUMNS)
+    label = None if data.findings else table.need(*_label_columns(data))
+    findings = _finding_columns(table, data)
     patient, source = table.column(PATIENT_COLUMNS), table.column(("source",))
     split = table.column(("split",))
     wanted = _conditions(table, data)
@@ -78,7 +81,7 @@ def list_table(root: Path, data: PictureData) -> Found:
         if not row[file]:
             problems.append(f"{place}: names no file; add it or remove the row")
             continue
-        if not row[label]:
+        if label is not None and not row[label]:
             problems.append(f"{place}: has no {label}; fill it in or remove the row")
             continue
         part = row[split].lower() if split else ""
@@ -89,15 +92,20 @@ def list_table(root: Path, data: PictureData) -> Found:
             PictureFile(
                 name=_stem(row[file]),
                 path=root / row[file],
-                label=row[label],
+                label=None if label is None else row[label],
                 split=SPLIT_NAMES.get(part),
                 patient=row[patient] if patient else "",
                 source=row[source] if source else "",
                 place=place,
-                columns=row,
+                columns=dict(row) | {name: row[column] for name, column in findings.items()},
             )
         )
     return pictures, problems
+
+
+def _finding_columns(table: Rows, data: PictureData) -> dict[str, str]:
+    """The wanted findings, and the columns that hold them."""
+    return {name: table.need(name) for name in data.findings}
 
 
 def _label_columns(data: PictureData) -> tuple[str, ...]:
@@ -216,6 +224,7 @@ def list_chexpert(root: Path, data: PictureData) -> Found:
             continue
         table = read_rows(root / name)
         path, finding = table.need("Path"), table.need(_finding(data))
+        findings = _finding_columns(table, data)
         view = table.column(("Frontal/Lateral",))
         for place, row in table.numbered():
             if data.views == "frontal" and view and row[view] != "Frontal":
@@ -232,11 +241,11 @@ def list_chexpert(root: Path, data: PictureData) -> Found:
                 PictureFile(
                     name=_stem(str(Path(*file.relative_to(root).parts))),
                     path=file,
-                    label=label,
+                    label=None if data.findings else label,
                     split=None if split == "train" else split,
                     patient=patient,
                     place=place,
-                    columns=row,
+                    columns=dict(row) | {name: row[column] for name, column in findings.items()},
                 )
             )
     return pictures, problems
@@ -249,20 +258,20 @@ def _chexpert_file(root: Path, text: str) -> Path:
 
 
 def _finding(data: PictureData) -> str:
-    return data.label or "Pneumonia"
+    return data.findings[0] if data.findings else data.label or "Pneumonia"
 
 
 def _finding_label(value: str, data: PictureData) -> str | None:
-    """The class of a finding's value; None: to be left out; empty: not a value."""
-    if value == "":
-        return "negative" if data.blank == "negative" else None
+    """The class of a finding's value; None: to be left out; empty: not a value.
+
+    Of several findings none leaves a picture out: their values are looked at one by one later.
+    """
+    if data.findings:
+        return "several"
     try:
-        number = float(value)
+        return finding_value(value, _finding(data), data)
     except ValueError:
         return ""
-    if number == -1:
-        return None if data.uncertain == "leave-out" else data.uncertain
-    return {0.0: "negative", 1.0: "positive"}.get(number, "")
 
 
 def list_mimic(root: Path, data: PictureData) -> Found:
@@ -272,7 +281,8 @@ def list_mimic(root: Path, data: PictureData) -> Found:
     finding, study = labels.need(_finding(data)), labels.need("study_id")
     view_of = {row[views.need("dicom_id")]: row for row in views.rows}
     view = views.need("ViewPosition")
-    by_study = {row[study]: (place, row[finding]) for place, row in labels.numbered()}
+    findings = _finding_columns(labels, data)
+    by_study = {row[study]: (place, row) for place, row in labels.numbered()}
     columns = [split_rows.need(n) for n in ("dicom_id", "study_id", "subject_id", "split")]
     pictures, problems = [], []
     for place, row in split_rows.numbered():
@@ -281,7 +291,8 @@ def list_mimic(root: Path, data: PictureData) -> Found:
             continue
         if number not in by_study:
             continue  # a report in which the labeller found nothing has no row
-        label_place, value = by_study[number]
+        label_place, labelled = by_study[number]
+        value = labelled[finding]
         label = _finding_label(value, data)
         if label is None:
             continue
@@ -294,11 +305,11 @@ def list_mimic(root: Path, data: PictureData) -> Found:
             PictureFile(
                 name=str(folder / dicom),
                 path=root / folder / f"{dicom}.jpg",
-                label=label,
+                label=None if data.findings else label,
                 split=SPLIT_NAMES[split.lower()],
                 patient=subject,
                 place=place,
-                columns=row,
+                columns=dict(row) | {name: labelled[column] for name, column in findings.items()},
             )
         )
     return pictures, problems

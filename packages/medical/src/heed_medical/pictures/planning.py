@@ -1,12 +1,17 @@
 """Settle what depends on the data: the layout and the classes."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from heed_core.errors import InputError
+from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.layouts import list_pictures
+from heed_medical.pictures.records import PictureFile
 from heed_medical.pictures.settings import PictureData
 
 DataT = TypeVar("DataT", bound=PictureData)
@@ -31,6 +36,9 @@ def plan_pictures(data: DataT, root: Path) -> DataT:
     listing = list_pictures(root, data)
     if listing.problems and data.on_error == "stop":
         raise InputError(listing.problems[0], remedy="or --data.on-error skip")
+    if data.findings:
+        _need_both(listing.pictures, data, root)
+        return replace(data, layout=listing.layout)
     counts = Counter(p.label for p in listing.pictures if p.split == "train")
     found = {str(label) for label in counts}
     if not found:
@@ -55,6 +63,21 @@ def plan_pictures(data: DataT, root: Path) -> DataT:
             remedy=f"the labels are {', '.join(sorted(found)[:12])}",
         )
     return replace(data, layout=listing.layout, classes=tuple(classes))
+
+
+def _need_both(pictures: Sequence[PictureFile], data: PictureData, root: Path) -> None:
+    """Refuse findings that are never present, or never absent, in the training pictures."""
+    train = [findings_of(p, data) for p in pictures if p.split == "train"]
+    if not train:
+        raise InputError("has no training pictures", path=root, remedy="add some to the split")
+    for finding, column in zip(data.findings, np.array(train).T, strict=True):
+        for value, word in ((1, "with"), (0, "without")):
+            if not (column == value).any():
+                raise InputError(
+                    f"has no training picture {word} {finding}",
+                    path=root,
+                    remedy="leave it out of --data.findings",
+                )
 
 
 def order_classes(found: set[str]) -> tuple[str, ...]:

@@ -33,8 +33,12 @@ class PictureData:
     only: tuple[str, ...] = ()
     """Keep the rows of a table with these values, each column=value; several values of one column
     are alternatives."""
-    uncertain: Literal["leave-out", "positive", "negative"] = "leave-out"
-    """What -1 means in CheXpert and MIMIC."""
+    findings: tuple[str, ...] = ()
+    """Columns with 1, 0, -1 or nothing, of which a picture may have several: instead of one class
+    (table, CheXpert, MIMIC). Empty: one class each."""
+    uncertain: Literal["leave-out", "positive", "negative", "mixed"] = "leave-out"
+    """What -1 means in CheXpert and MIMIC. mixed: positive for Atelectasis, Edema and Pleural
+    Effusion, negative for Cardiomegaly and Consolidation, left out for others."""
     blank: Literal["negative", "leave-out"] = "negative"
     """What a finding that is not mentioned means in CheXpert and MIMIC."""
     views: Literal["frontal", "all"] = "frontal"
@@ -62,6 +66,10 @@ class PictureData:
             raise ValueError(f"val_share must be above 0 and below 1, got {self.val_share}")
         if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:
             raise ValueError(f"classes must be two or more different names, got {self.classes}")
+        if len(set(self.findings)) < len(self.findings):
+            raise ValueError(f"findings must be different names, got {self.findings}")
+        if self.findings and (self.classes or self.label or self.balance != "none"):
+            raise ValueError("classes, label and balance have no effect with findings")
         parse_only(self.only)
 
 

@@ -146,20 +146,42 @@ def _detect(root: Path, data: ReportData) -> Layout:
 
 
 def _with_splits(studies: Sequence[Study], data: ReportData) -> tuple[Study, ...]:
-    if all(study.split is not None for study in studies):
+    """Draw the splits that are missing, by patient; what the data give stays.
+
+    Patients of a given split are not drawn into another one.
+    """
+    given = {study.split for study in studies if study.split}
+    openly = [study for study in studies if study.split is None]
+    shares = {"test": data.test_share, "val": data.val_share}
+    if openly:
+        shares = {split: share for split, share in shares.items() if split not in given}
+    elif "train" in given and "val" not in given:
+        openly = [study for study in studies if study.split == "train"]
+        shares.pop("test")
+    else:
         return tuple(studies)
-    patients = sorted({study.patient or study.name for study in studies if study.split is None})
+    chosen = {study.name for study in openly}
+    taken = {_patient(study): study.split for study in studies if study.name not in chosen}
+    patients = sorted({_patient(study) for study in openly} - set(taken))
     order = np.random.default_rng(data.split_seed).permutation(len(patients))
-    test = max(1, round(data.test_share * len(patients)))
-    val = max(1, round(data.val_share * len(patients)))
-    drawn = {
-        patients[number]: "test" if rank < test else "val" if rank < test + val else "train"
-        for rank, number in enumerate(order)
-    }
+    drawn: dict[str, str] = {}
+    start = 0
+    for split, share in shares.items():
+        count = max(1, round(share * len(patients))) if len(patients) > len(shares) else 0
+        drawn |= {patients[number]: split for number in order[start : start + count]}
+        start += count
+
+    def split_of(study: Study) -> str:
+        return taken.get(_patient(study)) or drawn.get(_patient(study), "train")
+
     return tuple(
-        study if study.split else replace(study, split=drawn[study.patient or study.name])
+        replace(study, split=split_of(study)) if study.name in chosen else study
         for study in studies
     )
+
+
+def _patient(study: Study) -> str:
+    return study.patient or study.name
 
 
 def _folder(root: Path, data: ReportData, *usual: str) -> Path:

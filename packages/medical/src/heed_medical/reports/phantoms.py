@@ -2,8 +2,8 @@
 
 A shadow lies in one of four quarters of the lungs, or there is none; the heart is of normal size or
 large; behind the heart, seen in the lateral view only, there is fluid or not. So position, extent
-and both views matter, and a model that does not see writes one report for all. Sentences come in
-several wordings, chosen evenly and not to be seen: even a perfect reader does not score 1.
+and both views matter, and a model that does not see writes one report for all. Each of the twenty
+combinations has one report, so that a perfect reader scores 1.
 """
 
 import json
@@ -15,16 +15,10 @@ from PIL import Image
 
 _QUARTERS = ("right upper", "right lower", "left upper", "left lower")
 """Of the patient, who faces the viewer: his right is on the picture's left."""
-_SHADOW = ("There is an opacity in the {} lobe.", "{} lobe opacity is present.")
-_CLEAR = ("The lungs are clear.", "No focal consolidation.")
-_HEART = {
-    True: ("The heart is enlarged.", "There is cardiomegaly."),
-    False: ("The heart size is normal.", "The cardiac silhouette is normal in size."),
-}
-_FLUID = {
-    True: ("There is a pleural effusion.", "Pleural effusion is noted."),
-    False: ("No pleural effusion.", "There is no effusion or pneumothorax."),
-}
+_SHADOW = "There is an opacity in the {} lobe."
+_CLEAR = "The lungs are clear."
+_HEART = {True: "The heart is enlarged.", False: "The heart size is normal."}
+_FLUID = {True: "There is a pleural effusion.", False: "No pleural effusion."}
 
 
 def make_study(
@@ -53,14 +47,12 @@ def make_study(
     for picture in (frontal, lateral):
         noisy = picture * rng.uniform(0.85, 1.1) + rng.normal(scale=0.04, size=picture.shape)
         pictures.append(np.asarray(np.clip(noisy, 0, 1), dtype=np.float32))
-    wording = rng.integers(2, size=3)
-    shadow = _SHADOW[wording[1]].format(_QUARTERS[place]) if place < 4 else _CLEAR[wording[1]]
-    report = " ".join((_HEART[large][wording[0]], shadow.capitalize(), _FLUID[fluid][wording[2]]))
-    return pictures[0], pictures[1], report
+    shadow = _SHADOW.format(_QUARTERS[place]) if place < 4 else _CLEAR
+    return pictures[0], pictures[1], " ".join((_HEART[large], shadow, _FLUID[fluid]))
 
 
 def write_studies(
-    out: Path, *, train: int = 160, val: int = 16, test: int = 24, side: int = 80, seed: int = 0
+    out: Path, *, train: int = 240, val: int = 24, test: int = 40, side: int = 48, seed: int = 0
 ) -> None:
     """Write studies in the layout of R2Gen: annotation.json and images/ID/{0,1}.png.
 

@@ -13,9 +13,9 @@ from heed_core.errors import MissingExtra
 def write_features(
     path: Path,
     features: Float[np.ndarray, "n d"],
-    coords: Int64[np.ndarray, "n 2"],
+    coords: Int64[np.ndarray, "n 2"] | None,
     *,
-    patch_size: int,
+    patch_size: int | None,
     slide_size: tuple[int, int] | None = None,
 ) -> None:
     """Write `features` and `coords` of one slide; the file appears when it is complete.
@@ -23,8 +23,8 @@ def write_features(
     Args:
         path: The h5 file.
         features: Of the patches.
-        coords: x, y of their upper left corners in pixels of the full slide.
-        patch_size: Their side in the same pixels.
+        coords: x, y of their upper left corners in pixels of the full slide; None: not known.
+        patch_size: Their side in the same pixels; None: not known.
         slide_size: Width and height of the full slide.
 
     Raises:
@@ -38,8 +38,10 @@ def write_features(
     unfinished = path.with_name(f"{path.name}.part")
     with h5py.File(unfinished, "w") as file:
         file.create_dataset("features", data=features)
-        placed = file.create_dataset("coords", data=coords.astype(np.int32))
-        placed.attrs["patch_size_level0"] = patch_size
-        if slide_size is not None:
-            placed.attrs["level0_width"], placed.attrs["level0_height"] = slide_size
+        if coords is not None:
+            placed = file.create_dataset("coords", data=coords.astype(np.int32))
+            if patch_size is not None:
+                placed.attrs["patch_size_level0"] = patch_size
+            if slide_size is not None:
+                placed.attrs["level0_width"], placed.attrs["level0_height"] = slide_size
     unfinished.replace(path)

@@ -1,0 +1,486 @@
+"""The recipe of a fine-tuned MoRE: findings from an X-ray, an ECG or both (arXiv 2410.16239)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from heed_core.errors import InputError
+from heed_medical.medusa import findings_loss
+from heed_medical.more import More, MoreClassifier, MoreConfig, small_config
+from heed_medical.more.attribution import finding_maps
+from heed_medical.more.batches import Augmentation, join
+from heed_medical.more.checking import check_studies
+from heed_medical.more.sample import write_sample
+from heed_medical.more.settings import MoreData
+from heed_medical.more.studies import (
+    GREY_MEAN,
+    GREY_STD,
+    Study,
+    StudyFile,
+    StudySet,
+    find_inputs,
+    find_studies,
+)
+from heed_medical_cli.findings_report import (
+    FindingsPrediction,
+    findings_report,
+    findings_row,
+    macro_auc,
+    named,
+    write_findings,
+)
+from heed_medical_cli.more import LAYOUT, MoreSettings
+from heed_medical_cli.more import RECIPE as PRETRAINING
+from heed_medical_cli.more_pictures import Relevance, draw_relevance
+from heed_runtime import distributed
+from heed_runtime.recipe import (
+    Card,
+    Check,
+    Contender,
+    Explanation,
+    Exportable,
+    Recipe,
+    Report,
+    Row,
+)
+from heed_runtime.run import load_weights
+from heed_runtime.settings import TrainerSettings, load_settings
+
+Input = Literal["xray", "ecg"]
+FindingBatch = dict[str, Tensor]
+"""xray (b, 3, h, w) and ecg (b, 12, n) as far as they are seen, findings (b, k)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """All that is needed to rebuild the network."""
+
+    more: MoreConfig = field(default_factory=MoreConfig)
+    """The towers; those of the pre-trained run where one is given."""
+    inputs: tuple[Input, ...] = ("xray", "ecg")
+    """What is seen: xray, ecg or both."""
+    findings: int = 2
+    """Taken from the data."""
+    dropout: float = 0.2
+    """Before the last layer; 0.1 in the paper where one modality is seen."""
+    ecg_drop: float = 0.3
+    """Probability of hiding the ECGs of a batch in training, where both are seen."""
+
+    def __post_init__(self) -> None:
+        if not self.inputs or len(set(self.inputs)) < len(self.inputs):
+            raise ValueError(f"inputs must be xray, ecg or both, got {self.inputs}")
+        if self.findings < 1:
+            raise ValueError(f"findings must be at least 1, got {self.findings}")
+        for name in ("dropout", "ecg_drop"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be at least 0, below 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningTraining:
+    """The loss and its minimisation; the defaults are the paper's."""
+
+    start_from: Path | None = None
+    """A run of `train more` whose towers and projectors are taken over. None: random ones."""
+    trained_blocks: int | None = 3
+    """Of how many last blocks query, key and value are trained, besides projectors and head; 0:
+    the towers rest; None: everything is trained."""
+    learning_rate: float = 3e-5
+    """Of AdamW, at the start; falls to a tenth on half a cosine and starts again."""
+    weight_decay: float = 0.02
+    restart_epochs: int = 5
+    """Epochs of one half cosine."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Of training studies."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if self.restart_epochs < 1:
+            raise ValueError(f"restart_epochs must be at least 1, got {self.restart_epochs}")
+        if self.trained_blocks is not None and self.trained_blocks < 0:
+            raise ValueError(f"trained_blocks must not be negative, got {self.trained_blocks}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """All settings."""
+
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: MoreData = field(default_factory=MoreData)
+    training: TuningTraining = field(default_factory=TuningTraining)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+
+    def __post_init__(self) -> None:
+        if self.trainer.batch < 2:
+            raise ValueError(f"trainer.batch must be at least 2, got {self.trainer.batch}")
+
+
+def small() -> TuningSettings:
+    """For a laptop: the small towers; everything is trained, as there may be nothing to start from.
+
+    Give --training.start-from RUN to begin with what `train more` has learnt.
+    """
+    return TuningSettings(
+        model=ClassifierConfig(more=small_config()),
+        data=MoreData(equalise=False),
+        training=TuningTraining(
+            learning_rate=1e-3,
+            trained_blocks=None,
+            restart_epochs=15,
+            augmentation=Augmentation(crop=0.0, tone=0.5, blur=0.0, ecg=False),
+        ),
+        trainer=TrainerSettings(max_epochs=15, batch=16),
+    )
+
+
+def paper() -> TuningSettings:
+    """The published sizes and recipe; give the pre-trained run with --training.start-from."""
+    return TuningSettings(trainer=TrainerSettings(max_epochs=20, batch=64, patience=3))
+
+
+class TuningModule(L.LightningModule):
+    """Loss, optimiser and validation."""
+
+    def __init__(self, model: MoreClassifier, settings: TuningSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self._seen: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
+        if settings.training.trained_blocks is not None:
+            model.train_only_last(settings.training.trained_blocks)
+
+    def on_train_epoch_start(self) -> None:
+        """Where towers rest, so do the running means of their stems."""
+        if self.settings.training.trained_blocks is not None:
+            for name in self.model.inputs:
+                getattr(self.model, name).stem.eval()
+
+    def training_step(self, batch: FindingBatch, _: int) -> Tensor:
+        """The loss of a batch of studies."""
+        logits = self.model(**{name: batch[name] for name in self.model.inputs})
+        loss = findings_loss(logits, batch["findings"])
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, sync_dist=True,
+            batch_size=len(logits),
+        )  # fmt: skip
+        return loss
+
+    def validation_step(self, cases: list[Study], _: int) -> None:
+        """The loss; probabilities and labels are kept."""
+        logits = self._logits(cases)
+        labels = _labels(cases, self.settings.data.labels).to(self.device)
+        self.log("val/loss", findings_loss(logits, labels), batch_size=len(cases), sync_dist=True)
+        pairs = zip(logits.sigmoid().tolist(), labels.tolist(), strict=True)
+        self._seen += [(tuple(row), tuple(truth)) for row, truth in pairs]
+
+    def on_validation_epoch_end(self) -> None:
+        """The mean area under the ROC over all validation studies selects the weights."""
+        seen = [pair for part in distributed.gather(self._seen) for pair in part]
+        self._seen = []
+        if seen:
+            area = macro_auc(seen)
+            self.log("val/macro_auc", area if np.isfinite(area) else 0.5, rank_zero_only=False)
+
+    def predict_step(self, cases: list[Study], _: int) -> list[FindingsPrediction]:
+        """The probability of each finding."""
+        names = self.settings.data.labels
+        return [
+            FindingsPrediction(
+                name=case.name,
+                probabilities=tuple(row),
+                labels=named(case.file.labels, names) if case.file.labels else None,
+                patient=case.file.subject,
+            )
+            for row, case in zip(
+                self._logits(cases).double().sigmoid().tolist(), cases, strict=True
+            )
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW on what is trained, half cosines that start again."""
+        training = self.settings.training
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        adam = torch.optim.AdamW(
+            trained, lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+        cosine = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            adam, T_0=training.restart_epochs, eta_min=training.learning_rate / 10
+        )
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": cosine, "interval": "epoch"}}
+
+    def inputs_of(self, cases: Sequence[Study]) -> dict[str, Tensor]:
+        """What the network sees of some studies."""
+        batch = join(cases).to(self.device)
+        return {name: getattr(batch, name) for name in self.model.inputs}
+
+    def _logits(self, cases: list[Study]) -> Tensor:
+        logits: Tensor = self.model(**self.inputs_of(cases))
+        return logits.float()
+
+
+class MoreFindingsRecipe(Recipe[TuningSettings, Study, FindingsPrediction]):
+    """Tell which findings a study has."""
+
+    card: ClassVar[Card] = Card(
+        name="more-findings",
+        title="MoRE fine-tuned: findings from an X-ray, an ECG or both",
+        task="multi-label classification of X-rays and ECGs",
+        reads=("csv and jsonl manifests", "PTB-XL", "WFDB ECGs", "png, jpg and DICOM X-rays"),
+        writes="json of the probability of each finding",
+        paper="Thapa et al., 2024, arXiv 2410.16239",
+        layout=LAYOUT,
+        verified="the towers and projectors of more; exact parameter count of the published head",
+        trained="its sample",
+        reproduced="none: MIMIC-CXR and MIMIC-IV-ECG are not public",
+        notice="research use only: not a medical device",
+    )
+    settings: ClassVar[type[TuningSettings]] = TuningSettings
+    presets: ClassVar[Mapping[str, Callable[[], TuningSettings]]] = {"small": small, "paper": paper}
+    monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/macro_auc", "max")
+    changeable: ClassVar[tuple[str, ...]] = (
+        "data.on_error", "data.manifest", "data.root", "data.ptbxl_rate", "data.uncertain",
+        "data.missing_leads", "data.ecg_part",
+    )  # fmt: skip
+
+    def sample(self, out: Path, *, seed: int) -> None:
+        """Made-up studies of eight findings."""
+        write_sample(out, seed=seed)
+
+    def check(self, settings: TuningSettings, root: Path) -> Check:
+        """Read every X-ray and ECG."""
+        found = check_studies(settings.data, root, samples=settings.model.more.ecg_samples)
+        return Check(counts=found.counts, problems=found.problems, warnings=found.warnings)
+
+    def plan(self, settings: TuningSettings, root: Path) -> TuningSettings:
+        """Take the towers from the pre-trained run, inputs and findings from the data."""
+        model, data = settings.model, settings.data
+        if settings.training.start_from is not None:
+            before = pretrained(settings.training.start_from)
+            model = replace(model, more=before.model)
+            data = replace(data, equalise=before.data.equalise, ecg_part=before.data.ecg_part)
+        train = find_studies(root, data, "train")
+        there = {name for study in train for name in study.modalities}
+        inputs = tuple(name for name in model.inputs if name in there)
+        if not inputs:
+            raise InputError(f"has no training study with {' or '.join(model.inputs)}", path=root)
+        labels = data.labels or tuple(train[0].labels)
+        seen = [study for study in train if set(inputs) <= set(study.modalities)]
+        for name in labels:
+            if len({study.labels.get(name) for study in seen} & {0, 1}) < 2:
+                raise InputError(
+                    f"has no training study with and without {name} that has "
+                    f"{' and '.join(inputs)}",
+                    path=root,
+                    remedy="name the findings to learn with --data.labels",
+                )
+        if not labels:
+            raise InputError(
+                "names no finding", path=root, remedy="name its columns with --data.labels"
+            )
+        model = replace(model, inputs=inputs, findings=len(labels))
+        return replace(settings, model=model, data=replace(data, labels=labels))
+
+    def train_data(self, settings: TuningSettings, root: Path) -> StudySet:
+        """The training studies that have all inputs."""
+        return _studies(settings, find_studies(root, settings.data, "train"), root)
+
+    def augment(
+        self, settings: TuningSettings
+    ) -> Callable[[Study, np.random.Generator], Study] | None:
+        """Crops, tones and blurs of X-rays, warps of ECGs."""
+        return settings.training.augmentation
+
+    def collate(self, samples: list[Study]) -> FindingBatch:
+        """Put studies together."""
+        batch = join(samples)
+        seen = {"xray": batch.xray, "ecg": batch.ecg}
+        names = tuple(samples[0].file.labels)
+        found = {name: tensor for name, tensor in seen.items() if tensor is not None}
+        return found | {"findings": _labels(samples, names)}
+
+    def cases(self, settings: TuningSettings, root: Path, split: str) -> StudySet:
+        """The studies of a split that have all inputs."""
+        return _studies(settings, find_studies(root, settings.data, split), root)
+
+    def inputs(self, settings: TuningSettings, paths: Sequence[Path]) -> StudySet:
+        """Studies of manifests, pictures and records that have all inputs."""
+        data = replace(settings.data, labels=(), cache_mb=0)
+        files = [replace(file, labels={}) for file in find_inputs(paths, data)]
+        return _studies(settings, files, paths[0])
+
+    def model(self, settings: TuningSettings) -> MoreClassifier:
+        """The network."""
+        config = settings.model
+        return MoreClassifier(
+            config.more,
+            classes=config.findings,
+            inputs=config.inputs,
+            dropout=config.dropout,
+            ecg_drop=config.ecg_drop,
+        )
+
+    def start(self, settings: TuningSettings, model: nn.Module) -> None:
+        """Take over the towers and projectors of the pre-trained run."""
+        assert isinstance(model, MoreClassifier)
+        folder = settings.training.start_from
+        if folder is None:
+            return
+        before = More(pretrained(folder).model)
+        load_weights(before, folder / "model" / "model.safetensors")
+        try:
+            model.start_from(before)
+        except ValueError as error:
+            raise InputError(str(error), path=folder) from None
+
+    def module(self, settings: TuningSettings, model: nn.Module) -> TuningModule:
+        """The network with its loss."""
+        assert isinstance(model, MoreClassifier)
+        return TuningModule(model, settings)
+
+    def write_prediction(
+        self, settings: TuningSettings, prediction: FindingsPrediction, out: Path
+    ) -> list[Path]:
+        """Write `<name>.json`."""
+        return write_findings(prediction, settings.data.labels, out)
+
+    def score(self, settings: TuningSettings, prediction: FindingsPrediction) -> list[Row]:
+        """Labels and probabilities."""
+        return [findings_row(prediction, settings.data.labels)]
+
+    def report(self, settings: TuningSettings, rows: Sequence[Row]) -> Report:
+        """Areas of each finding and their mean, with intervals over subjects."""
+        return findings_report(rows, settings.data.labels, seed=settings.trainer.seed)
+
+    def explain(
+        self, settings: TuningSettings, module: L.LightningModule, case: Study
+    ) -> Explanation:
+        """Relevance of patches and of time for the most probable finding."""
+        assert isinstance(module, TuningModule)
+        prediction = module.predict_step([case], 0)[0]
+        target = int(np.argmax(prediction.probabilities))
+        arrays = finding_maps(module.model, module.inputs_of([case]), target)
+        found = Relevance()
+        if "xray" in arrays and case.xray is not None:
+            found = replace(found, xray=(case.xray * GREY_STD + GREY_MEAN, arrays["xray"]))
+        if "ecg" in arrays and case.ecg is not None:
+            found = replace(found, ecg=(case.ecg, arrays["ecg"]))
+        arrays |= {
+            "probabilities": np.array(prediction.probabilities),
+            "findings": np.array(settings.data.labels),
+            "explained": np.array(settings.data.labels[target]),
+        }
+        figures = {"relevance": draw_relevance(found)}
+        return Explanation(name=case.name, arrays=arrays, figures=figures)
+
+    def exportable(self, settings: TuningSettings, model: nn.Module) -> Exportable:
+        """X-rays and ECGs to the scores of findings."""
+        assert isinstance(model, MoreClassifier)
+        config, names = settings.model.more, model.inputs
+        shapes = {"xray": (3, *config.image_size), "ecg": (12, config.ecg_samples)}
+        auto = torch.export.Dim.AUTO
+        return Exportable(
+            model=by_place(model).eval(),
+            examples=[tuple(torch.randn(b, *shapes[n]) for n in names) for b in (2, 3)],
+            dynamic_shapes=({0: auto},) * len(names),
+            input_names=names,
+            output_names=("logits",),
+        )
+
+    def contenders(self, settings: TuningSettings) -> list[Contender]:
+        """The classifier; `bench more` compares its towers."""
+        config = settings.model.more
+        shapes = {"xray": (3, *config.image_size), "ecg": (12, config.ecg_samples)}
+        count = min(settings.trainer.batch, 8)
+        sizes = [(count, *shapes[name]) for name in settings.model.inputs]
+        return [
+            Contender(
+                name=f"MoRE classifier ({' + '.join(settings.model.inputs)})",
+                build=partial(_built, settings),
+                inputs=partial(_bench_inputs, sizes),
+                loss=torch.Tensor.mean,
+                items=count,
+            )
+        ]
+
+
+class OfOne(nn.Module):
+    """The classifier of one modality, with its input by place."""
+
+    def __init__(self, model: MoreClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, first: Tensor) -> Tensor:
+        """Scores of the findings."""
+        logits: Tensor = self.model(**{self.model.inputs[0]: first})
+        return logits
+
+
+class OfTwo(OfOne):
+    """The classifier of both modalities, with its inputs by place."""
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:  # type: ignore[override]
+        """Scores of the findings."""
+        logits: Tensor = self.model(**dict(zip(self.model.inputs, (first, second), strict=True)))
+        return logits
+
+
+def by_place(model: MoreClassifier) -> nn.Module:
+    """The classifier with its inputs by place instead of by name."""
+    return OfOne(model) if len(model.inputs) == 1 else OfTwo(model)
+
+
+def pretrained(folder: Path) -> MoreSettings:
+    """The settings of a run of `train more`.
+
+    Raises:
+        InputError: The folder is no run, or one of another system.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise InputError(
+            "is no run of more: it has no config.yaml",
+            path=folder,
+            remedy="give the folder that `train more` wrote",
+        )
+    settings: MoreSettings = load_settings(PRETRAINING, file=path)
+    return settings
+
+
+def _studies(settings: TuningSettings, files: Sequence[StudyFile], root: Path) -> StudySet:
+    """Those of the studies that have all inputs; texts are not looked at."""
+    wanted = settings.model.inputs
+    kept = [file for file in files if set(wanted) <= set(file.modalities)]
+    if not kept:
+        raise InputError(f"has no study with {' and '.join(wanted)}", path=root)
+    hidden: dict[str, Any] = {name: None for name in ("xray", "ecg") if name not in wanted}
+    kept = [replace(file, report=("", ""), **hidden) for file in kept]
+    return StudySet(kept, settings.data, settings.model.more)
+
+
+def _labels(cases: Sequence[Study], names: Sequence[str]) -> Tensor:
+    return torch.tensor([named(case.file.labels, names) for case in cases])
+
+
+def _built(settings: TuningSettings) -> nn.Module:
+    return by_place(RECIPE.model(settings))
+
+
+def _bench_inputs(sizes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.rand(size, generator=generator) for size in sizes)
+
+
+RECIPE = MoreFindingsRecipe()
