@@ -1,0 +1,40 @@
+"""What the smallest network learns of made streets: curbs, better than without a network."""
+
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from heed_lidar.scenes.files import write_scenes
+from heed_lidar_cli import APP
+from heed_lidar_cli.street import SAMPLE
+
+
+def scores(*words: object) -> dict[str, float]:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = APP.call([*(str(word) for word in words), "--json", "--quiet"])
+    assert code == 0, err.getvalue()
+    return json.loads(out.getvalue()).get("metrics", {})
+
+
+@pytest.mark.slow  # about ten minutes of one core
+def test_a_network_beats_the_detector_and_looks_at_the_step(tmp_path: Path):
+    streets, flat = tmp_path / "streets", tmp_path / "flat"
+    sequences = {"00": 64, "02": 4, "11": 16}
+    write_scenes(streets, replace(SAMPLE, sequences=sequences))
+    write_scenes(flat, replace(SAMPLE, sequences={**sequences, "00": 1}, curb_height_m=0.0))
+    network, detector = tmp_path / "network", tmp_path / "detector"
+    length = ("--trainer.max-epochs", 12, "--trainer.validate-every", 4)
+    scores("train", "curbnet", "--data", streets, "--out", network, *length)
+    near = ("--data.crop", "forward:25", "--data.roi", "forward:25")
+    scores("train", "classical", "--data", streets, "--out", detector, *near)
+    learnt = scores("evaluate", network, "--data", streets)
+    classical = scores("evaluate", detector, "--data", streets)
+    without_steps = scores("evaluate", network, "--data", flat)
+    assert learnt["curb_f1"] > classical["curb_f1"] + 0.2
+    assert learnt["curb_f1"] > 0.5
+    assert without_steps["curb_recall"] < 0.2
