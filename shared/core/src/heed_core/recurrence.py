@@ -42,6 +42,15 @@ def chunk_size(form: Form, chunk: int | None, length: int, *, by_channel: bool) 
     return CHUNK_BY_CHANNEL if by_channel else CHUNK
 
 
+def steps(x: Float[Tensor, "b h n k"]) -> tuple[Float[Tensor, "b h 1 k"], ...]:
+    """The tokens one by one, in a way whose gradient costs no more than reading them.
+
+    The gradient of a slice is as large as what it is cut from: cutting n tokens one by one would
+    cost n^2.
+    """
+    return tuple(row.unsqueeze(2) for row in x.unbind(2))
+
+
 def split(x: Float[Tensor, "b h n k"], size: int) -> Float[Tensor, "b h chunks size k"]:
     """Cut tokens into chunks, the last one filled up with zeros."""
     length = x.shape[2]

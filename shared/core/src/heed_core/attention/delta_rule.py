@@ -43,6 +43,7 @@ from heed_core.recurrence import (
     join,
     split,
     start_state,
+    steps,
 )
 from heed_core.sites import Probe
 
@@ -176,15 +177,13 @@ def _recurrent(
     log_decay: Tensor | None,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    decay = None if log_decay is None else log_decay.exp()
+    decay = [None] * query.shape[2] if log_decay is None else steps(log_decay.exp())
     rows = [value.new_zeros(*value.shape[:2], 0, value.shape[3])]
-    for t in range(query.shape[2]):
-        now = slice(t, t + 1)
-        if decay is not None:
-            state = decay[:, :, t, :, None] * state
-        error = beta[:, :, now] * (value[:, :, now] - key[:, :, now] @ state)
-        state = state + key[:, :, now].mT * error
-        rows.append(query[:, :, now] @ state)
+    for q, k, v, rate, left in zip(*map(steps, (query, key, value, beta)), decay, strict=True):
+        if left is not None:
+            state = left.mT * state
+        state = state + k.mT * (rate * (v - k @ state))
+        rows.append(q @ state)
     return torch.cat(rows, dim=2), state
 
 

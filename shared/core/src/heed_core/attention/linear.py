@@ -39,6 +39,7 @@ from heed_core.recurrence import (
     join,
     split,
     start_state,
+    steps,
 )
 from heed_core.sites import Probe
 
@@ -165,13 +166,13 @@ def _by_channel(log_decay: Tensor | None) -> bool:
 def _recurrent(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    decay = None if log_decay is None else log_decay.exp()
+    decay = [None] * query.shape[2] if log_decay is None else steps(log_decay.exp())
     rows = [value.new_zeros(*value.shape[:2], 0, value.shape[3])]
-    for t in range(query.shape[2]):
-        if decay is not None:
-            state = decay[:, :, t, :, None] * state
-        state = state + key[:, :, t, :, None] * value[:, :, t, None, :]
-        rows.append(query[:, :, t : t + 1] @ state)
+    for q, k, v, left in zip(*map(steps, (query, key, value)), decay, strict=True):
+        if left is not None:
+            state = left.mT * state
+        state = state + k.mT * v
+        rows.append(q @ state)
     return torch.cat(rows, dim=2), state
 
 
