@@ -155,7 +155,7 @@ def _pool_same(x: Tensor, window: int, stride: int, mode: Mode) -> Tensor:
     return F.avg_pool2d(F.pad(x, pad), window, stride) / counted
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _lists(
     size: tuple[int, int],
     windows: tuple[int, ...],
