@@ -6,8 +6,8 @@ __version__ = "0.1.0"
 
 APP = App(
     name="heed-gaze",
-    about="Attention models for gaze: scanpaths over objects, visual search with an eccentric retina.",
-    systems={},
+    about="Attention models for gaze: scanpaths over objects, search with an eccentric retina.",
+    systems={"oat": "heed_gaze_cli.oat:RECIPE"},
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -131,17 +130,17 @@ class _Rows:
 
     def _choose(self, decoded: Tensor) -> Tensor:
         """Rows of one trial share its keys: they are put side by side as tokens."""
-        trials, counts = self.owner.unique_consecutive(return_counts=True)
-        if len(trials) == len(self.owner):
+        counts = torch.bincount(self.owner, minlength=self.memory.tokens.shape[0])
+        if int(counts.max()) == 1:
             memory = self.memory.rows(self.owner)
             return self.model.choose(memory, decoded[:, None])[:, 0]
-        parts = decoded.split(counts.tolist())
-        return torch.cat(
-            [
-                self.model.choose(self.memory.rows(trial), part[None])[0]
-                for trial, part in zip(trials.split(1), parts, strict=True)
-            ]
-        )
+        parts, start = [], 0
+        for trial in counts.nonzero():
+            end = start + int(counts[trial])
+            memory = self.memory.rows(trial)
+            parts.append(self.model.choose(memory, decoded[None, start:end])[0])
+            start = end
+        return torch.cat(parts)
 
 
 def _decode(
@@ -247,7 +246,7 @@ def _settled(
     if len(done) < width:
         return False
     worst = sorted((_value(path, length_power) for path in done), reverse=True)[width - 1]
-    return float(scores.max()) / max_len**length_power <= worst
+    return bool(float(scores.max()) / max_len**length_power <= worst)
 
 
 def _value(path: Path, length_power: float) -> float:
@@ -256,7 +255,7 @@ def _value(path: Path, length_power: float) -> float:
 
 def _cache_type(device: torch.device) -> torch.dtype | None:
     if torch.is_autocast_enabled(device.type):
-        return cast(torch.dtype, torch.get_autocast_dtype(device.type))
+        return torch.get_autocast_dtype(device.type)
     return None
 
 

@@ -373,8 +373,8 @@ class Oat(nn.Module):
                     nn.init.zeros_(layer.bias)
             elif isinstance(module, PointerHead):
                 for layer in (module.query, module.key):
-                    for rows in layer.weight.data.split(module.head_dim):
-                        nn.init.xavier_uniform_(rows)
+                    for head in layer.weight.data.view(module.heads, module.head_dim, -1):
+                        nn.init.xavier_uniform_(head)
 
 
 def _pointer(config: OatConfig) -> PointerHead:

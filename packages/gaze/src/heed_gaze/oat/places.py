@@ -77,7 +77,7 @@ class GridPlaces(nn.Module):
             known = (places >= 0) & (places < last)
             return cast(Tensor, self.table(torch.where(known, places, last)))
         if self.fourier is not None:
-            return cast(Tensor, self.fourier(places.to(self.fourier.perceptron[0].weight.dtype)))
+            return cast(Tensor, self.fourier(places.to(self.fourier.frequencies.dtype)))
         waves = sine_code(places, axis_width(self.dim, AXES))
         known = (places >= 0)[..., None]
         return torch.where(known, waves, 0.0).flatten(-2)[..., : self.dim]
