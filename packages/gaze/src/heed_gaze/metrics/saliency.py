@@ -115,13 +115,25 @@ def auc(positives: Float64[np.ndarray, " n"], negatives: Float64[np.ndarray, " m
     return float((below + upto).mean() / (2 * len(ordered)))
 
 
-def auc_judd(values: Map, fixations: Cells) -> float:
+def auc_judd(values: Map, fixations: Cells, *, break_ties: int | None = None) -> float:
     """Area under the ROC curve with the fixated cells' values as thresholds (Judd et al., 2012).
 
     At the i-th highest of n thresholds the hit rate is i / n and the false alarm rate that of the
-    cells at or above it, less i, among all cells less n. Maps with ties, where the original adds
-    noise, are scored as they are.
+    cells at or above it, less i, among all cells less n.
+
+    Args:
+        values: The map. Cells of one value all lie above a threshold of that value, which lowers
+            the area of maps with flat parts below chance.
+        fixations: Cells of the map; each counts once.
+        break_ties: Seed of a random order among cells of one value, which the original makes by
+            noise; None: leave ties as they are.
     """
+    if break_ties is not None:
+        shuffled = np.random.default_rng(break_ties).permutation(values.size)
+        order = shuffled[np.argsort(values.ravel()[shuffled], kind="stable")]
+        ranks = np.empty(values.size)
+        ranks[order] = np.arange(values.size)
+        values = ranks.reshape(values.shape)
     x, y = np.unique(fixations, axis=0).T
     thresholds = np.sort(values[y, x])[::-1]
     count = len(thresholds)
@@ -136,13 +148,13 @@ def auc_judd(values: Map, fixations: Cells) -> float:
 def auc_borji(values: Map, fixations: Cells, *, seed: int, splits: int = 100) -> float:
     """AUC against random cells, as many as there are fixations, mean over draws (Borji, 2013).
 
-    Thresholds are exact, where the original takes steps of a tenth.
+    Thresholds are exact, where the original takes steps of a tenth. All draws are of one size, so
+    that the mean of their areas is the area against all that were drawn.
     """
     rng = np.random.default_rng(seed)
     x, y = fixations.T
-    positives = values[y, x]
-    drawn = values.ravel()[rng.integers(values.size, size=(splits, len(positives)))]
-    return float(np.mean([auc(positives, negatives) for negatives in drawn]))
+    drawn = values.ravel()[rng.integers(values.size, size=splits * len(fixations))]
+    return auc(values[y, x], drawn)
 
 
 def auc_shuffled(values: Map, fixations: Cells, elsewhere: Cells) -> float:

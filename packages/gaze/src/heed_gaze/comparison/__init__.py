@@ -1,0 +1,1 @@
+"""Scanpaths against viewers: every score with the viewers' own agreement and with chance."""
