@@ -38,7 +38,11 @@ def run(
     allowed = permission(
         mask, causal=causal, queries=query.shape[2], keys=key.shape[2], device=query.device
     )
-    weights = masked_softmax(scores(query, key, scale=scale, bias=bias), allowed)
+    products = scores(query, key, scale=scale, bias=bias)
+    if allowed is None and bias is None:  # no row can be empty
+        weights = torch.softmax(products, dim=-1)
+    else:
+        weights = masked_softmax(products, allowed)
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)
     return mix(weights, value).to(query.dtype)
@@ -52,7 +56,9 @@ def scores(
     bias: Float[Tensor, "*bias"] | None = None,
 ) -> Float[Tensor, "b h n m"]:
     """Scaled products plus bias, before any permission is applied."""
-    products = grouped_product(_wide(query), _wide(key).transpose(-2, -1)) * scale
+    products = grouped_product(_wide(query), _wide(key).transpose(-2, -1))
+    if scale != 1.0:
+        products = products * scale
     return products if bias is None else products + bias.to(products.dtype)
 
 
@@ -112,9 +118,8 @@ def grouped_product(
     heads, groups = left.shape[1], right.shape[1]
     if heads == groups:
         return left @ right
-    batch, _, rows, width = left.shape
-    by_group = left.reshape(batch, groups, heads // groups, rows, width)
-    return (by_group @ right.unsqueeze(2)).flatten(1, 2)
+    by_group = left.unflatten(1, (groups, heads // groups)).flatten(2, 3)  # heads as rows
+    return (by_group @ right).unflatten(2, (heads // groups, left.shape[2])).flatten(1, 2)
 
 
 def _wide(x: Tensor) -> Tensor:
