@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from heed_core.kernels.chunk_scan import ScanImpl, wants_triton
+
 Form = Literal["chunked", "recurrent", "parallel"]
 """How a recurrence is computed: in chunks, token by token, or with the N x N map of one chunk."""
 
@@ -40,6 +42,19 @@ def chunk_size(form: Form, chunk: int | None, length: int, *, by_channel: bool) 
     if chunk is not None:
         return chunk
     return CHUNK_BY_CHANNEL if by_channel else CHUNK
+
+
+def scan_impl(impl: ScanImpl, form: Form, query: Tensor, chunk: int) -> bool:
+    """Whether the chunks of a call run on the Triton kernel.
+
+    Raises:
+        ValueError: It was asked for where there are no chunks, or `impl` is no name.
+        UnsupportedBackend: It was asked for and cannot run the call.
+    """
+    if impl != "auto" and form != "chunked":
+        raise ValueError(f"impl={impl!r} needs form='chunked' (and causal=True), got {form!r}")
+    kind, dim = query.device.type, query.shape[-1]
+    return wants_triton(impl, kind, query.dtype, key_dim=dim, chunk=chunk)
 
 
 def steps(x: Float[Tensor, "b h n k"]) -> tuple[Float[Tensor, "b h 1 k"], ...]:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import StateCache
+from heed_core.kernels.chunk_scan import ScanImpl, chunk_scan
 from heed_core.kernels.state_scan import state_scan
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
@@ -41,6 +42,7 @@ from heed_core.recurrence import (
     decayed_products,
     expand_decay,
     join,
+    scan_impl,
     split,
     start_state,
     steps,
@@ -58,6 +60,7 @@ def delta_rule(
     scale: float | None = None,
     form: Form = "chunked",
     chunk: int | None = None,
+    impl: ScanImpl = "auto",
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d e"]]:
     """Write errors, read with queries; nothing decays.
 
@@ -70,6 +73,7 @@ def delta_rule(
         scale: Of what is read; default d ** -0.5.
         form: How the same numbers are computed.
         chunk: Tokens of a chunk; default 64.
+        impl: Who computes the chunked form; "triton" never falls back, see `kernels.chunk_scan`.
 
     Returns:
         Output, in the type of `query`, and the state after the last token, in float32 at least.
@@ -77,7 +81,7 @@ def delta_rule(
     Raises:
         ValueError: Shapes that do not fit, or an unknown form.
     """
-    return _delta(query, key, value, beta, None, state, scale, form, chunk)
+    return _delta(query, key, value, beta, None, state, scale, form, chunk, impl)
 
 
 def gated_delta_rule(
@@ -91,6 +95,7 @@ def gated_delta_rule(
     scale: float | None = None,
     form: Form = "chunked",
     chunk: int | None = None,
+    impl: ScanImpl = "auto",
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d e"]]:
     """The delta rule in a memory that fades before each writing.
 
@@ -105,6 +110,7 @@ def gated_delta_rule(
         scale: Of what is read; default d ** -0.5.
         form: How the same numbers are computed.
         chunk: Tokens of a chunk; default 64, or 16 with a decay per channel.
+        impl: Who computes the chunked form; "triton" never falls back, see `kernels.chunk_scan`.
 
     Returns:
         Output, in the type of `query`, and the state after the last token, in float32 at least.
@@ -112,7 +118,7 @@ def gated_delta_rule(
     Raises:
         ValueError: Shapes that do not fit, or an unknown form.
     """
-    return _delta(query, key, value, beta, log_decay, state, scale, form, chunk)
+    return _delta(query, key, value, beta, log_decay, state, scale, form, chunk, impl)
 
 
 def delta_rule_weights(
@@ -143,6 +149,7 @@ def _delta(
     scale: float | None,
     form: Form,
     chunk: int | None,
+    impl: ScanImpl = "auto",
 ) -> tuple[Tensor, Tensor]:
     check_recurrence(query, key, value, same_length=True)
     if tuple(beta.shape) != tuple(value.shape[:3]):
@@ -161,11 +168,12 @@ def _delta(
         start = start_state(state, key, value)
         by_channel = decay is not None and decay.shape[-1] > 1
         size = chunk_size(form, chunk, query.shape[2], by_channel=by_channel)
+        triton = scan_impl(impl, form, query, size)
         beta = beta[..., None]
         if form == "recurrent":
             read, last = _recurrent(query, key, value, beta, decay, start)
         else:
-            read, last = _chunked(query, key, value, beta, decay, start, size)
+            read, last = _chunked(query, key, value, beta, decay, start, size, triton)
     return (read * scale).to(dtype), last
 
 
@@ -195,20 +203,25 @@ def _chunked(
     log_decay: Tensor | None,
     state: Tensor,
     size: int,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     length, width = query.shape[2], value.shape[3]
     query, key, value, beta = (split(x, size) for x in (query, key, value, beta))
     total = None if log_decay is None else split(log_decay, size).cumsum(-2)
     system = beta * decayed_products(key, key, total, strict=True)
     within = decayed_products(query, key, total)
-    kept = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
     seen, left = key, key  # keys as the chunk's first state meets them, and as its end finds them
+    fade = key.new_ones(*key.shape[:3], 1)
     if total is not None:
         end = total[..., -1:, :]
-        kept = kept * end.exp()
+        fade = end.squeeze(-2).exp()
         query, seen, left = query * total.exp(), key * total.exp(), key * (end - total).exp()
     solved = _solved(system, beta * torch.cat([value, seen], dim=-1))
     errors, reads = solved[..., :width], solved[..., width:]
+    if triton:
+        read, states = chunk_scan(query, left, within, errors, reads, fade, state)
+        return join(read, length), states[:, :, -1]
+    kept = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device) * fade[..., None, :]
     states = state_scan(kept - left.mT @ reads, left.mT @ errors, state)
     before = states[:, :, :-1]
     read = within @ (errors - reads @ before) + query @ before

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import StateCache
+from heed_core.kernels.chunk_scan import ScanImpl, chunk_scan
 from heed_core.kernels.state_scan import state_scan
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
@@ -37,6 +38,7 @@ from heed_core.recurrence import (
     decayed_products,
     expand_decay,
     join,
+    scan_impl,
     split,
     start_state,
     steps,
@@ -66,6 +68,7 @@ def linear_attention(
     scale: float | None = None,
     form: Form = "chunked",
     chunk: int | None = None,
+    impl: ScanImpl = "auto",
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d s"]]:
     """Linear attention of queries and keys that have passed their features.
 
@@ -84,6 +87,7 @@ def linear_attention(
         scale: Of what is read; default d ** -0.5.
         form: How the same numbers are computed.
         chunk: Tokens of a chunk; default 64, or 16 with a decay per channel.
+        impl: Who computes the chunked form; "triton" never falls back, see `kernels.chunk_scan`.
 
     Returns:
         Output, in the type of `query`, and the state after the last token, in float32 at least.
@@ -103,12 +107,13 @@ def linear_attention(
             value = F.pad(value, (0, 1), value=1.0)
         start = start_state(state, key, value)
         size = chunk_size(form, chunk, query.shape[2], by_channel=_by_channel(total))
+        triton = scan_impl(impl, form if causal else "parallel", query, size)
         if not causal:
             read = query @ (last := start + key.mT @ value)
         elif form == "recurrent":
             read, last = _recurrent(query, key, value, total, start)
         else:
-            read, last = _chunked(query, key, value, total, start, size)
+            read, last = _chunked(query, key, value, total, start, size, triton)
         read = read * scale
         if normalise:
             read = read[..., :-1] / (read[..., -1:] + EPS)
@@ -177,10 +182,18 @@ def _recurrent(
 
 
 def _chunked(
-    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, state: Tensor, size: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    size: int,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     length = query.shape[2]
     query, key, value = split(query, size), split(key, size), split(value, size)
+    if triton:
+        return _scanned(query, key, value, log_decay, state, length)
     if log_decay is None:
         within = decayed_products(query, key, None)
         written = torch.cat([state.unsqueeze(2), key.mT @ value], dim=2)
@@ -193,6 +206,24 @@ def _chunked(
         states = state_scan(carry, (key * (end - total).exp()).mT @ value, state)
         query = query * total.exp()
     read = within @ value + query @ states[:, :, :-1]
+    return join(read, length), states[:, :, -1]
+
+
+def _scanned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """The chunks on the Triton kernel."""
+    total = None if log_decay is None else split(log_decay, query.shape[-2]).cumsum(-2)
+    within, end = decayed_products(query, key, total), key.new_ones(*key.shape[:3], 1)
+    if total is not None:
+        last = total[..., -1:, :]
+        query, key, end = query * total.exp(), key * (last - total).exp(), last.squeeze(-2).exp()
+    read, states = chunk_scan(query, key, within, value, None, end, state)
     return join(read, length), states[:, :, -1]
 
 
