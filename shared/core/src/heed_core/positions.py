@@ -296,15 +296,23 @@ def gaussian_gram_codes(
     """
     if n < 1 or dim < 1 or sigma <= 0:
         raise ValueError(f"n, dim and sigma must be positive, got {n}, {dim} and {sigma}")
-    index = torch.arange(n, dtype=torch.float64)
-    gram = torch.exp(-((index[:, None] - index) ** 2) / (2 * sigma**2))
-    generator = torch.Generator().manual_seed(seed)
-    if fit == "adam":
-        return _fitted_codes(gram, dim, norm, steps, generator)
-    if fit != "exact":
+    if fit not in ("exact", "adam"):
         raise ValueError(f"fit must be 'exact' or 'adam', got {fit!r}")
-    if norm is None:
+    if fit == "exact" and norm is None:
         raise ValueError("norm=None keeps the norms of a fit; fit='exact' needs a number")
+    with torch.device("cpu"):  # computed even where modules are built on no device at all
+        index = torch.arange(n, dtype=torch.float64)
+        gram = torch.exp(-((index[:, None] - index) ** 2) / (2 * sigma**2))
+        generator = torch.Generator().manual_seed(seed)
+        if norm is None or fit == "adam":
+            return _fitted_codes(gram, dim, norm, steps, generator)
+        return _exact_codes(gram, dim, norm, sigma, generator)
+
+
+def _exact_codes(
+    gram: Tensor, dim: int, norm: float, sigma: float, generator: torch.Generator
+) -> Tensor:
+    n = len(gram)
     eigenvalues, vectors = torch.linalg.eigh(gram)
     kept = min(n, dim)
     lost = eigenvalues[: n - kept].sum().item()

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.attention.pointer import PointerHead
 from heed_core.blocks import BlockConfig, Decoder, Encoder
-from heed_core.positions import SinePositions
+from heed_core.positions import SinePositions, axis_width, gaussian_gram_codes
 from heed_gaze.oat.crops import CropEncoder, Pyramid, flat_width
-from heed_gaze.oat.places import UNKNOWN, GridPlaces, PlaceCode
+from heed_gaze.oat.places import AXES, UNKNOWN, GridPlaces, PlaceCode
 
 NO_TARGET = -1
 STOP, PAD, BOS = 0, 1, 2
@@ -61,7 +61,8 @@ class OatConfig:
     sigma: float = 2.0
     """Cells over which the similarity of codes falls."""
     table_fit: Literal["exact", "adam"] = "exact"
-    """The table by factorisation, or by the paper's optimisation of 10,000 steps."""
+    """The table by factorisation, or by the paper's optimisation of 10,000 steps, which makes the
+    best of too few channels."""
     table_seed: int = 0
     target_pos: Literal["true", "none"] = "true"
     """Whether the encoder is told where the target is, as in the paper; a searcher is not."""
@@ -93,6 +94,9 @@ class OatConfig:
         if (self.choice == "linear") != (self.objects is not None):
             raise ValueError("objects belongs to choice='linear', and that needs it")
         flat_width(self.crop, self.spp)
+        if self.places == "gaussian" and self.table_fit == "exact":
+            width = axis_width(self.dim - self.dim // 2, AXES)
+            gaussian_gram_codes(self.table_rows, width, sigma=self.sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +158,7 @@ class Oat(nn.Module):
         config: Of the network.
 
     Example:
-        >>> config = OatConfig(dim=16, hidden=16, encoder_depth=1, decoder_depth=1)
+        >>> config = OatConfig(dim=96, hidden=16, encoder_depth=1, decoder_depth=1)
         >>> cells = torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]])
         >>> Oat(config)(
         ...     torch.rand(1, 4, 3, 150, 93), cells, torch.tensor([2]), torch.tensor([[0, 2]])
