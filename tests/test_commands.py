@@ -15,19 +15,37 @@ from heed_runtime.app import App
 from heed_runtime.testing.contract import check_recipe
 
 ROOT = Path(__file__).parents[1]
+PICTURES = (
+    *("--data.size", "64", "64", "--data.body-size", "32", "32"),
+    *("--model.body-widths", "4", "8", "--model.hidden", "8"),
+)
 VOXELS = ("--model.width", "4", "--model.grid.shape", "60", "45", "8")
 SMALL = {
-    "medusa": (
-        *("--data.size", "64", "64", "--data.body-size", "32", "32"),
-        *("--model.body-widths", "4", "8", "--model.hidden", "8"),
-    ),
+    "medusa": PICTURES,
+    "medusa-findings": PICTURES,
     "medusa-body": ("--data.size", "32", "32", "--model.widths", "4", "8"),
+    "ivgn": ("--model.dim", "16", "--model.hidden", "16", "--data.beam", "2"),
+    "more": ("--model.tower.depth", "1", "--model.text.depth", "1"),
+    "more-findings": ("--model.more.tower.depth", "1", "--model.inputs", "xray"),
     "msga": ("--model.width", "8", "--model.scales", "1", "2"),
     "curbnet": VOXELS,
     "cylinder3d": VOXELS,
+    "eccnet": (
+        *("--model.widths", "2", "2", "3", "3", "4", "--model.picture", "32"),
+        *("--data.tasks", "lightning_dir/top", "--data.most-trials", "1"),
+    ),
     "classical": ("--training.lowest-steps-m", "0.04", "--training.height-stds-m", "0.02"),
 }
 """Flags that make a system small enough to run all its verbs in a minute."""
+PART = {
+    "acmil": "h5_files/slide_000.h5",
+    "ivgn": "images/test0000",
+    "medusa": "test/chest_0000.png",
+    "medusa-findings": "valid/patient10000",
+    "more": "images/test000.png",
+    "more-findings": "images/test000.png",
+}
+"""What of a large sample is predicted and explained."""
 
 
 def apps() -> list[App]:
@@ -53,7 +71,8 @@ def call(app: App, *words: str | Path) -> tuple[int, str, str]:
     ("app", "system"), SYSTEMS, ids=[f"{app.name}-{system}" for app, system in SYSTEMS]
 )
 def test_every_verb_works_on_the_sample(app: App, system: str, tmp_path: Path):
-    check_recipe(app, system, tmp_path, flags=SMALL.get(system, ()))
+    flags, part = SMALL.get(system, ()), PART.get(system, ".")
+    check_recipe(app, system, tmp_path, flags=flags, part=part)
 
 
 @pytest.mark.parametrize("app", apps(), ids=lambda app: app.name)

@@ -167,7 +167,7 @@ def item_picture(experiment: Experiment, variant: str) -> UInt8[np.ndarray, "k k
     else:
         share = blocks.mean(axis=(1, 3))
         grey = experiment.background + (experiment.foreground - experiment.background) * share
-    return np.rint(grey).astype(np.uint8)
+    return np.asarray(np.rint(grey).astype(np.uint8))
 
 
 def _turned(x: np.ndarray, y: np.ndarray, turn: str) -> tuple[np.ndarray, np.ndarray]:

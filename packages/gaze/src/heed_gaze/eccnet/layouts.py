@@ -282,7 +282,7 @@ def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise InputError("no such file", path=path, remedy="check the path") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -333,7 +333,7 @@ def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[:2] == size:
         return image
     kind = Image.Resampling.NEAREST if image.dtype == bool else Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(image).resize(size[::-1], kind))
+    return np.array(Image.fromarray(image).resize(size[::-1], kind))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from scipy.stats import f as f_distribution  # type: ignore[import-untyped]
 
 from heed_gaze.eccnet.experiments import EXPERIMENTS, Experiment
+from heed_gaze.plots import fit_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ def score_task(
     groups = {int(size): counts[sizes == size] for size in np.unique(sizes)}
     rts = {size: model.of(group) for size, group in groups.items()}
     means = tuple(float(rt.mean()) for rt in rts.values())
-    slope, intercept = fit_line(list(groups), means)
+    slope, intercept = fit_line(np.array(list(groups), dtype=np.float64), np.array(means))
     return TaskScore(
         set_sizes=tuple(groups),
         mean_saccades=tuple(float(group.mean()) for group in groups.values()),
@@ -85,16 +86,6 @@ def score_task(
         slope_ms=slope,
         intercept_ms=intercept,
     )
-
-
-def fit_line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Slope and intercept of least squares; NaN for fewer than two different x."""
-    if len(set(x)) < 2:
-        return float("nan"), float("nan")
-    middle_x, middle_y = np.mean(x), np.mean(y)
-    off = np.asarray(x, dtype=np.float64) - middle_x
-    slope = float((off * (np.asarray(y) - middle_y)).sum() / (off**2).sum())
-    return slope, float(middle_y - slope * middle_x)
 
 
 def asymmetry_index(hard_slope: float, easy_slope: float) -> float:

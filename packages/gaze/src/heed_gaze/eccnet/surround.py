@@ -88,7 +88,8 @@ class WindowFeatures:
             return self.whole(padded, fixation)
         network = self.network
         if self._empty is None:
-            self._empty = self._empty_blocks()
+            with torch.no_grad():
+                self._empty = self._empty_blocks()
         sides = [self._empty[0].shape[2], self._empty[1].shape[2], self._empty[2].shape[2]]
         part = _reached(padded.picture_in_window(fixation), (1, 2, 3), network, self.side)
         margin = _grown(part, _MARGINS[0], sides[0])
