@@ -29,7 +29,7 @@ APP = App(
         "zero-shot": Verb(module="heed_medical_cli.zero_shot", arguments="RUN [--data DATA]"),
         "probe": Verb(module="heed_medical_cli.probe", arguments="RUN [--data DATA]"),
     },
-    libraries={"faiss": "retrieve among 20,000 vectors and more (heed-medical[retrieval])"},
+    libraries={"faiss-cpu": "retrieve among 20,000 vectors and more (heed-medical[retrieval])"},
 )
 
 

