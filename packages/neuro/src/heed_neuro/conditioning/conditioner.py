@@ -40,6 +40,13 @@ OWNERS: Mapping[str, Rule] = {
 """Option -> the rule that has it."""
 
 
+def has_option(rule: Rule, name: str) -> bool:
+    """Whether an option of `Conditioner` has an effect with a rule."""
+    if name == "decay":
+        return rule in FADING
+    return OWNERS.get(name, rule) == rule
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conditioner:
     """What an animal is like before it has learnt anything; `run` conditions it.

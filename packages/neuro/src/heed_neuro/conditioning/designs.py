@@ -11,7 +11,8 @@ Beside `groups` (or `schedule`, for one group) a file may have
     salience: {A: 1.5}                 factors of the rate of learning
     us: {food: [1], shock: [-1]}       values of USs by name
     layers: 2                          see `two_layer`
-    conditioner: {rule: trace, eta: 0.1, decay: 0.8}   how the animals learn, in any run
+    conditioner: {rule: trace, eta: 0.1, decay: 0.8}   how the animals learn, in any run; without
+                                       a rule, an option is for the rules that have it
     expected: [{rule: delta, group: blocking, cue: B, value: 0.06}]   strengths at the end
 
 An `expected` without a rule is compared with every rule. Readers run no code of a file.
@@ -29,7 +30,7 @@ from typing import Any, get_args
 import yaml
 
 from heed_core.errors import InputError
-from heed_neuro.conditioning.conditioner import Conditioner, Simulation
+from heed_neuro.conditioning.conditioner import OWNERS, Conditioner, Simulation, has_option
 from heed_neuro.conditioning.rules import RULES, Rule
 from heed_neuro.conditioning.schedules import (
     Schedule,
@@ -128,10 +129,11 @@ class Design:
             InputError: The design has an option that the rule has not.
         """
         options = dict(self.conditioner)
-        if options.get("rule", conditioner.rule) != conditioner.rule:
-            # options that only the other rule has would have no effect
-            cleared = ("decay", "trace", "reset_trace", "mixing", "beta")
-            options = dict.fromkeys(cleared) | options
+        rule = options.get("rule", conditioner.rule)
+        if rule != conditioner.rule:
+            options = dict.fromkeys(("decay", *OWNERS)) | options
+        elif "rule" not in options:
+            options = {name: item for name, item in options.items() if has_option(rule, name)}
         try:
             salience = {**conditioner.salience, **self.salience}
             return replace(conditioner, **{**options, "salience": salience})

@@ -62,6 +62,7 @@ class Phenomenon:
             groups=self.groups,
             salience=self.salience,
             layers=self.layers,
+            conditioner={} if self.decay is None else {"decay": self.decay},
             expected=self.expected,
         )
 
@@ -279,7 +280,7 @@ NOT_PREDICTED = ("spontaneous-recovery", "renewal")
 
 def conditioner_for(phenomenon: Phenomenon, rule: Rule, **options: Any) -> Conditioner:
     """The table's conditioner: eta 0.1, cues at right angles."""
-    decay = {"trace": phenomenon.decay or 0.95, "gated-delta": 0.97}.get(rule)
+    decay = {"trace": 0.95, "gated-delta": 0.97}.get(rule)
     own = {"trace": "cs"} if rule == "trace" else {}
     return Conditioner(
         rule=rule, eta=ETA, decay=decay, salience=phenomenon.salience, **(own | options)

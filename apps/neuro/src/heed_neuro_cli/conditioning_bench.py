@@ -1,0 +1,87 @@
+"""What `bench conditioning` measures: the delta rule on 4096 trials of 64 channels."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from heed_core.attention.delta_rule import delta_rule
+from heed_core.recurrence import Form
+from heed_runtime.recipe import Contender
+
+TRIALS, CHANNELS = 4096, 64
+
+
+class DeltaRule(nn.Module):
+    """The delta rule with a learnt rate."""
+
+    def __init__(self, form: Form, impl: str = "torch") -> None:
+        super().__init__()
+        self.form, self.impl = form, impl
+        self.rate = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Answers to the keys."""
+        rates = self.rate.sigmoid().expand(values.shape[:3])
+        read, _ = delta_rule(keys, keys, values, rates, scale=1.0, form=self.form, impl=self.impl)
+        return read
+
+
+class FlaDeltaRule(nn.Module):
+    """The same by flash-linear-attention, whose layout is (b, n, h, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n d"]
+    ) -> Float[Tensor, "b h n d"]:
+        """Answers to the keys."""
+        from fla.ops.delta_rule import chunk_delta_rule  # type: ignore[import-not-found]
+
+        key, value = keys.transpose(1, 2), values.transpose(1, 2)
+        rates = self.rate.sigmoid().expand(value.shape[:3])
+        read, _ = chunk_delta_rule(key, key, value, rates, scale=1.0)
+        found: Tensor = read.transpose(1, 2)
+        return found
+
+
+def delta_contenders() -> list[Contender]:
+    """Chunked first, then trial by trial, the Triton kernel, and flash-linear-attention."""
+    cuda = None if torch.cuda.is_available() else "needs a CUDA device"
+    fla = importlib.util.find_spec("fla")
+    builds = {
+        "heed, chunked": (partial(DeltaRule, "chunked"), None),
+        "heed, recurrent": (partial(DeltaRule, "recurrent"), None),
+        "heed, chunked, Triton": (partial(DeltaRule, "chunked", "triton"), cuda),
+        "flash-linear-attention": (
+            FlaDeltaRule,
+            cuda if fla else "flash-linear-attention is not installed",
+        ),
+    }
+    return [
+        Contender(
+            name=name,
+            build=build,
+            inputs=inputs,
+            loss=Tensor.mean,
+            missing=missing,
+            items=TRIALS,
+        )
+        for name, (build, missing) in builds.items()
+    ]
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    """Keys of length 1, and values."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 1, TRIALS, CHANNELS, generator=generator) for _ in range(2))
+    return F.normalize(keys, dim=-1), values
