@@ -24,14 +24,16 @@ def draw_curves(experiment: Experiment) -> Figure:
     groups, rules = list(experiment.design.groups), list(experiment.found)
     with style():
         figure = new_figure(width_in=max(4.6, 2.9 * len(rules)), height_in=2.6 * len(groups) + 0.8)
-        axes = figure.subplots(len(groups), len(rules), squeeze=False)
+        # one scale per rule: groups are compared
+        axes = figure.subplots(len(groups), len(rules), squeeze=False, sharey="col")
         for row, group in zip(axes, groups, strict=True):
             for panel, rule in zip(row, rules, strict=True):
                 _curves(panel, experiment, group, rule)
-                if panel is not row[0]:
-                    panel.set_ylabel("")
-                if row is not axes[-1]:
-                    panel.set_xlabel("")
+            row[0].set_ylabel(f"{group}\nstrength")
+        for panel in axes[-1]:
+            panel.set_xlabel("trial")
+            low, high = panel.get_ylim()
+            panel.set_ylim(low, high + 0.12 * (high - low))  # room for the names of phases
         for panel, rule in zip(axes[0], rules, strict=True):
             panel.set_title(rule)
         handles, labels = axes[0][0].get_legend_handles_labels()
@@ -53,8 +55,6 @@ def _curves(axes: Axes, experiment: Experiment, group: str, rule: str) -> None:
             label=cue,
         )
     schedule = experiment.design.schedules[group]
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.12 * (high - low))
     end = 0
     for phase in schedule.phases:
         if end:
@@ -70,7 +70,6 @@ def _curves(axes: Axes, experiment: Experiment, group: str, rule: str) -> None:
                 fontsize=7,
             )
         end += len(phase)
-    axes.set(xlabel="trial", ylabel=f"{group}\nstrength")
 
 
 def draw_associations(experiment: Experiment) -> Figure:
@@ -91,7 +90,7 @@ def draw_associations(experiment: Experiment) -> Figure:
                 figure.colorbar(image, ax=panel, shrink=0.9)
                 panel.set_yticks(range(len(simulation.cues)), simulation.cues)
                 panel.grid(visible=False)
-                if row is axes[-1]:
+                if group == groups[-1]:
                     panel.set_xlabel("trial")
                 if panel is row[0]:
                     panel.set_ylabel(group)
@@ -115,7 +114,7 @@ def draw_attention(
                 image = panel.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most)
                 figure.colorbar(image, ax=panel, shrink=0.8)
                 panel.grid(visible=False)
-                if row is axes[-1]:
+                if group == groups[-1]:
                     panel.set_xlabel("stored trial")
                 if panel is row[0]:
                     panel.set_ylabel(f"{group}\ntrial")

@@ -3,9 +3,10 @@
 N pairs of unit keys and values of one length are added up, S = sum_i v_i k_i', and asked with a
 stored key: S k_j = v_j + sum_(i != j) (k_i . k_j) v_i. What is added to v_j is interference.
 
-* Worst case, the guarantee: interference is at most (N - 1) mu |v|, mu the largest |k_i . k_j|, which
-  is near sqrt(2 ln(N^2) / d_k) for random keys. All signs are right while (N - 1) mu < 1: N grows as
-  sqrt(d_k), log factors aside. This is the O(sqrt(d_k)) of the abstract of arXiv 2508.08289.
+* Worst case, the guarantee: interference is at most (N - 1) mu |v|, where mu is the largest
+  |k_i . k_j|, near sqrt(2 ln(N^2) / d_k) for random keys. All signs are right while
+  (N - 1) mu < 1: N grows as sqrt(d_k), log factors aside. This is the O(sqrt(d_k)) of the abstract
+  of arXiv 2508.08289.
 * Average case: interference has the variance (N - 1) / d_k per unit of value: N grows as d_k at one
   fidelity. Copies of the abstract that lost the sign of the root say O(d_k); its second version
   claims that for the average. Both statements hold, of different things; here they have two names.
