@@ -8,6 +8,7 @@ APP = App(
     name="heed-neuro",
     about="Attention models for neuroscience: brain encoders, conditioning, in-context regression.",
     systems={
+        "brain-encoder": "heed_neuro_cli.brain_encoder:RECIPE",
         "conditioning": "heed_neuro_cli.conditioning:RECIPE",
     },
     verbs={

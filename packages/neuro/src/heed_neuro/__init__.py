@@ -1,3 +1,3 @@
-"""Attention models for neuroscience: brain encoders, attention as conditioning, in-context regression."""
+"""Attention models for neuroscience: brain encoders, conditioning, in-context regression."""
 
 __version__ = "0.1.0"
