@@ -113,7 +113,7 @@ def small() -> FindingsSettings:
         model=MedusaConfig(backbone="resnet18", body_widths=(8, 16, 32, 64, 128)),
         data=MedusaData(size=(96, 96), body_size=(96, 96)),
         training=FindingsTraining(learning_rate=1e-3),
-        trainer=TrainerSettings(max_epochs=10, batch=16),
+        trainer=TrainerSettings(max_epochs=15, batch=8),
     )
 
 
@@ -194,7 +194,7 @@ class MedusaFindingsRecipe(Recipe[FindingsSettings, MedusaCase, FindingsPredicti
         paper="Aboutalebi et al., Frontiers in Medicine 2022, arXiv 2110.06063",
         layout=LAYOUT,
         verified="the network of medusa, with a sigmoid per finding",
-        trained="its sample; CheXpert and MIMIC-CXR are not at hand",
+        trained="not yet beyond a few steps; CheXpert and MIMIC-CXR are not at hand",
         reproduced="none: the paper tells two or three classes apart",
         notice="research use only: not a medical device",
     )

@@ -242,7 +242,7 @@ class MoreFindingsRecipe(Recipe[TuningSettings, Study, FindingsPrediction]):
         paper="Thapa et al., 2024, arXiv 2410.16239",
         layout=LAYOUT,
         verified="the towers and projectors of more; exact parameter count of the published head",
-        trained="its sample",
+        trained="not yet beyond a few steps",
         reproduced="none: MIMIC-CXR and MIMIC-IV-ECG are not public",
         notice="research use only: not a medical device",
     )

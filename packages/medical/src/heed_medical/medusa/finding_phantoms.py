@@ -45,7 +45,7 @@ def make_picture(
 
 
 def write_findings(
-    out: Path, *, train: int = 192, test: int = 48, side: int = 96, seed: int = 0
+    out: Path, *, train: int = 160, test: int = 40, side: int = 96, seed: int = 0
 ) -> None:
     """Write `train.csv`, `valid.csv` and `{train,valid}/patientN/study1/view1_frontal.png`.
 

@@ -54,7 +54,13 @@ def check_sample(app: App, system: str, tmp_path: Path, *, seed: int = 3) -> Pat
 
 
 def check_life(
-    app: App, system: str, data: Path, tmp_path: Path, *, flags: Sequence[str] = ()
+    app: App,
+    system: str,
+    data: Path,
+    tmp_path: Path,
+    *,
+    flags: Sequence[str] = (),
+    part: str = ".",
 ) -> Path:
     """Train, resume, evaluate, predict, explain; every result is written and can be read.
 
@@ -64,6 +70,7 @@ def check_life(
         data: Its data set, such as `check_sample` made.
         tmp_path: Where to write.
         flags: Settings that make the model small.
+        part: What of the data set is predicted and explained.
 
     Returns:
         The run.
@@ -80,11 +87,15 @@ def check_life(
     assert scores["metrics"], "evaluate gave no metrics"
     assert scores["n"] > 0
     assert (run / "evaluation" / "val" / "cases.csv").stat().st_size > 0
-    predicted = call(app, "predict", run, data, "--out", tmp_path / "predicted", "--device", "cpu")
+    predicted = call(
+        app, "predict", run, data / part, "--out", tmp_path / "predicted", "--device", "cpu"
+    )
     assert predicted["n"] > 0
     for name in predicted["files"]:
         assert Path(name).stat().st_size > 0, f"{name} is empty"
-    explained = call(app, "explain", run, data, "--out", tmp_path / "explained", "--device", "cpu")
+    explained = call(
+        app, "explain", run, data / part, "--out", tmp_path / "explained", "--device", "cpu"
+    )
     suffixes = {Path(name).suffix for name in explained["files"]}
     assert suffixes == {".npz", ".png"}, f"explain wrote {suffixes}"
     return run
@@ -110,12 +121,14 @@ def check_export(app: App, run: Path, tmp_path: Path) -> None:
         assert all(check["ok"] for check in found["checks"])
 
 
-def check_recipe(app: App, system: str, tmp_path: Path, *, flags: Sequence[str] = ()) -> None:
+def check_recipe(
+    app: App, system: str, tmp_path: Path, *, flags: Sequence[str] = (), part: str = "."
+) -> None:
     """All of the above, one after the other."""
     check_card(app, system)
     check_settings(app, system, tmp_path)
     data = check_sample(app, system, tmp_path)
-    run = check_life(app, system, data, tmp_path, flags=flags)
+    run = check_life(app, system, data, tmp_path, flags=flags, part=part)
     check_export(app, run, tmp_path)
 
 
