@@ -72,7 +72,7 @@ neutral       shelves.json                 layouts (image, boxes, rows, cols) an
               (layout, target, subject, objects or x and y); pictures beside it
 STI           Amazon.json, images/*.jpg    binarymask/14x6-*.jpg where there are masks
 spreadsheets  *.xlsx, Question/*.png       ID, Target, Question, Choice, X, Y, T_Package, Sub_ID
-OSIE          fixations.mat or .json       objects: masks/*.png, boxes.csv, or an even grid
+OSIE          fixations.mat or .json       objects/*.png or boxes.csv, or an even grid
 COCO-Search18 *.json, images/              the target is the object that overlaps bbox most
 FixaTons, neutral scanpath CSV             free viewing over an even grid
 pictures      *.png, *.jpg                 predict and explain: --data.grid, --data.target

@@ -229,7 +229,7 @@ def draw_behaviour(totals: Mapping[str, Mapping[str, float]]) -> Figure:
         for place, name in enumerate(names):
             length = totals[name]["behaviour_length"]
             axes.annotate(f"{length:.1f} fixations", (1.01, place), va="center", fontsize=8)
-        axes.set(xlabel="share of fixations", xlim=(0, 1.22))
+        axes.set(xlabel="share of fixations", xlim=(0, 1.22), xticks=np.linspace(0, 1, 6))
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
         axes.grid(visible=False, axis="y")
     return figure

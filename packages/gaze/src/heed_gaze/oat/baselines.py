@@ -17,7 +17,7 @@ from scipy import ndimage  # type: ignore[import-untyped]
 from heed_gaze.oat.network import NO_TARGET
 from heed_gaze.oat.shelves import Layout, Trial
 
-Weights = Float64[np.ndarray, " n"]
+Weights = Float64[np.ndarray, " _"]
 Paths = list[Int64[np.ndarray, " _"]]
 _SMOOTHING = 0.1  # added to every count of a transition
 _CENTRE_SIGMA = (1.0, 4.0)  # of the surround in cells of 1/64 of the picture

@@ -3,8 +3,8 @@
 The objects of a picture are, in this order,
 
 1. the cells of `binarymask/14x6-<picture>` (STI): white rectangles on black,
-2. the labels of `masks/<picture>.png` (0 is background; a fixation goes to the label's box),
-3. the boxes of `boxes.csv` (image, x0, y0, x1, y1) in the folder,
+2. the labels of `objects/<picture>.png` (0 is background; a fixation goes to the label's box),
+3. the boxes of `objects/boxes.csv` (image, x0, y0, x1, y1),
 4. an even grid over the whole picture; the notes of the result say so.
 
 A fixation goes to the box that holds it, else to the nearest. Where a target's box is known, the
@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 STI_GRID = (6, 14)
 """Rows and columns of the book covers of the Amazon collages."""
 STI_MASKS = "binarymask"
-LABELS = "masks"
-BOXES = "boxes.csv"
+LABELS = "objects"
+BOXES = f"{LABELS}/boxes.csv"
 _ROW_PX = 10  # contours whose tops differ by less stand in one row
 
 

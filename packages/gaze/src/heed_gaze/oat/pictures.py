@@ -19,7 +19,7 @@ from heed_gaze.readers.pictures import read_picture
 Pixels = Literal["unit", "bgr-255", "min-max"]
 """unit: RGB / 255; bgr-255: BGR, 0 to 255; min-max: RGB, each crop scaled to 0 ... 1. The last two
 are what the paper's code did with the Amazon collages and with its own shelves."""
-Crops = UInt8[np.ndarray, "n h w 3"]
+Crops = UInt8[np.ndarray, "_ _ _ 3"]
 
 
 @dataclass(frozen=True, kw_only=True)

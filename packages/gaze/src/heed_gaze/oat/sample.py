@@ -24,7 +24,7 @@ from heed_gaze.oat.shelves import Layout, Shelves, Trial, even_boxes, reading_or
 
 Strategy = Literal["reading", "centre-row", "guided", "centre-first", "viewing"]
 _NOISE = 0.35  # of the order in which guided and centred viewers go
-_REFIX = 0.06  # chance of looking at an object once more before going on
+_REFIX = 0.2  # chance of looking at an object once more before going on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,8 +153,8 @@ def write_sample(out: Path, options: SampleOptions, *, seed: int) -> Shelves:
     return shelves
 
 
-Order = Int64[np.ndarray, " n"]
-Colours = Float64[np.ndarray, "n 3"]
+Order = Int64[np.ndarray, " _"]
+Colours = Float64[np.ndarray, "_ 3"]
 
 
 def _mean_colours(picture: UInt8[np.ndarray, "h w 3"], layout: Layout) -> Colours:

@@ -18,7 +18,7 @@ from heed_core.errors import InputError
 from heed_gaze.oat.network import NO_TARGET
 from heed_gaze.scanpaths import Scanpath, Size
 
-Boxes = Float64[np.ndarray, "n 4"]
+Boxes = Float64[np.ndarray, "_ 4"]
 _SLACK_PX = 1.0  # of a box at the border: pictures are cut to whole pixels
 
 
