@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
@@ -86,12 +86,19 @@ def draw_steps(prediction: SearchPrediction, retina: RetinaConfig) -> Figure:
         axes.set_title("target")
         for number, step in enumerate(steps):
             axes = figure.add_subplot(lines, columns, number + 2)
-            draw_heat_map(axes, step.values, size, picture=scene.image)
+            draw_heat_map(axes, contrast(step), size, picture=scene.image)
             draw_rings(axes, rings_in_window(retina, scene.size[0], 5), step.fixation, pool=5)
             _draw_move(axes, step)
             axes.set_title(f"saccade {number + 1}")
         figure.suptitle(title_of(prediction), fontsize=9)
     return figure
+
+
+def contrast(step: Step) -> Float64[np.ndarray, "h w"]:
+    """Attention from 0, what half of the allowed places have at most, to 1, the winner's."""
+    low = float(np.median(step.values[step.allowed]))
+    span = float(step.values.max()) - low
+    return np.asarray(np.clip((step.values - low) / (span or 1.0), 0.0, 1.0))
 
 
 def _draw_move(axes: Axes, step: Step) -> None:
@@ -171,7 +178,7 @@ def _frame(
 
     scale = min(FILM_SIDE / max(image.shape[:2]), 1.0)
     size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
-    values = step.values / (step.values.max() or 1.0)
+    values = contrast(step)
     heat = cv2.applyColorMap((255 * values).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     share = 0.65 * values[..., None]
     frame = (image * (1 - share) + heat * share).astype(np.uint8)

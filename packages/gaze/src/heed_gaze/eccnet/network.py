@@ -29,6 +29,8 @@ NORMALISATION: Mapping[str, tuple[tuple[float, ...], tuple[float, ...], bool]] =
     "keras-caffe": ((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), True),
 }
 """Mean and scale of the channels of a picture of 0 to 255, and whether they are blue first."""
+AVERAGING_GAIN = 1.4
+"""Of fresh convolutions over He's, without which a narrow network does not begin to learn."""
 Normalisation = Literal["torchvision", "keras-caffe"]
 
 
@@ -47,6 +49,8 @@ class EccNetConfig:
     """Classes of the classifier; 0: there is none."""
     hidden: int = 4096
     """Width of the two hidden layers of the classifier."""
+    dropout: float = 0.5
+    """In the classifier, while it trains."""
     picture: int = 224
     """Side of the pictures that the classifier takes."""
 
@@ -60,6 +64,8 @@ class EccNetConfig:
         for name in ("classes", "hidden", "picture"):
             if getattr(self, name) < (name != "classes"):
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
     @property
     def map_side(self) -> int:
@@ -168,6 +174,8 @@ class EccNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if isinstance(module, nn.Conv2d):  # pools that average make signals small
+                    module.weight.data.mul_(AVERAGING_GAIN)
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
@@ -177,9 +185,9 @@ def _classifier(config: EccNetConfig) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(inputs, config.hidden),
         nn.ReLU(),
-        nn.Dropout(0.5),
+        nn.Dropout(config.dropout),
         nn.Linear(config.hidden, config.hidden),
         nn.ReLU(),
-        nn.Dropout(0.5),
+        nn.Dropout(config.dropout),
         nn.Linear(config.hidden, config.classes),
     )
