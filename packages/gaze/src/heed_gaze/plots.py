@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Num, Shaped, UInt8
+from jaxtyping import Float, Num, Shaped
 
 from heed_gaze.scanpaths import Scanpath, Size
 
@@ -143,8 +143,8 @@ def draw_heat_map(
     axes.imshow(
         share,
         extent=(0, size_px[0], size_px[1], 0),
-        cmap="inferno",
-        alpha=strength * np.sqrt(share),
+        cmap="turbo",
+        alpha=strength * np.clip(3 * share, 0.0, 1.0),
         interpolation="bilinear",
         vmin=0.0,
         vmax=1.0,
@@ -205,16 +205,16 @@ def draw_search_slopes(
         known = np.isfinite(values)
         slope, intercept = fit_line(sizes[known], np.asarray(values, dtype=np.float64)[known])
         slopes[name] = slope
+        (line,) = axes.plot(sizes, intercept + slope * sizes, linewidth=1.2)
         axes.errorbar(
             sizes,
             values,
             yerr=None if errors is None else errors.get(name),
             fmt="os^Dv"[number % 5],
-            color=f"C{number}",
+            color=line.get_color(),
             capsize=3,
             label=f"{name}: {slope:.3g} {unit}",
         )
-        axes.plot(sizes, intercept + slope * sizes, color=f"C{number}", linewidth=1.2)
     axes.set(xlabel="set size (items)", ylabel=ylabel, xticks=sizes)
     axes.legend()
     return slopes
@@ -276,19 +276,43 @@ def draw_directions(
         bins: Number of sectors; the first is centred on "to the right".
     """
     width = 2 * np.pi / bins
-    for number, (name, values) in enumerate(directions_rad.items()):
+    for name, values in directions_rad.items():
         if not len(values):
             continue
         sectors = np.floor(np.mod(values + width / 2, 2 * np.pi) / width).astype(int) % bins
         share = np.bincount(sectors, minlength=bins) / len(values)
         around = np.append(np.arange(bins) * width, 2 * np.pi)
         closed = np.append(share, share[0])
-        axes.plot(around, closed, color=f"C{number}", label=name)
-        axes.fill(around, closed, color=f"C{number}", alpha=0.2)
+        (line,) = axes.plot(around, closed, label=name)
+        axes.fill(around, closed, color=line.get_color(), alpha=0.2)
     axes.set_xticks(np.arange(4) * np.pi / 2, ["right", "up", "left", "down"])
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.legend(loc="lower right", bbox_to_anchor=(1.15, -0.15))
+
+
+def draw_attainment(axes: Axes, scores: Mapping[str, Float[np.ndarray, " 4"]]) -> None:
+    """Draw scores between chance (0) and the viewers' agreement (1).
+
+    Args:
+        axes: Where.
+        scores: Name -> prediction, its lower and upper bound, and scanpaths of other pictures, all
+            on that scale.
+    """
+    names = list(scores)
+    rows = np.arange(len(names))
+    value, low, high, elsewhere = np.array([scores[name] for name in names]).reshape(-1, 4).T
+    left, right = np.minimum(low, high), np.maximum(low, high)
+    axes.axvline(0.0, color=CHANCE, linestyle="--", zorder=1)
+    axes.axvline(1.0, color=HUMAN, zorder=1)
+    axes.errorbar(
+        value, rows, xerr=[value - left, right - value], fmt="o", capsize=3, label="predicted"
+    )
+    axes.plot(elsewhere, rows, marker="|", markersize=10, linestyle="", label="other pictures")
+    axes.set_yticks(rows, [name.replace("_", " ") for name in names])
+    axes.invert_yaxis()
+    axes.set(xlabel="0: random scanpaths, 1: viewers among themselves")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2)
 
 
 def scanpath_colours(count: int) -> Sequence[str]:
@@ -298,13 +322,6 @@ def scanpath_colours(count: int) -> Sequence[str]:
 
     table = colormaps["turbo"]
     return [to_hex(table(0.08 + 0.84 * k / max(count - 1, 1))) for k in range(count)]
-
-
-def as_rgb(picture: UInt8[np.ndarray, "h w ..."]) -> UInt8[np.ndarray, "h w 3"]:
-    """A grey picture or one with opacity as RGB."""
-    if picture.ndim == 2:
-        return np.repeat(picture[..., None], 3, axis=2)
-    return picture[..., :3]
 
 
 def _size_of(path: Scanpath, picture: Shaped[np.ndarray, "h w ..."] | None) -> Size:

@@ -149,30 +149,27 @@ def _all_pairs(
 
     Two viewers are one pair, in random order: some scores are directed.
     """
-    yield (
-        "predicted",
-        [
-            (k, (path, viewer))
-            for k, case in enumerate(cases)
-            for path in case.predicted
-            for viewer in case.human
-        ],
-    )
+    predicted = [
+        (k, (path, viewer))
+        for k, case in enumerate(cases)
+        for path in case.predicted
+        for viewer in case.human
+    ]
+    yield "predicted", predicted
     human: Paired = []
     for k, case in enumerate(cases):
         for pair in combinations(case.human, 2):
             human.append((k, pair if rng.random() < 0.5 else pair[::-1]))
     yield "human", human
-    for kind, paths in (("random", chance), ("elsewhere", moved)):
-        yield (
-            kind,
-            [
-                (k, (path, viewer))
-                for k, case in enumerate(cases)
-                for path in paths[k]
-                for viewer in case.human
-            ],
-        )
+    floors: dict[Kind, Sequence[tuple[Scanpath, ...]]] = {"random": chance, "elsewhere": moved}
+    for kind, paths in floors.items():
+        floor = [
+            (k, (path, viewer))
+            for k, case in enumerate(cases)
+            for path in paths[k]
+            for viewer in case.human
+        ]
+        yield kind, floor
 
 
 def _by_size(cases: Sequence[Case], paired: Paired) -> dict[Size, Paired]:
@@ -318,11 +315,15 @@ def _weights(count: int, resamples: int, seed: int) -> Float64[np.ndarray, "r n"
     return np.asarray(drawn / count)
 
 
-def attainment(intervals: Mapping[Kind, Interval]) -> float:
-    """How far predictions come from the random floor (0) to the viewers' agreement (1)."""
+def attainment(name: str, intervals: Mapping[Kind, Interval]) -> float:
+    """How far predictions come from the random floor (0) to the viewers' agreement (1).
+
+    NaN where the score does not tell viewers from chance: their interval is not on its better side.
+    """
     if any(kind not in intervals for kind in ("predicted", "human", "random")):
         return float("nan")
-    floor, ceiling = intervals["random"].mean, intervals["human"].mean
-    if ceiling == floor:
+    floor, ceiling = intervals["random"].mean, intervals["human"]
+    better = ceiling.high < floor if name in LOWER_IS_BETTER else ceiling.low > floor
+    if not better:
         return float("nan")
-    return (intervals["predicted"].mean - floor) / (ceiling - floor)
+    return (intervals["predicted"].mean - floor) / (ceiling.mean - floor)
