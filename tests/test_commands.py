@@ -34,6 +34,10 @@ SMALL = {
         *("--model.widths", "2", "2", "3", "3", "4", "--model.picture", "32"),
         *("--data.tasks", "lightning_dir/top", "--data.most-trials", "1"),
     ),
+    "conditioning": (
+        *("--data.rules", "delta", "hebb", "--data.capacity-widths", "16"),
+        *("--data.capacity-repeats", "1", "--training.validation-episodes", "4"),
+    ),
     "classical": ("--training.lowest-steps-m", "0.04", "--training.height-stds-m", "0.02"),
 }
 """Flags that make a system small enough to run all its verbs in a minute."""
