@@ -150,7 +150,7 @@ def draw_effects(rows: Rows, learners: Sequence[str]) -> Figure:
         axes.set_yticks(range(len(names)), names)
         axes.grid(visible=False)
         figure.colorbar(image, ax=axes, label="effect (bold: shown)", extend="both")
-        axes.set_title("1: fully as in animals, 0: none")
+        axes.set_title("1: full effect, 0: none")
     return figure
 
 
@@ -219,6 +219,7 @@ def draw_depth(depth: Rows, width: Rows, heads: Rows) -> Figure:
             values = [row[name] for row in width]
             middle.plot([row["d_k"] for row in width], values, label=name, marker="os^"[number % 3])
         middle.set(xlabel="d_k", ylabel="relative error", xscale="log", yscale="log")
+        middle.set_xticks([row["d_k"] for row in width], [str(row["d_k"]) for row in width])
         count = [row["heads"] for row in heads]
         right.plot(count, [row["mean, simulated"] for row in heads], "o", label="mean, simulated")
         right.plot(count, [row["mean, theory"] for row in heads], "-", label="mean, theory")
@@ -236,6 +237,7 @@ def draw_depth(depth: Rows, width: Rows, heads: Rows) -> Figure:
         last.set(xlabel="heads", ylabel="share of wrong signs", xscale="log", yscale="log")
         for axes in (right, last):
             axes.set_xticks(count, [str(value) for value in count])
+        for axes in (middle, right, last):
             axes.minorticks_off()
         for axes in (left, middle, right, last):
             axes.legend(fontsize=8)
