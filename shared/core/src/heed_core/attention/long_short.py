@@ -1,0 +1,496 @@
+"""Long-short attention: near tokens one by one, far ones by a few summaries, in one softmax.
+
+Not causal, with tiles of w tokens and L summaries per head (transformer-LS, Eq. 3 to 5):
+
+    K, V = LN(x W_k), LN(x W_v),   P = softmax over tokens of (x W_p),   K~, V~ = LN(P K), LN(P V)
+    o_i = softmax over [K~, K_j] of (scale * q_i . k) v,   t w - w // 2 <= j < (t + 1) w + w // 2
+
+for a token i of tile t. Causal, with chunks of c tokens that r summaries each stand for:
+
+    window i - w < j <= i:   (s q_i + u) . LN(k_j) + (s q_i + b) . R(i - j)
+    summary a of a chunk that ended before that of i:   s q_i . (LN(P k)_a + R'(p))
+
+where P is a softmax within the chunk, p counts summaries back from the latest one that is visible,
+s = d^-1/2, and R, R' map sinusoids. Zhu et al., "Long-short transformer" (arXiv 2107.02192), in the
+variants of arXiv 2210.07661, whose code lets `memory` zero vectors before the sequence, and the
+places of the window there, take part in the causal softmax: `phantom_slots=True`.
+
+Cost per head for n tokens: time n (2 w + 2 L) d, memory n d. Causal: time n (3/2 w + n r / c) d,
+memory n (3/2 w + n r / c): the scores of places are a bias. Observed or steered: time n^2 d.
+
+Sites: `compress`, what summaries read, and `attend`, weights of [summaries, tokens].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from heed_core import masks
+from heed_core.attention.multi_head import check_heads
+from heed_core.attention.projected import (
+    Pattern,
+    ProjectedAttention,
+    check_padding,
+    check_positive,
+    check_tokens,
+)
+from heed_core.cache import KVCache
+from heed_core.dispatch import Impl
+from heed_core.precision import at_least_float32
+from heed_core.recurrence import join, split
+from heed_core.sites import Attend
+
+SHORT = 32
+"""Up to so many tokens the whole map costs no more."""
+
+
+def read_by_scores(
+    site: Attend,
+    scores: Float[Tensor, "b h s n"],
+    rows: Float[Tensor, "b h n e"],
+    mask: Bool[Tensor, "*#mask"] | None = None,
+) -> Float[Tensor, "b h s e"]:
+    """Rows averaged by the softmax of given scores, at a site."""
+    batch, heads, several, length = scores.shape
+    asking = rows.new_zeros(batch, heads, several, 1)
+    asked = rows.new_zeros(batch, heads, length, 1)
+    mixed: Tensor = site(asking, asked, rows, bias=scores, mask=mask, causal=False)
+    return mixed
+
+
+def tiled_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h n d"],
+    value: Float[Tensor, "b h n e"],
+    far_key: Float[Tensor, "b h s d"],
+    far_value: Float[Tensor, "b h s e"],
+    *,
+    window: int,
+    padding_mask: Bool[Tensor, "b n"] | None = None,
+    site: Attend | None = None,
+) -> Float[Tensor, "b h n e"]:
+    """One softmax over summaries and the tokens of the own tile and half a tile on either side.
+
+    Args:
+        query: One row per token.
+        key: One row per token.
+        value: What is averaged.
+        far_key: Of the summaries, which every token sees.
+        far_value: What is averaged of them.
+        window: Tokens of a tile.
+        padding_mask: True = real token.
+        site: Where attention is computed, and may be watched; a plain one if not given.
+    """
+    check_positive(window=window)
+    site = Attend() if site is None else site
+    batch, _, n, _ = query.shape
+    half, far = window // 2, far_key.shape[2]
+    own = torch.arange(n, device=query.device)
+    short = n <= SHORT and not torch.compiler.is_compiling()
+    if short or site.attachments is not None:
+        first = own[:, None] // window * window
+        near = (own >= first - half) & (own < first + window + half)
+        near = near if padding_mask is None else near & padding_mask[:, None]
+        everywhere = near.new_ones(*near.shape[:-1], far)
+        allowed = torch.cat([everywhere, near], dim=-1)
+        allowed = allowed if padding_mask is None else allowed[:, None]
+        pair = (torch.cat(both, dim=2) for both in ((far_key, key), (far_value, value)))
+        whole: Tensor = site(query, *pair, mask=allowed, causal=False)
+        return whole
+    rows = split(query, window)  # (b, h, tiles, w, d)
+    tiles = rows.shape[2]
+    place = torch.arange(-half, window + half, device=query.device)
+    place = window * torch.arange(tiles, device=query.device)[:, None] + place  # (tiles, keys)
+    inside = ((place >= 0) & (place < n))[None].expand(batch, -1, -1)
+    place = place.clamp(0, max(n - 1, 0))
+    if padding_mask is not None:
+        inside = inside & padding_mask[:, place]
+    allowed = torch.cat([inside.new_ones(batch, tiles, far), inside], dim=-1)
+
+    def tiled(far_rows: Tensor, near_rows: Tensor) -> Tensor:
+        some = near_rows.transpose(1, 2)[:, place]  # (b, tiles, keys, h, d)
+        every = far_rows.transpose(1, 2)[:, None].expand(-1, tiles, -1, -1, -1)
+        return torch.cat([every, some], dim=2).flatten(0, 1).transpose(1, 2)
+
+    mixed: Tensor = site(
+        rows.transpose(1, 2).flatten(0, 1),
+        tiled(far_key, key),
+        tiled(far_value, value),
+        mask=allowed.flatten(0, 1)[:, None, None],
+        causal=False,
+    )
+    return join(mixed.reshape(batch, tiles, *mixed.shape[1:]).transpose(1, 2), n)
+
+
+class LongShortAttention(ProjectedAttention):
+    """Long-short attention that is not causal, with its projections.
+
+    Args:
+        dim: Channels of a token, in and out.
+        heads: How many.
+        window: Tokens of a tile.
+        landmarks: Summaries of each head.
+        qkv_bias: Whether queries, keys and values have a bias.
+        out_bias: Whether the output has a bias.
+        dropout: Probability of dropping a weight in training.
+        norm_eps: Of the layer norms.
+        impl: Back-end of the sites.
+
+    Example:
+        >>> attention = LongShortAttention(32, heads=4, window=5, landmarks=3)
+        >>> attention(torch.randn(1, 50, 32)).shape
+        torch.Size([1, 50, 32])
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        window: int = 15,
+        landmarks: int = 16,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        norm_eps: float = 1e-5,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__(dim, heads=heads, qkv_bias=qkv_bias, out_bias=out_bias)
+        check_positive(window=window, landmarks=landmarks)
+        self.window, self.landmarks = window, landmarks
+        self.summarise = nn.Linear(dim, heads * landmarks)
+        self.near_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.far_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.compress = Attend(impl=impl)
+        self.attend = Attend(dropout=dropout, impl=impl)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        padding_mask: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Attend.
+
+        Args:
+            x: Tokens.
+            padding_mask: True = real token.
+        """
+        self.check_call(x, None, padding_mask)
+        query = self.split_heads(self.query(x))
+        key, value = (
+            self.split_heads(self.near_norm(layer(x))) for layer in (self.key, self.value)
+        )
+        scores = self.summarise(x).reshape(*x.shape[:2], self.heads, -1).permute(0, 2, 3, 1)
+        real = None if padding_mask is None else masks.keys(padding_mask)
+        read = read_by_scores(self.compress, scores, torch.cat([key, value], dim=-1), real)
+        far = (
+            self.split_heads(self.far_norm(rows.transpose(1, 2).flatten(2)))
+            for rows in read.chunk(2, dim=-1)
+        )
+        mixed = tiled_attention(
+            query,
+            key,
+            value,
+            *far,
+            window=self.window,
+            padding_mask=padding_mask,
+            site=self.attend,
+        )
+        return self.join(mixed, x)
+
+
+class SinusoidMap(nn.Module):
+    """Sinusoids of a distance, [sin, cos], mapped to the channels of all heads.
+
+    Args:
+        dim: Channels.
+        heads: That they are cut into.
+        bias: Whether the map has one.
+    """
+
+    def __init__(self, dim: int, *, heads: int, bias: bool) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim must be even for sinusoids, got {dim}")
+        self.heads = heads
+        self.map = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, count: int) -> Float[Tensor, "h p d"]:
+        """Rows for distances 0 to count - 1."""
+        weight = self.map.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        pair = torch.arange(0, weight.shape[1], 2, device=weight.device)
+        rate = 10000.0 ** (-pair.to(torch.float64) / weight.shape[1])
+        angle = torch.arange(count, device=weight.device)[:, None] * rate
+        code = torch.cat([angle.sin(), angle.cos()], dim=-1).to(exact)
+        rows: Tensor = self.map(code.to(weight.dtype))
+        return rows.reshape(count, self.heads, -1).transpose(0, 1)
+
+
+class CausalLongShortAttention(nn.Module):
+    """Causal long-short attention with its projections.
+
+    Args:
+        dim: Channels of a token, in and out; even.
+        heads: How many, dividing `dim`.
+        window: Tokens seen one by one, the own one included.
+        chunk: Tokens that summaries stand for.
+        rank: Summaries of a chunk.
+        qkv_bias: Whether queries, keys and values have a bias.
+        out_bias: Whether the output has a bias.
+        dropout: Probability of dropping a weight in training.
+        phantom_slots: Places before the sequence take part, as in the published code.
+        memory: Tokens before the sequence, for `phantom_slots`; a multiple of `chunk`.
+        norm_eps: Of the layer norms.
+        impl: Back-end of the sites.
+
+    Example:
+        >>> attention = CausalLongShortAttention(32, heads=4, window=8, chunk=4)
+        >>> attention(torch.randn(1, 50, 32)).shape
+        torch.Size([1, 50, 32])
+    """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        window: int = 256,
+        chunk: int = 32,
+        rank: int = 1,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        dropout: float = 0.0,
+        phantom_slots: bool = False,
+        memory: int = 1024,
+        norm_eps: float = 1e-5,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        check_heads(dim, heads, heads, None)
+        check_positive(window=window, chunk=chunk, rank=rank)
+        if phantom_slots and (memory < 0 or memory % chunk):
+            raise ValueError(f"memory must be a multiple of chunk={chunk}, got {memory}")
+        self.dim, self.heads, self.head_dim = dim, heads, dim // heads
+        self.window, self.chunk, self.rank = window, chunk, rank
+        self.phantoms = memory // chunk * rank if phantom_slots else None
+        self.query = nn.Linear(dim, dim, bias=qkv_bias)
+        self.key = nn.Linear(dim, dim, bias=qkv_bias)
+        self.value = nn.Linear(dim, dim, bias=qkv_bias)
+        self.summarise = nn.Linear(dim, heads * rank)
+        self.near_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.far_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.near_place = SinusoidMap(dim, heads=heads, bias=False)
+        self.far_place = SinusoidMap(dim, heads=heads, bias=True)
+        self.content_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.place_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.compress = Attend(impl=impl)
+        self.attend = Attend(scale=1.0, dropout=dropout, impl=impl)
+        self.out = nn.Linear(dim, dim, bias=out_bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        padding_mask: Bool[Tensor, "b m"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """Attend.
+
+        Args:
+            x: Tokens.
+            padding_mask: True = real token; with a cache also for those in it.
+            cache: From `new_cache`, for decoding.
+        """
+        check_tokens("x", x, self.dim)
+        key, value, scores = (
+            self._heads(layer(x)) for layer in (self.key, self.value, self.summarise)
+        )
+        if cache is not None:
+            key, both = cache.append(key, torch.cat([value, scores], dim=-1))
+            value, scores = both.tensor_split([self.head_dim], dim=-1)
+        if padding_mask is not None:
+            check_padding(padding_mask, x.shape[0], key.shape[2])
+        query = self._heads(self.query(x)) * self.head_dim**-0.5
+        far = self._summaries(key, value, scores, padding_mask)
+        near = self._normed(self.near_norm, key), self._normed(self.near_norm, value)
+        mixed = self._mixed(query, near, far, padding_mask)
+        return cast(Tensor, self.out(mixed.to(x.dtype).transpose(1, 2).flatten(2)))
+
+    def new_cache(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for decoding: keys, and values beside their scores in the summaries.
+
+        Args:
+            batch: Sequences decoded together.
+            max_len: Tokens that it must hold.
+            dtype: Of keys and values; that of the weights if not given.
+        """
+        weight = self.key.weight
+        return KVCache(
+            batch,
+            self.heads,
+            max_len,
+            self.head_dim,
+            value_dim=self.head_dim + self.rank,
+            dtype=weight.dtype if dtype is None else dtype,
+            device=weight.device,
+        )
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def _normed(self, norm: nn.Module, heads: Tensor) -> Tensor:
+        """A norm over the channels of all heads."""
+        return self._heads(norm(heads.transpose(1, 2).flatten(2)))
+
+    def _summaries(
+        self, key: Tensor, value: Tensor, scores: Tensor, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (b, h, s, d) of the chunks, and whether they hold a real token (b, s)."""
+        batch, _, n, width = key.shape
+        rows, grades = split(torch.cat([key, value], dim=-1), self.chunk), split(scores, self.chunk)
+        chunks = rows.shape[2]
+        real = torch.ones(batch, 1, n, 1, dtype=key.dtype, device=key.device)
+        if padding_mask is not None:
+            real = real * padding_mask[:, None, :, None]
+        there = split(real, self.chunk)[..., 0] > 0  # (b, 1, chunks, c)
+        read = read_by_scores(
+            self.compress,
+            grades.mT.transpose(1, 2).flatten(0, 1),  # (b chunks, h, r, c)
+            rows.transpose(1, 2).flatten(0, 1),
+            there[:, 0].flatten(0, 1)[:, None, None],
+        )
+        read = read.reshape(batch, chunks, *read.shape[1:]).transpose(1, 2).flatten(2, 3)
+        present = there[:, 0].any(-1).repeat_interleave(self.rank, dim=1)
+        far = [self._normed(self.far_norm, part) for part in read.tensor_split([width], dim=-1)]
+        if self.phantoms is not None:
+            empty = self._heads(self.far_norm.bias.expand(batch, self.phantoms, -1))
+            far = [torch.cat([empty.to(part.dtype), part], dim=2) for part in far]
+            present = torch.cat([present.new_ones(batch, self.phantoms), present], dim=1)
+        return far[0], far[1], present
+
+    def _mixed(
+        self,
+        query: Tensor,
+        near: tuple[Tensor, Tensor],
+        far: tuple[Tensor, Tensor, Tensor],
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """Blocks of queries as samples of a batch; one block where watched, short or decoding."""
+        batch, _, n, _ = query.shape
+        m, device = near[0].shape[2], query.device
+        size = max(16, self.window // 2)
+        whole = self.attend.attachments is not None or n != m
+        if whole or (n <= size and not torch.compiler.is_compiling()):
+            rows = query[:, :, None]
+            asking = torch.arange(m - n, m, device=device)[None]
+            first = 1 - self.window if self.phantoms is not None else 0
+            asked = torch.arange(first, m, device=device)[None]
+        else:
+            rows = split(query, size)
+            start = size * torch.arange(rows.shape[2], device=device)[:, None]
+            asking = start + torch.arange(size, device=device)
+            asked = start + torch.arange(1 - self.window, size, device=device)
+        blocks = rows.shape[2]
+        away = asking[:, :, None] - asked[:, None]  # (blocks, t, u)
+        inside = (asked < m) if self.phantoms is not None else (asked >= 0) & (asked < m)
+        allowed = ((away >= 0) & (away < self.window)) & inside[:, None]
+        place = asked.clamp(0, max(m - 1, 0))
+        if padding_mask is not None:
+            real = padding_mask[:, place] | (asked < 0)
+            allowed = allowed & real[:, :, None]
+        allowed = allowed.expand(batch, *away.shape)
+        seen, latest = self._visible(asking, far[2])
+        key, value = (self._picked(part, place, asked) for part in near)
+
+        def beside(summaries: Tensor, tokens: Tensor) -> Tensor:
+            every = summaries.transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1)
+            return torch.cat([every, tokens], dim=2).flatten(0, 1).transpose(1, 2)
+
+        bias = torch.cat(
+            [self._far_bias(rows, far[0], latest), self._near_bias(rows, away)], dim=-1
+        )
+        mixed: Tensor = self.attend(
+            (rows + self.content_bias[:, None, None]).transpose(1, 2).flatten(0, 1),
+            beside(far[0], key),
+            beside(far[1], value),
+            mask=torch.cat([seen, allowed], dim=-1).flatten(0, 1)[:, None],
+            bias=bias.transpose(1, 2).flatten(0, 1),
+            causal=False,
+        )
+        return join(mixed.reshape(batch, blocks, *mixed.shape[1:]).transpose(1, 2), n)
+
+    def _picked(self, rows: Tensor, place: Tensor, asked: Tensor) -> Tensor:
+        """Tokens at places, (b, blocks, u, h, d); before the first one, what a norm makes of 0."""
+        found = rows.transpose(1, 2)[:, place]
+        if self.phantoms is None:
+            return found
+        empty = self.near_norm.bias.reshape(self.heads, -1).to(rows.dtype)
+        return torch.where((asked < 0)[..., None, None], empty, found)
+
+    def _visible(self, asking: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Which summaries a query sees, (b, blocks, t, s), and how far back they are."""
+        summaries = torch.arange(present.shape[1], device=asking.device)
+        before = asking // self.chunk * self.rank + (self.phantoms or 0)
+        latest = before[..., None] - 1 - summaries  # (blocks, t, s)
+        return (latest >= 0) & present[:, None, None], latest
+
+    def _near_bias(self, rows: Tensor, away: Tensor) -> Tensor:
+        """(s q + b) . R(i - j), (b, h, blocks, t, u)."""
+        code = self.near_place(self.window)[:, None]
+        asked = rows + self.place_bias[:, None, None]
+        terms = at_least_float32(asked) @ at_least_float32(code).mT  # (b, h, blocks, t, w)
+        place = away.clamp(0, self.window - 1).expand(*rows.shape[:2], *away.shape)
+        return terms.gather(-1, place)
+
+    def _far_bias(self, rows: Tensor, far_key: Tensor, latest: Tensor) -> Tensor:
+        """S q . R'(p), less what `content_bias` adds to the products with summaries."""
+        code = self.far_place(far_key.shape[2])[:, None]
+        terms = at_least_float32(rows) @ at_least_float32(code).mT
+        place = latest.clamp(0, None).clamp(max=far_key.shape[2] - 1)
+        terms = terms.gather(-1, place.expand(*rows.shape[:2], *latest.shape))
+        extra = (far_key * self.content_bias[:, None]).sum(-1)
+        return terms - at_least_float32(extra)[:, :, None, None]
+
+    def extra_repr(self) -> str:
+        """Show the options that no sub-module shows."""
+        return (
+            f"heads={self.heads}, window={self.window}, chunk={self.chunk}, rank={self.rank}, "
+            f"phantoms={self.phantoms}"
+        )
+
+
+def long_short_from_cab(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of the published library's long-short attention, causal or not.
+
+    Raises:
+        ValueError: A name that neither has.
+    """
+    parts = {"W_q": "query", "W_k": "key", "W_v": "value", "W_o": "out", "dconv_fc": "summarise"}
+    parts |= {"dual_ln_l": "near_norm", "dual_ln_s": "far_norm", "dconv_1": "summarise"}
+    parts |= {"proj_query": "query", "proj_key": "key", "proj_val": "value", "proj_out": "out"}
+    parts |= {"dual_ln_win": "near_norm", "dual_ln_dproj": "far_norm"}
+    parts |= {"r_net": "near_place.map", "r_net_chunk": "far_place.map"}
+    biases = {"r_w_bias": "content_bias", "r_r_bias": "place_bias"}
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if name == "pos_emb.inv_freq":
+            continue  # a function of the width
+        if name in biases:
+            result[biases[name]] = tensor.reshape(tensor.shape[1], tensor.shape[-1])
+        elif module in parts and kind in ("weight", "bias"):
+            result[f"{parts[module]}.{kind}"] = tensor
+        else:
+            raise ValueError(f"{name!r} is no weight of CAB's long-short attention")
+    return result
