@@ -1,0 +1,183 @@
+"""eccNET from the command line: its own faults, baselines, weights and real pictures."""
+
+import csv
+import io
+import json
+import os
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from heed_gaze.eccnet.experiments import EXPERIMENTS
+from heed_gaze.eccnet.layouts import write_stimuli
+from heed_gaze_cli import APP
+from heed_gaze_cli.eccnet_scoring import report_searches
+from heed_runtime.testing.contract import call
+
+DATA = Path(os.environ.get("HEED_DATA", Path(__file__).parents[4] / "shared" / "data"))
+WEIGHTS = os.environ.get("HEED_VGG16")
+"""A file of VGG16's ImageNet weights, torchvision's or Keras's."""
+TINY = (
+    *("--preset", "vgg16", "--model.widths", "2", "2", "3", "3", "4", "--device", "cpu"),
+    *("--data.most-trials", "1"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "stimuli"
+    write_stimuli(root, seed=1, trials=1, experiments=(EXPERIMENTS[1],))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A network that nothing trains, for the search set."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    call(APP, "train", "eccnet", "--data", data, "--out", out, *TINY)
+    return out
+
+
+def fault(*words):
+    err = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(err):
+        code = APP.call([str(word) for word in words])
+    lines = [line for line in err.getvalue().splitlines() if "error:" in line]
+    assert code == 2, err.getvalue()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_network_without_classifier_is_used_as_it_is(run, data):
+    found = call(APP, "evaluate", run, "--data", data, "--device", "cpu")
+    assert found["n"] == 6
+    assert found["metrics"]["asymmetry_index_human"] == pytest.approx(0.5645, abs=1e-4)
+    assert found["metrics"]["experiments"] == 1
+    tasks = found["tables"]["tasks"]
+    assert [row["set_size"] for row in tasks] == [1, 6, 12] * 2
+    for row in tasks:
+        assert 1 <= row["mean_saccades"] <= 16
+        assert row["mean_rt_ms"] == pytest.approx(252.359 * row["mean_saccades"] + 376.271)
+        assert row["chance"] == 8.5
+    whole = call(
+        APP, "evaluate", run, "--data", data, "--device", "cpu", "--data.reuse-surround", "False"
+    )
+    assert whole["tables"] == found["tables"]
+    chance = call(APP, "evaluate", run, "--data.searcher", "chance", "--device", "cpu")
+    assert chance["tables"] != found["tables"]
+
+
+def test_a_single_picture_is_searched(run, tmp_path):
+    rng = np.random.default_rng(0)
+    image = np.full((60, 90), 240, np.uint8)
+    image[40:50, 70:80] = rng.integers(0, 99, (10, 10))
+    Image.fromarray(image).save(tmp_path / "scene.png")
+    Image.fromarray(image[40:50, 70:80]).save(tmp_path / "target.png")
+    truth = np.zeros_like(image)
+    truth[40:50, 70:80] = 255
+    Image.fromarray(truth).save(tmp_path / "truth.png")
+    words = ("--data.target", tmp_path / "target.png", "--data.truth", tmp_path / "truth.png")
+    call(
+        APP, "predict", run, tmp_path / "scene.png", "--out", tmp_path / "out", *words,
+        "--data.searcher", "pixel-match", "--device", "cpu",
+    )  # fmt: skip
+    with (tmp_path / "out" / "scene.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["x"], row["y"]) for row in rows] == [("45.0", "30.0"), ("75.0", "45.0")]
+    for suffix in ("png", "gif"):
+        assert (tmp_path / "out" / f"scene.{suffix}").stat().st_size > 100
+    said = fault("predict", run, tmp_path / "scene.png", "--out", tmp_path / "again")
+    assert "--data.target" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("target/1.png", np.zeros((300, 300), np.uint8), "target is 300 x 300"),
+        ("gt/1.png", np.zeros((198, 198), np.uint8), "is black"),
+        ("gt/1.png", np.full((20, 198), 255, np.uint8), "is for 20 x 198"),
+        ("stimuli/1.png", b"", "cannot be read as a picture"),
+        ("stimuli/1.png", b"\x89PNG\r\n\x1a\n", "cannot be read as a picture"),
+        ("../gt_mask.npy", b"\x93NUMPY", "cannot be read as an array"),
+    ],
+)
+def test_broken_files_are_named_in_one_line(run, tmp_path, name, content, said):
+    root = tmp_path / "stimuli"
+    write_stimuli(root, seed=1, trials=1, experiments=(EXPERIMENTS[1],))
+    path = root / "lightning_dir" / "left_right" / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        Image.fromarray(content).save(path)
+    line = fault("predict", run, root, "--out", tmp_path / "out", "--device", "cpu")
+    assert said in line
+    assert "left_right" in line or "gt_mask.npy" in line
+    assert call(APP, "check", "eccnet", root, code=1) == {}
+
+
+def test_faults_of_weights_and_tasks_are_told(data, tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"not weights")
+    words = ("train", "eccnet", "--data", data, "--out", tmp_path / "run", *TINY)
+    assert "w.pth" in fault(*words, "--training.weights", tmp_path / "w.pth")
+    assert "no search task whose name holds waldo" in fault(*words, "--data.tasks", "waldo")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "empty").mkdir()
+    assert "no pictures" in fault("train", "eccnet", "--data", tmp_path / "empty")
+
+
+def test_stimuli_are_made_whole(tmp_path):
+    found = call(APP, "stimuli", "--out", tmp_path / "s", "--experiments", "2", "--trials", "2")
+    assert found["n"] == 12
+    assert (
+        fault("stimuli", "--out", tmp_path / "s", "--experiments", "2").count("is not empty") == 1
+    )
+    assert "experiments" in fault("stimuli", "--out", tmp_path / "t", "--experiments", "7")
+
+
+def test_the_report_has_no_index_without_both_tasks():
+    row = {
+        "task": "intersection/Ts", "set_size": 3, "found_at": None, "cells": 9, "most": 9,
+        "fixations": 10, "case": "a",
+    }  # fmt: skip
+    report = report_searches([row, {**row, "set_size": 6, "found_at": 2}])
+    assert "asymmetry_index" not in report.metrics
+    assert report.tables[0].rows[0]["mean_saccades"] == 3  # not found: the size of its set
+
+
+@pytest.mark.slow
+def test_real_digits_are_learnt_and_search_works(data, tmp_path):
+    root = DATA / "img-mnist-t10k"
+    if not root.is_dir():
+        pytest.skip(f"no {root}: set HEED_DATA to the folder of real data")
+    run = tmp_path / "run"
+    small = ("--data.flip", "False", "--model.picture", "32", "--device", "cpu")
+    trained = call(
+        APP, "train", "eccnet", "--data", root, "--out", run, *small,
+        "--trainer.max-steps", "400", "--trainer.batch", "32",
+    )  # fmt: skip
+    assert trained["metrics"]["val/score"] > 0.8
+    found = call(APP, "evaluate", run, "--data", data, "--device", "cpu")
+    assert found["metrics"]["found"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WEIGHTS is None, reason="set HEED_VGG16 to a file of VGG16's ImageNet weights")
+def test_imagenet_features_are_asymmetric(tmp_path):
+    """With ImageNet's weights the index is far from that of random ones (paper: .513)."""
+    data = tmp_path / "stimuli"
+    call(APP, "stimuli", "--out", data, "--trials", "6", "--experiments", "1", "2", "6")
+    kind = "keras-caffe" if str(WEIGHTS).endswith((".h5", ".hdf5")) else "torchvision"
+    indices = {}
+    for name, words in {"imagenet": ("--training.weights", WEIGHTS), "random": ()}.items():
+        run = tmp_path / name
+        call(
+            APP, "train", "eccnet", "--preset", "vgg16", "--model.weights", kind, "--data", data,
+            "--out", run, *words,
+        )  # fmt: skip
+        scores = call(APP, "evaluate", run)
+        indices[name] = json.loads(json.dumps(scores["metrics"]))["asymmetry_index"]
+    assert indices["imagenet"] > 0.3
+    assert abs(indices["random"]) < abs(indices["imagenet"])
