@@ -62,8 +62,9 @@ def key_query_circuits(layer: nn.Module) -> Float[Tensor, "h k c"]:
 
 def output_value_circuits(layer: nn.Module) -> Float[Tensor, "h o k"]:
     """OV_h = O_h V_h of the heads of a layer that `kq_ov_circuits` reads, unchecked."""
-    out = cast(Tensor, cast(nn.Linear, layer.out).weight)
-    return out.unflatten(1, (_heads(layer), -1)).transpose(0, 1) @ _by_head(layer, "value")
+    out = cast(nn.Linear, layer.out).weight
+    columns = out.view(out.shape[0], _heads(layer), -1).transpose(0, 1)  # (h, o, d)
+    return columns @ _by_head(layer, "value")
 
 
 def _heads(layer: nn.Module) -> int:
@@ -74,7 +75,7 @@ def _by_head(layer: nn.Module, part: str) -> Tensor:
     """The rows of a projection for each head of queries: (h, d, c)."""
     weight, heads = cast(nn.Linear, getattr(layer, part)).weight, _heads(layer)
     groups = heads if part == "query" else getattr(layer, "kv_heads", heads)
-    rows = weight.unflatten(0, (groups, -1))
+    rows = weight.view(groups, -1, weight.shape[1])
     return rows if groups == heads else rows.repeat_interleave(heads // groups, 0)
 
 

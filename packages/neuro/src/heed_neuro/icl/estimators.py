@@ -39,7 +39,8 @@ def preconditioned_step(
     masks = torch.from_numpy(task.masks).to(x)
     slope = (x.mT @ sequences.y / x.shape[1]) * masks.T  # (b, d, n)
     turned = torch.from_numpy(omega).to(x) @ sequences.query.mT  # (b, d, q)
-    return turned.mT @ slope
+    result: Tensor = turned.mT @ slope
+    return result
 
 
 def ridge(

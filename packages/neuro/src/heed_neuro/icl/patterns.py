@@ -100,7 +100,7 @@ class Pattern:
     def effective(self) -> Float[np.ndarray, "n d d"]:
         """sum_h mu_h (block of KQ_h), per output: what stands for eta Omega in one step."""
         own = np.stack([self.ov[:, n, self.dim + n] for n in range(self.ov.shape[1])])  # (n, h)
-        return np.einsum("nh,hij->nij", own, self._block)
+        return np.asarray(np.einsum("nh,hij->nij", own, self._block))
 
     @property
     def _block(self) -> Float[np.ndarray, "h d d"]:

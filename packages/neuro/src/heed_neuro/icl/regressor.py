@@ -128,7 +128,7 @@ def set_signs(model: InContextRegressor, signs: Signs) -> None:
     layer, dim = model.attention, model.config.dim
     with torch.no_grad():
         traces = key_query_circuits(layer)[:, :dim, :dim].diagonal(dim1=1, dim2=2).sum(-1)
-        rows = layer.query.weight.unflatten(0, (layer.heads, -1))
+        rows = layer.query.weight.view(layer.heads, -1, layer.dim)
         for head, trace in enumerate(traces.tolist()):
             wanted = -1.0 if signs == "opposite" and head % 2 else 1.0
             if trace * wanted < 0:

@@ -87,10 +87,10 @@ def monte_carlo(
     parts: dict[str, list[np.ndarray]] = {name: [] for name in predictors}
     for start in range(0, samples, BATCH):
         batch = draw(task, min(BATCH, samples - start), generator=generator)
-        for name, errors in squared_errors(predictors, batch).items():
-            parts[name].append(errors)
-    errors = {name: np.concatenate(found) for name, found in parts.items()}
-    return {name: risk_of(found) for name, found in errors.items()}, errors
+        for name, found in squared_errors(predictors, batch).items():
+            parts[name].append(found)
+    errors = {name: np.concatenate(pieces) for name, pieces in parts.items()}
+    return {name: risk_of(values) for name, values in errors.items()}, errors
 
 
 def risk_of(errors: Float[np.ndarray, " s"]) -> Risk:
