@@ -21,6 +21,10 @@ PICTURES = (
 )
 VOXELS = ("--model.width", "4", "--model.grid.shape", "60", "45", "8")
 SMALL = {
+    "oat": (
+        *("--model.encoder-depth", "1", "--model.decoder-depth", "1"),
+        *("--data.samples", "2"),
+    ),
     "medusa": PICTURES,
     "medusa-findings": PICTURES,
     "medusa-body": ("--data.size", "32", "32", "--model.widths", "4", "8"),
@@ -39,6 +43,10 @@ SMALL = {
         *("--data.capacity-repeats", "1", "--training.validation-episodes", "4"),
     ),
     "classical": ("--training.lowest-steps-m", "0.04", "--training.height-stds-m", "0.02"),
+    "icl": (
+        *("--data.epoch-sequences", "64", "--data.val-sequences", "64"),
+        *("--data.test-sequences", "64", "--data.lengths", "10"),
+    ),
 }
 """Flags that make a system small enough to run all its verbs in a minute."""
 PART = {

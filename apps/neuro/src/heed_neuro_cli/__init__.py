@@ -10,8 +10,15 @@ APP = App(
     systems={
         "brain-encoder": "heed_neuro_cli.brain_encoder:RECIPE",
         "conditioning": "heed_neuro_cli.conditioning:RECIPE",
+        "icl": "heed_neuro_cli.icl:RECIPE",
     },
     verbs={
+        "baselines": Verb(module="heed_neuro_cli.baselines", arguments="DATA"),
+        "ceiling": Verb(module="heed_neuro_cli.ceiling", arguments="DATA"),
+        "decode": Verb(module="heed_neuro_cli.decode", arguments="FILE"),
+        "ensemble": Verb(module="heed_neuro_cli.ensemble", arguments="RUN..."),
+        "features": Verb(module="heed_neuro_cli.features", arguments="DATA --out DIR"),
+        "rsa": Verb(module="heed_neuro_cli.rsa", arguments="IMAGES --rdms FILE"),
         "simulate": Verb(module="heed_neuro_cli.simulate", arguments="SCHEDULE..."),
         "capacity": Verb(module="heed_neuro_cli.capacity"),
         "depth": Verb(module="heed_neuro_cli.depth"),
