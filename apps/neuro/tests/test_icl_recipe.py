@@ -1,0 +1,196 @@
+"""In-context regression from the command line: what training reaches, bad input, evaluation."""
+
+import csv
+import io
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from heed_neuro.icl.regressor import InContextRegressor, RegressorConfig, set_signs
+from heed_neuro.icl.risks import monte_carlo
+from heed_neuro.icl.tasks import LinearTask, draw
+from heed_neuro_cli import APP
+from heed_neuro_cli.icl_bench import HeadLoop, Projections
+from heed_neuro_cli.icl_module import Experiment
+
+FEW = (
+    *("--data.val-sequences", "64", "--data.epoch-sequences", "64", "--trainer.batch", "16"),
+    *("--data.test-sequences", "200", "--data.lengths", "10", "--device", "cpu"),
+)
+
+
+def call(*words: object) -> tuple[int, dict, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = APP.call([*map(str, words), "--json", "--quiet"])
+    return code, json.loads(out.getvalue() or "{}"), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("icl") / "run"
+    code, _, err = call(
+        "train", "icl", "--out", path, *FEW, "--trainer.max-epochs", 2, "--data.length", 12
+    )
+    assert code == 0, err
+    return path
+
+
+def test_evaluate_compares_with_the_theory_at_each_length(run):
+    code, found, err = call("evaluate", run)
+    assert code == 0, err
+    title = next(name for name in found["tables"] if name.startswith("mean squared error"))
+    assert "variance 0.1 in context and answer" in title
+    assert [row["L"] for row in found["tables"][title]] == [10, 12]
+    names = {Path(name).stem for name in found["files"]}
+    assert {"circuits", "dynamics", "lengths"} <= names
+    assert found["metrics"]["mse_ridge"] < found["metrics"]["mse_debiased_gd"]
+
+
+def test_evaluate_takes_another_task_and_another_length(run, tmp_path):
+    (tmp_path / "task.yaml").write_text("length: 25\nnoise_variance: 0.5\n")
+    code, found, err = call("evaluate", run, "--data", tmp_path)
+    assert code == 0, err
+    title = next(name for name in found["tables"] if name.startswith("exact"))
+    assert [row["L"] for row in found["tables"][title]] == [10, 25]
+    (tmp_path / "task.yaml").write_text("dim: 4\n")
+    code, _, err = call("evaluate", run, "--data", tmp_path)
+    assert code == 2
+    assert "a task of 4 coordinates" in err
+
+
+def test_predict_stands_beside_ridge_and_gradient_descent(run, tmp_path):
+    code, _, err = call("predict", run, run / "sample", "--out", tmp_path / "out")
+    assert code == 0, err
+    with (tmp_path / "out" / "five.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    with np.load(run / "sample" / "five.npz") as stored:
+        x, y, query = (stored[name].astype(float) for name in ("x", "y", "query"))
+    for b, row in enumerate(rows):
+        beta = np.linalg.solve(x[b].T @ x[b] + 0.5 * np.eye(5), x[b].T @ y[b])
+        assert float(row["ridge"]) == pytest.approx(query[b] @ beta, abs=1e-4)
+        assert float(row["answer"]) == pytest.approx(
+            float(np.load(run / "sample" / "five.npz")["answer"][b]), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--data.dim", "0"), "dim must be at least 1"),
+        (("--data.length", "1"), "length must be at least 2"),
+        (("--model.heads", "0"), "heads must be at least 1"),
+        (("--data.covariance", "1,2;2,1", "--data.dim", "2"), "positive definite"),
+        (("--data.rho", "1"), "positive definite"),
+        (("--data.supports", "1,9"), "supports must be coordinates from 1 to 5"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(words, said, tmp_path):
+    code, _, err = call("train", "icl", "--out", tmp_path / "run", *words)
+    assert code == 2
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", b"x1,x2,y\n1,2,3\n", "a.csv"),
+        ("a.csv", b"x1,x2,x3,x4,x5,y\n1,2,3,4,nope,6\n", "row 2: the column 'x5' holds 'nope'"),
+        ("a.npz", b"PK\x03\x04 broken", "is not an npz file"),
+        ("a.npy", b"", "is a .npy file"),
+    ],
+)
+def test_broken_sequences_are_told_in_one_line(run, name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = call("predict", run, tmp_path / name, "--out", tmp_path / "out")
+    assert code == 2
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert said in errors[0]
+
+
+def test_check_lists_everything_that_is_broken(tmp_path):
+    (tmp_path / "task.yaml").write_text("dim: 2\ncovariance: [[1, 2], [2, 1]]\n")
+    (tmp_path / "bad.csv").write_text("x1,y\n1,2\n")
+    code, found, _ = call("check", "icl", tmp_path)
+    assert code != 0
+    said = json.dumps(found)
+    assert "positive definite" in said
+    assert "has no query" in said
+
+
+def test_the_plain_forms_of_the_benchmark_are_the_same_model():
+    torch.manual_seed(0)
+    config = RegressorConfig(heads=3)
+    ours, plain, loop = InContextRegressor(config), Projections(config), HeadLoop(config)
+    state = ours.attention.state_dict()
+    plain.load_state_dict(state)
+    for index, head in enumerate(loop.heads):
+        rows = slice(6 * index, 6 * index + 6)
+        parts = {k: v[:, rows] if k.startswith("out") else v[rows] for k, v in state.items()}
+        head.load_state_dict(parts)
+    sequences = draw(LinearTask(), 4)
+    tokens = sequences.context_tokens(), sequences.query_tokens()
+    losses = [model(*tokens).square().mean().item() for model in (ours, plain, loop)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+def trained(heads: int, steps: int, *, task: LinearTask, signs: str = "opposite") -> Experiment:
+    """A training as the recipe's, without the program around it."""
+    torch.manual_seed(0)
+    config = RegressorConfig(dim=task.dim, outputs=task.outputs, heads=heads)
+    model = Experiment(config)
+    set_signs(model.regressor, signs)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        batch = draw(task, 256, generator=generator)
+        optimizer.zero_grad()
+        F.mse_loss(model(batch.context_tokens(), batch.query_tokens()), batch.answer).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def error(model: Experiment, task: LinearTask) -> float:
+    risks, _ = monte_carlo(
+        {"model": lambda s: model(s.context_tokens(), s.query_tokens())},
+        task,
+        samples=40_000,
+        seed=9,
+    )
+    return risks["model"].mean
+
+
+@pytest.mark.slow
+def test_one_head_reaches_the_error_of_one_head():
+    task = LinearTask()
+    model = trained(1, 2000, task=task)
+    pattern = model.pattern()
+    assert error(model, task) == pytest.approx(0.404, abs=0.01)
+    assert 0.44 < abs(float(pattern.omega[0])) < 0.55
+    assert abs(float(pattern.mu[0])) == pytest.approx(1.50, abs=0.12)
+    assert pattern.sign_match
+    assert float(pattern.off_diag_max.max()) < 0.04
+
+
+@pytest.mark.slow
+def test_two_heads_of_opposite_signs_beat_one_and_equal_signs_do_not():
+    task = LinearTask()
+    opposite = trained(2, 5000, task=task)
+    pattern = opposite.pattern()
+    assert error(opposite, task) == pytest.approx(0.246, abs=0.01)
+    assert pattern.sign_match
+    assert pattern.zero_sum < 0.02
+    assert 0.17 < pattern.gamma < 0.26
+    assert pattern.eta_eff == pytest.approx(0.88, abs=0.05)
+    equal = trained(2, 3000, task=task, signs="equal")
+    assert error(equal, task) > error(opposite, task) + 0.13
