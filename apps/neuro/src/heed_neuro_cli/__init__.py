@@ -23,6 +23,11 @@ APP = App(
         "capacity": Verb(module="heed_neuro_cli.capacity"),
         "depth": Verb(module="heed_neuro_cli.depth"),
     },
+    libraries={
+        "nilearn": "flat maps of the cortex (heed-neuro[brains])",
+        "timm": "frozen networks from a file (heed-neuro[backbones])",
+        "transformers": "frozen networks from a folder (heed-neuro[backbones])",
+    },
 )
 
 

@@ -25,6 +25,14 @@ MOST_NAMED = 60
 """Queries whose mean maps and similarity are drawn: a query per vertex would be too many."""
 
 
+def used_queries(model: BrainEncoder) -> list[int]:
+    """The queries that some vertex is read from: a region may be empty."""
+    if model.config.readout == "voxels":
+        return list(range(sum(model.config.queries)))
+    counts = [count for group in model.config.groups for count in group.counts]
+    return [query for query, count in enumerate(counts) if count]
+
+
 def query_names(model: BrainEncoder) -> list[str]:
     """Group and region (or vertex) of each query."""
     groups = model.config.groups
@@ -41,16 +49,18 @@ def explain_images(model: BrainEncoder, case: ImageSet, device: torch.device) ->
     """Maps of each query over the images; of an encoder without queries, where it is sensitive."""
     if model.config.kind not in ("transformer", "factorised"):
         return _explain_by_gradient(model, case, device)
-    names = query_names(model)
+    used = used_queries(model)
+    every = query_names(model)
+    names = [every[query] for query in used]
     maps = []
     for start in range(0, len(case.rows), 8):
         features, _ = case.batch(slice(start, start + 8))
         maps.append(attention_maps(model, features.to(device)).float().cpu())
-    found = torch.cat(maps)
+    found = torch.cat(maps)[:, used]
     arrays = {"maps": found.numpy(), "names": np.array(names)}
     figures = dict(_overlays(case, found, names))
     if len(names) <= MOST_NAMED:
-        similarity = query_similarity(model)
+        similarity = query_similarity(model)[np.ix_(used, used)]
         arrays["similarity"] = similarity
         figures["mean"] = draw_mean_maps(found.mean(0).numpy(), names)
         figures["similarity"] = draw_similarity(similarity, names)

@@ -18,7 +18,8 @@ MOST_QUERIES = 12
 
 def draw_regions(rows: Sequence[Row]) -> Figure:
     """Mean r of each region with its 95 % interval, and the encoding accuracy."""
-    named = [f"{row['group']} {row['region']}" for row in rows]
+    alone = len({row["group"] for row in rows}) == 1
+    named = [str(row["region"]) if alone else f"{row['group']} {row['region']}" for row in rows]
     values = [_number(row["r"]) for row in rows]
     low = [v - _number(row["r_low"]) for v, row in zip(values, rows, strict=True)]
     high = [_number(row["r_high"]) - v for v, row in zip(values, rows, strict=True)]

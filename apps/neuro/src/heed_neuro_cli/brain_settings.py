@@ -109,7 +109,7 @@ def small() -> BrainSettings:
         model=model,
         data=BrainData(backbone=BackboneConfig(name="pixels", patch=4)),
         training=BrainTraining(learning_rate=3e-3),
-        trainer=TrainerSettings(max_epochs=40, batch=32, clip=1.0),
+        trainer=TrainerSettings(max_epochs=12, batch=32, clip=1.0),
     )
 
 

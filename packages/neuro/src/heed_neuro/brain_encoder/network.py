@@ -174,15 +174,12 @@ class RegionReadout(nn.Module):
     def forward(self, tokens: Float[Tensor, "b r c"]) -> Float[Tensor, "b v"]:
         """Responses from one vector per region."""
         rows, shifts = self.linear.weight[self.vertex], self.linear.bias[self.vertex]
+        counts = list(self.group.counts)
+        parts = zip(torch.split(rows, counts), torch.split(shifts, counts), strict=True)
         found = [
             F.linear(tokens[:, region], part, shift)
-            for region, (part, shift) in enumerate(
-                zip(
-                    torch.split(rows, list(self.group.counts)),
-                    torch.split(shifts, list(self.group.counts)),
-                    strict=True,
-                )
-            )
+            for region, (part, shift) in enumerate(parts)
+            if counts[region]
         ]
         pairs = F.pad(torch.cat(found, dim=1), (0, 1))  # (b, pairs + 1): the last one is no pair
         total = pairs[:, self.place[0]]
