@@ -349,7 +349,8 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
         verified="towers, projectors, losses, gradients and ECG preparation equal to the released "
         "code on fixed weights; exact parameter counts; the text tower by its counts only",
         trained="its sample, preset small: precision@1 by finding 1.0 from report to X-ray and to "
-        "ECG, 0.78 from X-ray to ECG (chance 0.125)",
+        "ECG, 0.78 from X-ray to ECG (chance 0.125); 353 ECGs of PTB-XL: linear probe 0.67 macro "
+        "AUC on 66",
         reproduced="none: MIMIC-CXR and MIMIC-IV-ECG are not public",
         notice="research use only: not a medical device",
     )
