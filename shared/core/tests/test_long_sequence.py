@@ -132,9 +132,10 @@ def test_many_random_features_are_softmax_attention() -> None:
     features = orthogonal_features(2, 4096, 8).double()
     found = performer_attention(query, key, value, features)
     exact = naive_attention(query, key, value)
-    assert float((found - exact).norm() / exact.norm()) < 0.05
+    error = float((found - exact).norm() / exact.norm())
+    assert error < 0.02
     few = performer_attention(query, key, value, features[:, :8])
-    assert float((few - exact).norm() / exact.norm()) > 0.05
+    assert float((few - exact).norm() / exact.norm()) > 2 * error
 
 
 def test_a_landmark_for_every_token_averages_values() -> None:
