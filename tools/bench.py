@@ -1,6 +1,7 @@
 """The core's own benchmarks: attend beside torch, position attention beside its naive form.
 
 python tools/bench.py [attend|position|all]
+python tools/bench.py scanpaths     beside multimatch-gaze, where it is installed
 """
 
 import sys
@@ -70,10 +71,62 @@ def show(title: str, found: list[Measurement]) -> None:
         )
 
 
+def bench_scanpaths() -> None:
+    """MultiMatch of 10,000 pairs of 15 fixations; the library takes them one by one."""
+    import importlib.util
+    import warnings
+
+    import numpy as np
+
+    from heed_gaze.metrics.multimatch import multimatch
+    from heed_gaze.metrics.simplification import Simplification
+    from heed_gaze.scanpaths import Scanpath
+
+    size, rng = (800, 600), np.random.default_rng(0)
+    first, second = (
+        [
+            Scanpath(
+                image="",
+                subject="",
+                xy_px=rng.uniform((0.0, 0.0), size, (15, 2)),
+                duration_s=rng.uniform(0.1, 0.5, 15),
+            )
+            for _ in range(10_000)
+        ]
+        for _ in range(2)
+    )
+    contenders: dict[str, Callable[[], object]] = {
+        "heed": lambda: multimatch(first, second, size_px=size),
+        "heed, simplified": lambda: multimatch(
+            first, second, size_px=size, simplification=Simplification()
+        ),
+    }
+    if importlib.util.find_spec("multimatch_gaze"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from multimatch_gaze import docomparison
+        records = [
+            [
+                np.rec.fromarrays(
+                    [*path.xy_px.T, path.duration_s], names="start_x,start_y,duration"
+                )
+                for path in side
+            ]
+            for side in (first, second)
+        ]
+        contenders["multimatch-gaze"] = lambda: [
+            docomparison(a, b, list(size)) for a, b in zip(*records, strict=True)
+        ]
+    show("MultiMatch, 10,000 pairs", measure(contenders, rounds=1, warmup=0, memory=False))
+
+
 BENCHES = {"attend": bench_attend, "position": bench_position}
+ON_DEMAND = {"scanpaths": bench_scanpaths}
 
 if __name__ == "__main__":
     chosen = sys.argv[1] if len(sys.argv) > 1 else "all"
     for name, bench in BENCHES.items():
         if chosen in (name, "all"):
             bench()
+    if chosen in ON_DEMAND:
+        ON_DEMAND[chosen]()

@@ -184,7 +184,7 @@ def scanpath_record(path: Scanpath) -> dict[str, object]:
     return facts | {name: value for name, value in optional.items() if value is not None}
 
 
-def _listed(values: np.ndarray | None) -> list[float] | None:
+def _listed(values: np.ndarray | None) -> list[int] | list[float] | None:
     return None if values is None else values.tolist()
 
 
