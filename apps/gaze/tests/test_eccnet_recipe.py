@@ -63,7 +63,7 @@ def test_a_network_without_classifier_is_used_as_it_is(run, data):
         assert row["mean_rt_ms"] == pytest.approx(252.359 * row["mean_saccades"] + 376.271)
         assert row["chance"] == 8.5
     whole = call(
-        APP, "evaluate", run, "--data", data, "--device", "cpu", "--data.reuse-surround", "False"
+        APP, "evaluate", run, "--data", data, "--device", "cpu", "--data.no-reuse-surround"
     )
     assert whole["tables"] == found["tables"]
     chance = call(APP, "evaluate", run, "--data.searcher", "chance", "--device", "cpu")
@@ -153,7 +153,7 @@ def test_real_digits_are_learnt_and_search_works(data, tmp_path):
     if not root.is_dir():
         pytest.skip(f"no {root}: set HEED_DATA to the folder of real data")
     run = tmp_path / "run"
-    small = ("--data.flip", "False", "--model.picture", "32", "--device", "cpu")
+    small = ("--data.no-flip", "--model.picture", "32", "--device", "cpu")
     trained = call(
         APP, "train", "eccnet", "--data", root, "--out", run, *small,
         "--trainer.max-steps", "400", "--trainer.batch", "32",

@@ -73,7 +73,7 @@ from heed_runtime.recipe import (
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_TRIALS = 2
+SAMPLE_TRIALS = 1
 VALIDATION_TRIALS = 2
 """Searched, one saccade each, to see that a network that is not trained works."""
 KEPT_STEPS = 4

@@ -74,11 +74,14 @@ class Experiment:
     @property
     def cells(self) -> Bool[np.ndarray, "m h w"]:
         """The candidate places, row by row."""
-        masks = np.zeros((self.grid**2, self.side, self.side), dtype=bool)
-        for number, mask in enumerate(masks):
-            row, column = (self.cell * place for place in divmod(number, self.grid))
-            mask[row : row + self.cell, column : column + self.cell] = True
-        return masks
+        return np.stack([self.cell_mask(number) for number in range(self.grid**2)])
+
+    def cell_mask(self, number: int) -> Bool[np.ndarray, "h w"]:
+        """One candidate place."""
+        mask = np.zeros((self.side, self.side), dtype=bool)
+        row, column = (self.cell * place for place in divmod(number, self.grid))
+        mask[row : row + self.cell, column : column + self.cell] = True
+        return mask
 
     @property
     def rules(self) -> SearchConfig:
@@ -144,7 +147,7 @@ def _display(
     return Display(
         image=image,
         target=target,
-        truth=experiment.cells[cells[0]],
+        truth=experiment.cell_mask(int(cells[0])),
         set_size=set_size,
         target_cell=int(cells[0]),
         item_cells=tuple(int(cell) for cell in cells),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,14 @@ def read_cells(path: Path) -> Bool[np.ndarray, "m h w"]:
     Raises:
         InputError: Not such an array.
     """
+    if not path.is_file():
+        raise InputError("no such file", path=path, remedy="check the path")
+    return _read_cells(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)
+def _read_cells(path: Path, changed: int) -> Bool[np.ndarray, "m h w"]:
+    """All trials of an experiment have the same cells; `changed` is when the file was written."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
