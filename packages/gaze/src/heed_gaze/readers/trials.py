@@ -150,7 +150,8 @@ def collect(
 
     @cache
     def seen(image: str) -> Size | None:
-        return picture_size(images[image]) if image in images else None
+        file = _file_of(image, images)
+        return None if file is None else picture_size(file)
 
     kept: list[Scanpath] = []
     skipped: list[str] = []
@@ -168,13 +169,18 @@ def collect(
     if not kept:
         reason = f" (of {len(skipped)} skipped the first: {skipped[0]})" if skipped else ""
         raise InputError(f"holds no scanpath that can be used{reason}", path=path)
-    used = {found.image for found in kept}
+    files = {image: _file_of(image, images) for image in {found.image for found in kept}}
     return ScanpathSet(
         scanpaths=tuple(kept),
         skipped=tuple(skipped),
         layout=layout,
-        images={name: file for name, file in images.items() if name in used},
+        images={image: file for image, file in files.items() if file is not None},
     )
+
+
+def _file_of(image: str, images: Mapping[str, Path]) -> Path | None:
+    """The file of a picture that may be named with its folder."""
+    return images.get(image) or images.get(Path(image).name)
 
 
 def _inside(trial: Scanpath, options: ReadOptions, path: Path) -> Scanpath | InputError:
