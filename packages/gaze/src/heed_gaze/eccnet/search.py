@@ -12,7 +12,7 @@ maximum; here places that are not allowed cannot win even where all allowed ones
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -124,6 +124,7 @@ class Search:
         return len(self.fixations) - 1
 
 
+@runtime_checkable
 class Looker(Protocol):
     """What gives attention over a scene."""
 
@@ -133,6 +134,7 @@ class Looker(Protocol):
         """Attention over the picture, seen from a fixation."""
 
 
+@runtime_checkable
 class Searcher(Protocol):
     """Makes a looker for each scene."""
 
