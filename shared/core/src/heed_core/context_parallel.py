@@ -160,12 +160,12 @@ def context_parallel_attention(
         real=_all_real(padding_mask, query, group),
     )
     if method == "ring":
-        found: Tensor = _Ring.apply(query, key, value, plan)
+        found: Tensor = _Ring.apply(query, key, value, plan)  # type: ignore[no-untyped-call]
         return found
     if method == "allgather":
-        keys, values = (_Gather.apply(x, group).flatten(0, 1) for x in (key, value))
         keys, values = (
-            x.view(world, -1, *x.shape[1:]).movedim(0, 2).flatten(2, 3) for x in (keys, values)
+            _Gather.apply(x, group).movedim(0, 2).flatten(2, 3)  # type: ignore[no-untyped-call]
+            for x in (key, value)
         )
         return _whole(query, keys, values, plan, plan.places[dist.get_rank(group)])
     if query.shape[1] % world or key.shape[1] % world:
@@ -253,7 +253,7 @@ class _Ring(torch.autograd.Function):
             waiting = _pass_on(block, plan.group) if step + 1 < world else None
             source = (rank - step) % world
             for rows, columns in _pieces(plan, rank, source):
-                _merge(out, lse, query, *block, plan, rank, source, rows, columns)
+                _merge(out, lse, query, block[0], block[1], plan, rank, source, rows, columns)
             if waiting is not None:
                 block = waiting()
         ctx.plan = plan
@@ -419,7 +419,7 @@ def _heads_for_tokens(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     world = dist.get_world_size(group)
     batch, heads, n, width = x.shape
     parts = x.reshape(batch, world, heads // world, n, width).movedim(1, 0)
-    found: Tensor = _Exchange.apply(parts, group)
+    found: Tensor = _Exchange.apply(parts, group)  # type: ignore[no-untyped-call]
     return found.movedim(0, 2).flatten(2, 3)
 
 
@@ -428,7 +428,7 @@ def _tokens_for_heads(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     world = dist.get_world_size(group)
     batch, heads, n, width = x.shape
     parts = x.reshape(batch, heads, world, n // world, width).movedim(2, 0)
-    found: Tensor = _Exchange.apply(parts, group)
+    found: Tensor = _Exchange.apply(parts, group)  # type: ignore[no-untyped-call]
     return found.movedim(0, 1).flatten(1, 2)
 
 

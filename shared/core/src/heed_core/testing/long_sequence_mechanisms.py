@@ -435,7 +435,7 @@ def _causal_long_short(module: nn.Module, inputs: Inputs) -> Tensor:
                     _split(_normed(module.far_norm, parts.sum(1).flatten(1))[:, None], heads)
                 )
             far.append((start + chunk, pair[0][:, :, 0], pair[1][:, :, 0]))
-    rows = []
+    mixed: list[Tensor] = []
     for i in range(n):
         asked = query[:, :, i]
         scores: list[Tensor] = []
@@ -451,8 +451,8 @@ def _causal_long_short(module: nn.Module, inputs: Inputs) -> Tensor:
             scores.append(near + ((asked + module.place_bias) * code).sum(-1))
             values_seen.append(values[j])
         shares = torch.stack(scores, dim=-1).softmax(-1)
-        rows.append((shares[..., None] * torch.stack(values_seen, dim=2)).sum(2))
-    return linear(module.out, torch.stack(rows, dim=2).transpose(1, 2).flatten(2))
+        mixed.append((shares[..., None] * torch.stack(values_seen, dim=2)).sum(2))
+    return linear(module.out, torch.stack(mixed, dim=2).transpose(1, 2).flatten(2))
 
 
 def _diagonal_state(module: nn.Module, inputs: Inputs) -> Tensor:
