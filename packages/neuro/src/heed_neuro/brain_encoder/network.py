@@ -183,8 +183,8 @@ class RegionReadout(nn.Module):
         ]
         pairs = F.pad(torch.cat(found, dim=1), (0, 1))  # (b, pairs + 1): the last one is no pair
         total = pairs[:, self.place[0]]
-        for other in self.place[1:]:
-            total = total + pairs[:, other]
+        for rank in range(1, self.group.overlap):
+            total = total + pairs[:, self.place[rank]]
         return total * self.weight
 
 
