@@ -1,9 +1,9 @@
-"""Write the generated parts of the READMEs: the table of systems, made from the recipes.
+"""Write what is generated: the tables of systems in the READMEs, the catalogue of mechanisms.
 
     python tools/docs.py            write them
-    python tools/docs.py --check    exit 1 if one is not what the recipes say
+    python tools/docs.py --check    exit 1 if one is not what the code says
 
-A generated part stands between `<!-- systems -->` and `<!-- /systems -->`.
+A generated part of a README stands between `<!-- systems -->` and `<!-- /systems -->`.
 """
 
 import importlib
@@ -11,6 +11,8 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+
+import catalogue
 
 from heed_runtime.app import App
 
@@ -51,12 +53,13 @@ def table(chosen: list[App]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """Every README with a generated part, and what it should be."""
+    """Every page with a generated part, and what it should be."""
     wanted = {ROOT / "README.md": apps()}
     for app in apps():
         domain = app.name.removeprefix("heed-")
         wanted[ROOT / "packages" / domain / "README.md"] = [app]
-    return {path: with_table(path.read_text(), chosen) for path, chosen in wanted.items()}
+    readmes = {path: with_table(path.read_text(), chosen) for path, chosen in wanted.items()}
+    return {**readmes, catalogue.PAGE: catalogue.page()}
 
 
 def with_table(page: str, chosen: list[App]) -> str:
@@ -66,7 +69,11 @@ def with_table(page: str, chosen: list[App]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write or check the pages."""
-    stale = {path: text for path, text in pages().items() if path.read_text() != text}
+    stale = {
+        path: text
+        for path, text in pages().items()
+        if not path.is_file() or path.read_text() != text
+    }
     for path, text in stale.items():
         if "--check" not in arguments:
             path.write_text(text)

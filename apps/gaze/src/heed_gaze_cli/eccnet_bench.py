@@ -169,7 +169,7 @@ def stages(config: EccNetConfig, device: torch.device) -> Mapping[str, Callable[
     with torch.inference_mode():
         features = looker.windows.at(padded, middle)
     values = looker.look(scene.image, middle)
-    allowed = np.asarray(scene.cells).any(axis=0)
+    allowed = np.asarray(np.any(scene.cells, axis=0))
 
     def see() -> object:
         with torch.inference_mode():

@@ -255,7 +255,7 @@ class ConditioningModule(L.LightningModule):
 
     def _losses(self, batch: Episode) -> dict[str, Tensor]:
         answers = self.model(batch.keys, batch.told)
-        found = {}
+        found: dict[str, Tensor] = {}
         for kind, answer in zip(self.model.config.kinds, answers, strict=True):
             found[kind] = recall_error(answer, batch)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heed_core.attention.delta_rule import delta_rule
+from heed_core.kernels.chunk_scan import ScanImpl
 from heed_core.recurrence import Form
 from heed_runtime.recipe import Contender
 
@@ -20,9 +22,10 @@ TRIALS, CHANNELS = 4096, 64
 class DeltaRule(nn.Module):
     """The delta rule with a learnt rate."""
 
-    def __init__(self, form: Form, impl: str = "torch") -> None:
+    def __init__(self, form: Form, impl: ScanImpl = "torch") -> None:
         super().__init__()
-        self.form, self.impl = form, impl
+        self.form = form
+        self.impl: ScanImpl = impl
         self.rate = nn.Parameter(torch.zeros(()))
 
     def forward(
@@ -58,7 +61,7 @@ def delta_contenders() -> list[Contender]:
     """Chunked first, then trial by trial, the Triton kernel, and flash-linear-attention."""
     cuda = None if torch.cuda.is_available() else "needs a CUDA device"
     fla = importlib.util.find_spec("fla")
-    builds = {
+    builds: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
         "heed, chunked": (partial(DeltaRule, "chunked"), None),
         "heed, recurrent": (partial(DeltaRule, "recurrent"), None),
         "heed, chunked, Triton": (partial(DeltaRule, "chunked", "triton"), cuda),

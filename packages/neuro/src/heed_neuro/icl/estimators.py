@@ -70,7 +70,8 @@ def ridge(
         strength = task.dim * task.noise_variance if strength is None else strength
         shared = (gram[:, None] * masks[:, :, None] * masks[:, None, :]).sum(1)
         beta = torch.linalg.solve(shared + strength * eye, (cross * masks.T).sum(-1, keepdim=True))
-    return (query @ (beta * masks.T)).to(sequences.query.dtype)
+    found: Tensor = query @ (beta * masks.T)
+    return found.to(sequences.query.dtype)
 
 
 def kernel_regression(

@@ -118,8 +118,9 @@ def grouped_product(
     heads, groups = left.shape[1], right.shape[1]
     if heads == groups:
         return left @ right
-    by_group = left.unflatten(1, (groups, heads // groups)).flatten(2, 3)  # heads as rows
-    return (by_group @ right).unflatten(2, (heads // groups, left.shape[2])).flatten(1, 2)
+    batch, _, rows, width = left.shape
+    by_group = left.reshape(batch, groups, heads // groups * rows, width)  # heads as rows
+    return (by_group @ right).reshape(batch, heads, rows, right.shape[-1])
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ def _launch(
     start: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel: a program for each head and block of value channels."""
-    import triton
+    import triton  # type: ignore[import-untyped]
 
     batch, heads, chunks, size, width = errors.shape
     rows = query.shape[-1]

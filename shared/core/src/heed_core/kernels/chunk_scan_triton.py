@@ -7,7 +7,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def scan_kernel(
+def scan_kernel(  # type: ignore[no-untyped-def]
     query,
     left,
     within,
@@ -26,7 +26,7 @@ def scan_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """Carry one head's state, for one block of value channels, through all chunks."""
     head = tl.program_id(0).to(tl.int64)  # offsets may pass 2^31
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -19,7 +19,7 @@ _GROUPS, _HEADS, _SLOPE = 2, 4, 0.1
 
 def _projected(layer: nn.Linear, tokens: Tensor, heads: int) -> Tensor:
     rows = (tokens[..., None, :] * layer.weight).sum(-1)
-    return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return torch.stack(rows.chunk(heads, dim=-1), dim=1)
 
 
 def _full_width(module: nn.Module, inputs: Inputs) -> Tensor:
