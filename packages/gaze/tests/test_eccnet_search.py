@@ -183,6 +183,7 @@ def test_without_cells_a_square_is_inhibited_and_the_start_is_tested():
     assert start.found_at == 0
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("change", "said"),
     [

