@@ -118,9 +118,9 @@ def grouped_product(
     heads, groups = left.shape[1], right.shape[1]
     if heads == groups:
         return left @ right
-    batch, _, rows, width = left.shape
-    by_group = left.reshape(batch, groups, heads // groups * rows, width)  # heads as rows
-    return (by_group @ right).reshape(batch, heads, rows, right.shape[-1])
+    per_group = heads // groups
+    by_group = torch.unflatten(left, 1, (groups, per_group)).flatten(2, 3)  # heads as rows
+    return torch.unflatten(by_group @ right, 2, (per_group, left.shape[2])).flatten(1, 2)
 
 
 def _wide(x: Tensor) -> Tensor:
