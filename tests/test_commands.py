@@ -49,8 +49,13 @@ SMALL = {
     ),
 }
 """Flags that make a system small enough to run all its verbs in a minute."""
+STREET = "sequences/11/velodyne/000000.bin"
 PART = {
     "oat": "images/shelf-00.png",
+    "curbnet": STREET,
+    "cylinder3d": STREET,
+    "classical": STREET,
+    "msga": "imagesTs/phantom_13_0000.nii.gz",
     "acmil": "h5_files/slide_000.h5",
     "ivgn": "images/test0000",
     "medusa": "test/chest_0000.png",

@@ -20,6 +20,10 @@ NEEDS = {
     "heed-medical-cli": {"heed-core", "heed-runtime", "heed-medical", "heed-medical-cli"},
     "heed-lidar": {"heed-core", "heed-lidar"},
     "heed-lidar-cli": {"heed-core", "heed-runtime", "heed-lidar", "heed-lidar-cli"},
+    "heed-gaze": {"heed-core", "heed-gaze"},
+    "heed-gaze-cli": {"heed-core", "heed-runtime", "heed-gaze", "heed-gaze-cli"},
+    "heed-neuro": {"heed-core", "heed-neuro"},
+    "heed-neuro-cli": {"heed-core", "heed-runtime", "heed-neuro", "heed-neuro-cli"},
 }
 FOREIGN = {
     "heed-core": {"lightning", "tyro", "matplotlib", "monai", "nibabel", "transformers", "numpy"},
@@ -28,6 +32,10 @@ FOREIGN = {
     "heed-medical-cli": {"spconv-cu120", "open3d", "laspy"},
     "heed-lidar": {"lightning", "tyro", "rich", "matplotlib", "monai", "nibabel", "open3d"},
     "heed-lidar-cli": {"monai", "nibabel", "pydicom", "albumentations", "transformers"},
+    "heed-gaze": {"lightning", "tyro", "rich", "monai", "nibabel", "transformers", "himalaya"},
+    "heed-gaze-cli": {"monai", "nibabel", "pydicom", "transformers", "himalaya", "spconv-cu120"},
+    "heed-neuro": {"lightning", "tyro", "rich", "monai", "transformers", "timm", "nilearn"},
+    "heed-neuro-cli": {"monai", "pydicom", "nilearn", "openpyxl", "spconv-cu120", "open3d"},
 }
 IMPORT_ALL = """
 import importlib, pkgutil, sys
