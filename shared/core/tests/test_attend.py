@@ -353,13 +353,8 @@ def test_the_package_exports_the_function() -> None:
         _ = heed_core.attention_is
 
 
-FLEX_IMPORT = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-"""Raised inside torch when it imports its own compiler."""
-
-
 @pytest.mark.slow
 @pytest.mark.compile
-@pytest.mark.filterwarnings(FLEX_IMPORT)
 @pytest.mark.parametrize("kind", ["plain", "mask", "causal", "bias", "all"])
 def test_flex_equals_loops_forward_on_the_cpu(kind) -> None:
     for n, m in ((6, 9), (1, 5)):
@@ -387,7 +382,6 @@ def test_compiles_without_a_break_for_any_length(impl) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings(FLEX_IMPORT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "mask", "causal", "bias", "all"])
 @pytest.mark.parametrize("impl", ["sdpa", "flex", "reference"])
