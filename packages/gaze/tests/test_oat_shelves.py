@@ -98,7 +98,9 @@ def document() -> dict:
         ("trials", {"objects": [0.5]}, "whole numbers"),
         ("trials", {"x": [1.0, float("nan")], "y": [1.0, 2.0]}, "x holds NaN"),
         ("trials", {"x": [1.0], "y": [1.0]}, "different numbers of objects, x and y"),
+        ("trials", {"objects": [[0, 1]]}, "objects must be a list of numbers"),
         ("trials", {"layout": "b"}, "layout 'b' is not among the layouts"),
+        ("layouts", {"boxes": [[0, 0, 20], [20, 0, 40, 20]]}, "a list of rows of 4 numbers"),
         ("layouts", {"boxes": [[0, 0, 20, 20], [20, 0, 55, 20]]}, "outside 40 x 20"),
         ("layouts", {"boxes": [[0, 0, 20, 20], [20, 5, 40, 5]]}, "is no box"),
         ("layouts", {"boxes": [[0, 0, 20, 20]]}, "has 1 objects"),
@@ -124,10 +126,20 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, where: str, change: di
 def test_positions_become_the_objects_that_hold_them(tmp_path: Path):
     given = document()
     given["trials"][0] = {"layout": "a", "target": None, "x": [5, 39, 70], "y": [5, 30, 3]}
-    (tmp_path / "shelves.json").write_text(json.dumps(given))
-    trial = read_shelves(tmp_path, PLAIN).trials[0]
-    assert trial.objects.tolist() == [0, 1, 1]
-    assert trial.target == -1
+    path = tmp_path / "shelves.json"
+    path.write_text(json.dumps(given))
+    found = read_shelves(tmp_path, PLAIN)
+    assert found.trials[0].objects.tolist() == [0, 1, 1]
+    assert found.trials[0].target == -1
+    assert found.notes == ("2 fixations off their picture were kept",)
+    dropped = read_shelves(tmp_path, ImportOptions(outside="drop"))
+    assert dropped.trials[0].objects.tolist() == [0]
+    with pytest.raises(InputError, match=r"trial 1: fixation 2 at \(39, 30\) is off the picture"):
+        read_shelves(tmp_path, ImportOptions(outside="stop"))
+    given["trials"][0] |= {"x": [70.0], "y": [3.0]}
+    path.write_text(json.dumps(given))
+    with pytest.raises(InputError, match=r"trial 1: fixation 1 at \(70, 3\) is off"):
+        read_shelves(tmp_path, ImportOptions(outside="drop"))
 
 
 def write_sti(root: Path, images: int = 3) -> None:

@@ -37,8 +37,8 @@ class OatData:
     """Rows and columns into which pictures without objects are divided."""
     target: int | None = None
     """The object to look for in pictures that come without trials; None: free viewing."""
-    outside: Policy = "drop"
-    """Fixations off the picture: stop, drop, clip or keep."""
+    outside: Policy = "keep"
+    """Fixations off the picture: stop, drop, clip or keep (they go to the nearest object)."""
     longest_sd: float | None = 3.0
     """Leave out imported scanpaths longer than mean + so many standard deviations; None: none."""
     split: SplitOptions = field(default_factory=SplitOptions)

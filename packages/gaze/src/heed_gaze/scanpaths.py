@@ -133,6 +133,8 @@ class ScanpathSet:
     """What was left out, and why: one line each."""
     layout: str = ""
     """In which layout the files were."""
+    notes: tuple[str, ...] = ()
+    """What was changed on the way."""
 
     def __len__(self) -> int:
         return len(self.scanpaths)

@@ -6,8 +6,8 @@
                  "x"?: [...], "y"?: [...], "target_name"?, "split"?}]}
 
 Without `cells` the boxes are in reading order. A trial may give `x` and `y` (pixels) instead of
-`objects`: each fixation goes to the box that holds it, else to the nearest. Pictures are looked for
-beside the file.
+`objects`: each fixation goes to the box that holds it, else to the nearest; those off the picture
+are treated as in all formats. Pictures are looked for beside the file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float64, Int64
 
 from heed_core.errors import InputError
 from heed_gaze.oat.importers import ImportOptions, import_scanpaths
@@ -26,7 +27,8 @@ from heed_gaze.oat.shelves import Layout, Shelves, Trial, reading_order
 from heed_gaze.oat.workbooks import read_workbooks
 from heed_gaze.readers.json_files import json_layout, load_json
 from heed_gaze.readers.pictures import picture_size
-from heed_gaze.scanpaths import Size
+from heed_gaze.readers.trials import Policy, outside_notes, place_inside
+from heed_gaze.scanpaths import Scanpath, Size
 
 NEUTRAL = "shelves.json"
 
@@ -78,21 +80,23 @@ class _Entry:
     def whole(self, name: str) -> int:
         value = self.values.get(name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.fault(f"{name} must be a whole number, got {value!r}")
+            raise self.fault(f"{name} must be a whole number, got {value!r}", "correct it")
         return value
 
     def table(self, name: str, width: int | None, kind: type[np.generic]) -> np.ndarray:
+        form = "a list of numbers" if width is None else f"a list of rows of {width} numbers"
+        wrong = self.fault(f"{name} must be {form}", "correct or remove it")
         try:
             found = np.asarray(self.values[name], dtype=np.float64)
         except (TypeError, ValueError):
-            raise self.fault(f"{name} holds something that is not a number") from None
+            raise wrong from None
         shape = found.shape[1:]
         if found.ndim == 0 or (found.size and shape != (() if width is None else (width,))):
-            raise self.fault(f"{name} has the shape {found.shape}")
+            raise wrong
         if not np.isfinite(found).all():
             raise self.fault(f"{name} holds NaN or infinity", "correct or remove it")
         if kind is np.int64 and (found != np.floor(found)).any():
-            raise self.fault(f"{name} must hold whole numbers")
+            raise self.fault(f"{name} must hold whole numbers", "correct or remove it")
         return found.astype(kind)
 
 
@@ -111,10 +115,13 @@ def read_neutral(path: Path, options: ImportOptions) -> Shelves:
         if layout.name in layouts:
             raise InputError(f"has two layouts {layout.name!r}", path=path, remedy="rename one")
         layouts[layout.name] = layout
-    trials, skipped = [], []
+    trials, skipped, moved = [], [], 0
     for number, entry in enumerate(_list(document, "trials", path), start=1):
         try:
-            trials.append(_trial(_Entry(path, f"trial {number}", _mapping(entry, path)), layouts))
+            one = _Entry(path, f"trial {number}", _mapping(entry, path))
+            trial, outside = _trial(one, layouts, options.outside)
+            trials.append(trial)
+            moved += outside
         except InputError as error:
             if options.on_error == "stop":
                 raise
@@ -122,7 +129,11 @@ def read_neutral(path: Path, options: ImportOptions) -> Shelves:
     if not layouts:
         raise InputError("holds no layout", path=path)
     return Shelves(
-        layouts=layouts, trials=tuple(trials), skipped=tuple(skipped), kind="neutral JSON"
+        layouts=layouts,
+        trials=tuple(trials),
+        skipped=tuple(skipped),
+        notes=outside_notes(moved, options.outside),
+        kind="neutral JSON",
     )
 
 
@@ -178,10 +189,14 @@ def _size(entry: _Entry, image: Path | None) -> Size:
     return picture_size(image)
 
 
-def _trial(entry: _Entry, layouts: Mapping[str, Layout]) -> Trial:
+def _trial(entry: _Entry, layouts: Mapping[str, Layout], outside: Policy) -> tuple[Trial, int]:
+    """A trial, and how many of its positions are off the picture."""
+    moved = 0
     layout = layouts.get(entry.text("layout"))
     if layout is None:
-        raise entry.fault(f"layout {entry.text('layout')!r} is not among the layouts")
+        raise entry.fault(
+            f"layout {entry.text('layout')!r} is not among the layouts", "correct or add it"
+        )
     if "objects" in entry.values:
         objects = entry.table("objects", None, np.int64)
         if {"x", "y"} <= set(entry.values):
@@ -192,7 +207,7 @@ def _trial(entry: _Entry, layouts: Mapping[str, Layout]) -> Trial:
         x, y = entry.table("x", None, np.float64), entry.table("y", None, np.float64)
         if len(x) != len(y):
             raise entry.fault("has different numbers of x and y")
-        objects = layout.objects_at(np.stack([x, y], axis=1))
+        objects, moved = _objects_at(entry, layout, np.stack([x, y], axis=1), outside)
     else:
         raise entry.fault("has neither objects nor x and y")
     trial = Trial(
@@ -206,7 +221,20 @@ def _trial(entry: _Entry, layouts: Mapping[str, Layout]) -> Trial:
     if entry.values.get("target") == NO_TARGET:
         raise entry.fault("target -1 is no object", "write null for free viewing")
     trial.check(layout, path=entry.path, place=entry.place)
-    return trial
+    return trial, moved
+
+
+def _objects_at(
+    entry: _Entry, layout: Layout, xy_px: Float64[np.ndarray, "t 2"], outside: Policy
+) -> tuple[Int64[np.ndarray, " _"], int]:
+    """The objects at positions, and how many of these are off the picture."""
+    looked = Scanpath(
+        image=layout.name, subject=entry.text("subject"), xy_px=xy_px, size_px=layout.size_px
+    )
+    found = place_inside(looked, outside, path=entry.path, place=entry.place)
+    if isinstance(found, InputError):
+        raise found
+    return layout.objects_at(found.xy_px), int(looked.outside().sum())
 
 
 def write_neutral(path: Path, shelves: Shelves) -> Path:

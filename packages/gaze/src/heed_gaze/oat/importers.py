@@ -55,8 +55,9 @@ class ImportOptions:
     """Rows and columns of an even grid over pictures whose objects are not known."""
     longest_sd: float | None = 3.0
     """Leave out imported scanpaths longer than mean + so many standard deviations; None: none."""
-    outside: Policy = "drop"
-    """Fixations off the picture: stop, drop, clip or keep."""
+    outside: Policy = "keep"
+    """Fixations off the picture: stop, drop, clip or keep (they go to the nearest object, as in the
+    paper's code)."""
     on_error: OnError = "stop"
 
     def __post_init__(self) -> None:
@@ -86,7 +87,7 @@ def import_scanpaths(path: Path, options: ImportOptions) -> Shelves:
         layouts=layouts,
         trials=kept,
         skipped=found.skipped,
-        notes=(*finder.notes, *dropped),
+        notes=(*finder.notes, *found.notes, *dropped),
         kind=found.layout,
     )
 

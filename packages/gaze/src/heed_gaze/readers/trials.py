@@ -155,13 +155,17 @@ def collect(
 
     kept: list[Scanpath] = []
     skipped: list[str] = []
+    moved = 0
     for trial in trials:
-        found = trial
+        found, outside = trial, 0
         if isinstance(found, Scanpath):
             size = options.size_px or found.size_px or usual_size or seen(found.image)
-            found = _inside(replace(found, size_px=size), options, path)
+            sized = replace(found, size_px=size)
+            outside = 0 if size is None else int(sized.outside().sum())
+            found = place_inside(sized, options.outside, path=path)
         if isinstance(found, Scanpath):
             kept.append(found)
+            moved += outside
         elif options.on_error == "stop":
             raise found
         else:
@@ -175,6 +179,7 @@ def collect(
         skipped=tuple(skipped),
         layout=layout,
         images={image: file for image, file in files.items() if file is not None},
+        notes=outside_notes(moved, options.outside),
     )
 
 
@@ -183,23 +188,41 @@ def _file_of(image: str, images: Mapping[str, Path]) -> Path | None:
     return images.get(image) or images.get(Path(image).name)
 
 
-def _inside(trial: Scanpath, options: ReadOptions, path: Path) -> Scanpath | InputError:
-    outside = trial.outside()
-    if options.outside == "keep" or not outside.any() or trial.size_px is None:
+def place_inside(
+    trial: Scanpath, policy: Policy, *, path: Path, place: str | None = None
+) -> Scanpath | InputError:
+    """A trial of a known size after what `policy` says of fixations off the picture.
+
+    Args:
+        trial: Pixels.
+        policy: As in `ReadOptions.outside`; all fixations cannot be dropped.
+        path: Of the file, for messages.
+        place: Of the trial in the file, for messages. None: its name.
+    """
+    if policy == "keep" or trial.size_px is None or not (outside := trial.outside()).any():
         return trial
-    if options.outside == "clip":
+    if policy == "clip":
         return replace(trial, xy_px=np.clip(trial.xy_px, 0.0, np.array(trial.size_px, dtype=float)))
-    if options.outside == "drop" and not outside.all():
+    if policy == "drop" and not outside.all():
         return trial.keep(~outside)
     first = int(np.flatnonzero(outside)[0])
     x, y = trial.xy_px[first]
+    every = " and so are all others" if policy == "drop" and len(outside) > 1 else ""
     return InputError(
         f"fixation {first + 1} at ({x:g}, {y:g}) is off the picture of "
-        f"{trial.size_px[0]} x {trial.size_px[1]} pixels",
+        f"{trial.size_px[0]} x {trial.size_px[1]} pixels{every}",
         path=path,
-        place=trial.name,
-        remedy="leave such fixations out or move them in with outside=drop or clip",
+        place=trial.name if place is None else place,
+        remedy="correct or remove the trial, or move such fixations in with outside=clip"
+        if policy == "drop"
+        else "leave such fixations out or move them in with outside=drop or clip",
     )
+
+
+def outside_notes(count: int, policy: Policy) -> tuple[str, ...]:
+    """What was done with so many fixations off their picture, in words."""
+    done = {"drop": "left out", "clip": "moved to the border", "keep": "kept", "stop": "refused"}
+    return (f"{count} fixations off their picture were {done[policy]}",) if count else ()
 
 
 def text_of(value: object) -> str:
