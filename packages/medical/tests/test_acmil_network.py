@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from heed_core import edits, observe, steer
 from heed_core.errors import InputError
 from heed_core.sites import sites
+from heed_core.testing.benchmark import peak_memory_mib
 from heed_medical.acmil import (
     AcmilConfig,
     BagClassifier,
@@ -247,6 +249,41 @@ def test_wrong_shapes_are_refused(shape, mask, said: str):
 def test_settings_without_sense_are_refused(options: dict, said: str):
     with pytest.raises(ValueError, match=said):
         AcmilConfig(**options)
+
+
+@pytest.mark.parametrize("kind", ["acmil-ga", "acmil-mha", "gated"])
+def test_work_and_kept_memory_grow_with_the_bag_and_no_faster(kind: Kind):
+    """Operations, and bytes kept for the backward pass, are a + b n: no pairs of patches."""
+    model = build(kind).train()
+
+    def cost(n: int) -> tuple[int, int]:
+        kept = {}
+
+        def pack(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        features = bag(n)
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        ):
+            model.outputs(features)
+        return counter.get_total_flops(), sum(kept.values())
+
+    for one, two, three in zip(cost(4096), cost(8192), cost(12288), strict=True):
+        assert two - one == pytest.approx(three - two, rel=0.01)
+        assert 1.9 < two / one < 2.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["acmil-ga", "acmil-mha"])
+def test_a_bag_of_100_000_patches_needs_less_than_3_gib(kind: Kind):
+    model = BagClassifier(AcmilConfig(kind=kind, in_dim=1024)).eval()
+    features = torch.rand(1, 100_000, 1024)
+    with torch.inference_mode():
+        peak_mib = peak_memory_mib(lambda: model.outputs(features))
+    assert 200 < peak_mib < 3 * 1024  # 512 channels of float32 alone are 195 MiB
 
 
 def test_widths_that_were_not_published_are_half_the_input():

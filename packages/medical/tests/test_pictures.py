@@ -287,6 +287,23 @@ def test_chexpert_findings_are_labels_with_a_policy_for_the_uncertain(tmp_path: 
     assert listing.pictures[0].patient == "patient00000"
 
 
+def test_packed_tables_of_chexpert_are_read_alike(tmp_path: Path):
+    write_chexpert(tmp_path, ["1.0", "0.0", "-1.0", ""])
+    plain = list_pictures(tmp_path, PictureData())
+    table = tmp_path / "train.csv"
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress(table.read_bytes()))
+    table.unlink()
+    packed = list_pictures(tmp_path, PictureData())
+    assert packed.layout == "chexpert"
+    assert [(p.name, p.label) for p in packed.pictures] == [
+        (p.name, p.label) for p in plain.pictures
+    ]
+    assert packed.pictures[0].place.endswith("train.csv.gz, row 2")
+    (tmp_path / "train.csv.gz").write_bytes(b"no gzip")
+    with pytest.raises(InputError, match=r"train\.csv\.gz: cannot be read as text"):
+        list_pictures(tmp_path, PictureData())
+
+
 def test_mimic_joins_its_tables_by_name(tmp_path: Path):
     labels, splits, views = [], [], []
     for number in range(8):

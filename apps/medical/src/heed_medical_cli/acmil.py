@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from heed_medical.acmil import AcmilConfig, BagClassifier, BagOutput, acmil_loss, load_official
 from heed_medical.acmil.network import MULTI_BRANCH
 from heed_medical.acmil.weights import NAMED
-from heed_medical.bags.bag import Bag
+from heed_medical.bags.bag import Bag, BagFile
 from heed_medical.bags.checking import check_data
 from heed_medical.bags.data import BagBatch, BagSet, pad_bags, plan_data, thin_out
+from heed_medical.bags.files import read_bag
 from heed_medical.bags.heatmap import find_thumbnail
 from heed_medical.bags.listing import find_bags, find_inputs
 from heed_medical.bags.metrics import (
@@ -34,6 +36,7 @@ from heed_medical.bags.metrics import (
 from heed_medical.bags.prediction import BagPrediction, write_prediction
 from heed_medical.bags.sample import write_sample
 from heed_medical.bags.settings import BagData
+from heed_medical.slides.writing import write_features
 from heed_medical_cli.bag_pictures import (
     draw_concentration,
     draw_confusion,
@@ -407,6 +410,29 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
             Contender(name=name, build=build, inputs=partial(_bench_bag, shape), loss=_bench_loss)
             for name, build in networks.items()
         ]
+
+    def stages(self, settings: AcmilSettings) -> Mapping[str, Callable[[], object]]:
+        """From a file with the features of 50,000 patches to class scores, and a training step."""
+        folder = TemporaryDirectory()
+        path = Path(folder.name) / "slide.h5"
+        features = _bench_bag((1, BENCH_PATCHES, settings.model.in_dim))[0]
+        write_features(path, features[0].half().numpy(), None, patch_size=None)
+        model = WithOutputs(settings.model)
+
+        def read() -> object:
+            return folder and read_bag(BagFile(name="slide", path=path))  # the folder must live
+
+        def look() -> object:
+            model.eval()
+            with torch.inference_mode():
+                return model(features)
+
+        def learn() -> object:
+            model.train().zero_grad()
+            _bench_loss(model(features)).backward()  # type: ignore[no-untyped-call]
+            return None
+
+        return {"read": read, "network": look, "training step": learn}
 
 
 class ScoresAndAttention(nn.Module):

@@ -25,38 +25,31 @@ from heed_medical.classification.metrics import (
     roc_auc,
     summarise,
 )
-from heed_medical.medusa import Medusa, MedusaConfig, class_loss, load_backbone, load_body
+from heed_medical.medusa import Medusa, MedusaConfig, class_loss
 from heed_medical.medusa.inputs import (
-    CaseData,
     Lot,
     MedusaBatch,
     MedusaCase,
     MedusaData,
-    TrainData,
     to_batch,
     vary_case,
     vary_sample,
 )
-from heed_medical.medusa.maps import picture_maps
 from heed_medical.medusa.phantoms import write_chests
-from heed_medical.pictures.augmentation import PictureAugmentation
 from heed_medical.pictures.checking import check_pictures
-from heed_medical.pictures.layouts import broken_rows, find_inputs, find_pictures
 from heed_medical.pictures.planning import plan_pictures
 from heed_medical.pictures.reading import read_grey, resize_grey
-from heed_medical_cli.classification_plots import draw_maps, draw_plots
-from heed_runtime import distributed
-from heed_runtime.recipe import (
-    Card,
-    Check,
-    Contender,
-    Explanation,
-    Exportable,
-    Recipe,
-    Report,
-    Row,
-    Table,
+from heed_medical_cli.classification_plots import draw_plots
+from heed_medical_cli.medusa_parts import (
+    PictureModule,
+    PictureRecipe,
+    PictureSettings,
+    PictureTraining,
+    bench_inputs,
+    small_model,
 )
+from heed_runtime import distributed
+from heed_runtime.recipe import Card, Check, Contender, Explanation, Report, Row, Table
 from heed_runtime.settings import TrainerSettings
 
 LAYOUT = """\
@@ -71,11 +64,9 @@ png, jpg, tif, bmp and DICOM. Splits that are missing are drawn by patient."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedusaTraining:
+class MedusaTraining(PictureTraining):
     """The loss and its minimisation."""
 
-    learning_rate: float = 2e-4
-    """Of Adam, at the start."""
     schedule: Literal["none", "cosine"] = "none"
     """none: a constant learning rate (the published recipe); cosine: it falls to zero."""
     class_weights: tuple[float, ...] = ()
@@ -83,20 +74,12 @@ class MedusaTraining:
     alternate: int = 0
     """Epochs in turn: so many with the backbone at rest, so many with body and heads at rest.
     0: all learn together."""
-    augment: bool = True
-    """Whether training pictures are varied."""
     augment_body: Literal["shared", "none"] = "shared"
     """shared: the body's picture moves with the main one; none: it stays, as in the released
     pipeline."""
-    augmentation: PictureAugmentation = field(default_factory=PictureAugmentation)
-    backbone_weights: Path | None = None
-    """Weights of the torchvision network to start the backbone from."""
-    body_weights: Path | None = None
-    """Weights of a body to start from: of a run of medusa-body, or of another MEDUSA."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        super().__post_init__()
         if any(not weight > 0 for weight in self.class_weights):
             raise ValueError(f"class_weights must be above 0, got {self.class_weights}")
         if self.alternate < 0:
@@ -104,33 +87,21 @@ class MedusaTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedusaSettings:
+class MedusaSettings(PictureSettings):
     """All settings of MEDUSA."""
 
-    model: MedusaConfig = field(default_factory=MedusaConfig)
-    data: MedusaData = field(default_factory=MedusaData)
     training: MedusaTraining = field(default_factory=MedusaTraining)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
-        multiple = self.model.body_multiple
-        if any(side % multiple for side in self.data.body_size):
-            raise ValueError(
-                f"data.body_size must be multiples of {multiple} for "
-                f"{len(self.model.body_widths)} body_widths, got {self.data.body_size}"
-            )
-        if self.model.attention != "medusa":
-            for name in ("body_weights", "alternate"):
-                if getattr(self.training, name):
-                    raise ValueError(
-                        f"training.{name} has no effect with attention={self.model.attention}"
-                    )
+        super().__post_init__()
+        if self.training.alternate:
+            self.need_body("alternate")
 
 
 def small() -> MedusaSettings:
     """A network and schedule for a laptop: ResNet-18, a third of the body's width, 96 pixels."""
     return MedusaSettings(
-        model=MedusaConfig(backbone="resnet18", body_widths=(8, 16, 32, 64, 128)),
+        model=small_model(),
         data=MedusaData(size=(96, 96), body_size=(96, 96)),
         training=MedusaTraining(learning_rate=1e-3, schedule="cosine"),
         trainer=TrainerSettings(max_epochs=15, batch=8),
@@ -158,7 +129,7 @@ class MedusaPrediction:
     source: str
 
 
-class MedusaModule(L.LightningModule):
+class MedusaModule(PictureModule):
     """Loss, optimiser and validation of MEDUSA."""
 
     def __init__(self, model: Medusa, settings: MedusaSettings) -> None:
@@ -190,7 +161,7 @@ class MedusaModule(L.LightningModule):
 
     def validation_step(self, cases: list[MedusaCase], _: int) -> None:
         """The loss; what is needed for the scores of all cases is kept."""
-        batch = self._batch(cases)
+        batch = self.batch(cases)
         logits = self.model(batch["main"], batch["body"]).float()
         weights = self.settings.training.class_weights or None
         loss = class_loss(logits, batch["label"], weights)
@@ -220,7 +191,7 @@ class MedusaModule(L.LightningModule):
 
     def predict_step(self, cases: list[MedusaCase], _: int) -> list[MedusaPrediction]:
         """Class probabilities, and the class that they are called."""
-        batch = self._batch(cases)
+        batch = self.batch(cases)
         rows = self.model(batch["main"], batch["body"]).double().softmax(1).tolist()
         data = self.settings.data
         threshold = data.threshold
@@ -248,16 +219,8 @@ class MedusaModule(L.LightningModule):
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
-    def _batch(self, cases: list[MedusaCase]) -> MedusaBatch:
-        batch = to_batch(cases)
-        return {
-            "main": batch["main"].to(self.device),
-            "body": batch["body"].to(self.device),
-            "label": batch["label"].to(self.device),
-        }
 
-
-class MedusaRecipe(Recipe[MedusaSettings, MedusaCase, MedusaPrediction]):
+class MedusaRecipe(PictureRecipe[MedusaSettings, MedusaPrediction]):
     """Classify chest X-rays, and other pictures in grey."""
 
     card: ClassVar[Card] = Card(
@@ -303,12 +266,6 @@ class MedusaRecipe(Recipe[MedusaSettings, MedusaCase, MedusaPrediction]):
         model = replace(settings.model, classes=len(data.classes))
         return replace(settings, model=model, data=data)
 
-    def train_data(self, settings: MedusaSettings, root: Path) -> TrainData:
-        """The training pictures, one or one of each class at a time."""
-        data = settings.data
-        files = find_pictures(root, data, "train")
-        return TrainData(files, data, skipped=self._skipped(settings, root))
-
     def augment(
         self, settings: MedusaSettings
     ) -> Callable[[tuple[MedusaCase | Lot, ...], np.random.Generator], tuple[MedusaCase, ...]]:
@@ -320,27 +277,6 @@ class MedusaRecipe(Recipe[MedusaSettings, MedusaCase, MedusaPrediction]):
     def collate(self, samples: list[tuple[MedusaCase, ...]]) -> MedusaBatch:
         """The pictures of all samples."""
         return to_batch([case for sample in samples for case in sample])
-
-    def cases(self, settings: MedusaSettings, root: Path, split: str) -> CaseData:
-        """The labelled pictures of a split."""
-        files = find_pictures(root, settings.data, split)
-        return CaseData(files, settings.data, skipped=self._skipped(settings, root))
-
-    def inputs(self, settings: MedusaSettings, paths: Sequence[Path]) -> CaseData:
-        """Pictures, without labels."""
-        return CaseData(find_inputs(paths), settings.data)
-
-    def model(self, settings: MedusaSettings) -> Medusa:
-        """The network: body and backbone start at random, every gate at 1."""
-        return Medusa(settings.model)
-
-    def start(self, settings: MedusaSettings, model: nn.Module) -> None:
-        """Take over the weights that the settings name."""
-        assert isinstance(model, Medusa)
-        if settings.training.backbone_weights is not None:
-            load_backbone(model, settings.training.backbone_weights)
-        if settings.training.body_weights is not None:
-            load_body(model, settings.training.body_weights)
 
     def module(self, settings: MedusaSettings, model: nn.Module) -> MedusaModule:
         """The network with its loss."""
@@ -408,33 +344,9 @@ class MedusaRecipe(Recipe[MedusaSettings, MedusaCase, MedusaPrediction]):
         """Attention of every scale over the picture, and what spoke for the called class."""
         assert isinstance(module, MedusaModule)
         prediction = module.predict_step([case], 0)[0]
-        batch = to_batch([case])
-        moved: MedusaBatch = {
-            "main": batch["main"].to(module.device),
-            "body": batch["body"].to(module.device),
-            "label": batch["label"],
-        }
-        maps = picture_maps(module.model, moved, target=prediction.called)
         name = settings.data.classes[prediction.called]
         title = f"{name} ({prediction.probabilities[prediction.called]:.2f})"
-        neutral = 0.5 if settings.model.gate == "sigmoid" else 1.0
-        return Explanation(
-            name=case.name,
-            arrays=maps.arrays(),
-            figures={"attention": draw_maps(case.main, maps, title=title, neutral=neutral)},
-        )
-
-    def exportable(self, settings: MedusaSettings, model: nn.Module) -> Exportable:
-        """Any number of pictures of the trained sizes to logits."""
-        main, body = settings.data.size, settings.data.body_size
-        free = {0: torch.export.Dim.AUTO}
-        return Exportable(
-            model=model.eval(),
-            examples=[(torch.rand(n, 3, *main), torch.randn(n, 1, *body)) for n in (2, 3)],
-            dynamic_shapes=(free, free),
-            input_names=("main", "body"),
-            output_names=("logits",),
-        )
+        return module.explain(case, prediction.called, title)
 
     def contenders(self, settings: MedusaSettings) -> list[Contender]:
         """MEDUSA beside its backbone alone, other attentions and timm, on a batch of pictures."""
@@ -445,7 +357,7 @@ class MedusaRecipe(Recipe[MedusaSettings, MedusaCase, MedusaPrediction]):
             return class_loss(output, labels.to(output.device))
 
         def contender(name: str, build: Callable[[], nn.Module], missing: str | None) -> Contender:
-            inputs = partial(_bench_inputs, settings, count)
+            inputs = partial(bench_inputs, settings.data, count)
             return Contender(
                 name=name, build=build, inputs=inputs, loss=loss, items=count, missing=missing
             )
@@ -493,9 +405,6 @@ class MedusaRecipe(Recipe[MedusaSettings, MedusaCase, MedusaPrediction]):
             "network": run,
         }
 
-    def _skipped(self, settings: MedusaSettings, root: Path) -> tuple[str, ...]:
-        return broken_rows(root, settings.data) if settings.data.on_error == "skip" else ()
-
 
 def predictions_of(rows: Sequence[Row], names: Sequence[str]) -> Predictions:
     """The rows of `score` as arrays."""
@@ -520,12 +429,6 @@ def _source_tables(rows: Sequence[Row]) -> list[Table]:
         hits = [int(row["correct"] or 0) for row in rows if row["source"] == source]
         table.append({"source": source, "cases": len(hits), "accuracy": float(np.mean(hits))})
     return [Table(title="accuracy per source", rows=table)]
-
-
-def _bench_inputs(settings: MedusaSettings, count: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    main = torch.rand((count, 3, *settings.data.size), generator=generator)
-    return main, torch.randn((count, 1, *settings.data.body_size), generator=generator)
 
 
 class _TimmPeer(nn.Module):

@@ -5,7 +5,7 @@ A MEDUSA then starts from it: `train medusa --training.body-weights RUN/model/mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,27 +31,13 @@ from heed_medical.medusa.lungs import (
 from heed_medical.medusa.phantoms import write_lungs
 from heed_medical.pictures.augmentation import PictureAugmentation
 from heed_medical.segmentation.cases import SegmentationCase
-from heed_medical.segmentation.checking import check_data
-from heed_medical.segmentation.layouts import find_cases, find_inputs
-from heed_medical.segmentation.metrics import score_case, summarise
+from heed_medical.segmentation.layouts import find_cases
 from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import SegmentationPrediction
 from heed_medical.segmentation.settings import SegmentationData
-from heed_medical.segmentation.slices import CaseData
-from heed_medical.segmentation.writers import write_labels
 from heed_medical_cli.classification_plots import draw_probability
-from heed_medical_cli.pictures import draw_scores
-from heed_runtime.recipe import (
-    Card,
-    Check,
-    Contender,
-    Explanation,
-    Exportable,
-    Recipe,
-    Report,
-    Row,
-    Table,
-)
+from heed_medical_cli.segmentation_recipe import SegmentationRecipe, mean_dice
+from heed_runtime.recipe import Card, Contender, Explanation, Exportable
 from heed_runtime.settings import TrainerSettings
 
 LAYOUT = """\
@@ -138,8 +124,7 @@ class BodyModule(L.LightningModule):
     def validation_step(self, cases: list[SegmentationCase], _: int) -> None:
         """Dice of whole pictures, as the evaluation computes it."""
         for prediction in self.predict_step(cases, 0):
-            rows = score_case(prediction, self.settings.data.table.names, distances=False)
-            dice = float(np.mean([row["dice"] for row in rows]))
+            dice = mean_dice(prediction, self.settings.data.table.names)
             self.log("val/dice", dice, on_epoch=True, batch_size=1, sync_dist=True)
 
     def predict_step(self, cases: list[SegmentationCase], _: int) -> list[SegmentationPrediction]:
@@ -167,7 +152,7 @@ class _Masks(nn.Module):
         return self.body.mask_logits(picture)
 
 
-class BodyRecipe(Recipe[BodySettings, SegmentationCase, SegmentationPrediction]):
+class BodyRecipe(SegmentationRecipe[BodySettings]):
     """Train the body of MEDUSA on lung masks."""
 
     card: ClassVar[Card] = Card(
@@ -190,11 +175,6 @@ class BodyRecipe(Recipe[BodySettings, SegmentationCase, SegmentationPrediction])
     def sample(self, out: Path, *, seed: int) -> None:
         """Chests with the masks of their lungs."""
         write_lungs(out, seed=seed)
-
-    def check(self, settings: BodySettings, root: Path) -> Check:
-        """Read every picture."""
-        found = check_data(settings.data, root)
-        return Check(counts=found.counts, problems=found.problems, warnings=found.warnings)
 
     def plan(self, settings: BodySettings, root: Path) -> BodySettings:
         """Take the values of the masks from the data."""
@@ -225,14 +205,6 @@ class BodyRecipe(Recipe[BodySettings, SegmentationCase, SegmentationPrediction])
         """The pictures of all samples."""
         return to_lung_batch(samples)
 
-    def cases(self, settings: BodySettings, root: Path, split: str) -> CaseData:
-        """Pictures with their masks."""
-        return CaseData(find_cases(root, settings.data, split), settings.data)
-
-    def inputs(self, settings: BodySettings, paths: Sequence[Path]) -> CaseData:
-        """Pictures."""
-        return CaseData(find_inputs(paths, settings.data), settings.data, label=False)
-
     def model(self, settings: BodySettings) -> UNetBody:
         """The body, at random."""
         return UNetBody(1, settings.model.widths)
@@ -241,25 +213,6 @@ class BodyRecipe(Recipe[BodySettings, SegmentationCase, SegmentationPrediction])
         """The body with its loss."""
         assert isinstance(model, UNetBody)
         return BodyModule(model, settings)
-
-    def write_prediction(
-        self, settings: BodySettings, prediction: SegmentationPrediction, out: Path
-    ) -> list[Path]:
-        """A png mask."""
-        return write_labels(prediction, out, settings.data.table)
-
-    def score(self, settings: BodySettings, prediction: SegmentationPrediction) -> list[Row]:
-        """Dice, volumetric similarity and distances of the outlines."""
-        return list(score_case(prediction, settings.data.table.names))
-
-    def report(self, settings: BodySettings, rows: Sequence[Row]) -> Report:
-        """Means over pictures."""
-        summary = summarise(rows, seed=settings.trainer.seed)
-        return Report(
-            metrics=summary.metrics,
-            tables=[Table(title="scores per class", rows=summary.rows)],
-            plots={"dice": draw_scores(rows, "dice", "Dice")},
-        )
 
     def explain(
         self, settings: BodySettings, module: L.LightningModule, case: SegmentationCase

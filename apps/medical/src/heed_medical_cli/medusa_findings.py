@@ -14,42 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from heed_core.errors import InputError
-from heed_medical.medusa import Medusa, MedusaConfig, findings_loss, load_backbone, load_body
+from heed_medical.medusa import Medusa, findings_loss
 from heed_medical.medusa.finding_phantoms import write_findings as write_sample
-from heed_medical.medusa.inputs import (
-    CaseData,
-    Lot,
-    MedusaCase,
-    MedusaData,
-    TrainData,
-    to_batch,
-    vary_sample,
-)
-from heed_medical.medusa.maps import picture_maps
-from heed_medical.pictures.augmentation import PictureAugmentation
+from heed_medical.medusa.inputs import Lot, MedusaCase, MedusaData, to_batch, vary_sample
 from heed_medical.pictures.checking import check_pictures
-from heed_medical.pictures.layouts import broken_rows, find_inputs, find_pictures, list_pictures
+from heed_medical.pictures.layouts import list_pictures
 from heed_medical.pictures.listers import CHEXPERT_FINDINGS
 from heed_medical.pictures.planning import plan_pictures
-from heed_medical_cli.classification_plots import draw_maps
-from heed_medical_cli.findings_report import (
-    FindingsPrediction,
-    findings_report,
-    findings_row,
-    macro_auc,
-    write_findings,
+from heed_medical_cli.findings_recipe import FindingBatch, FindingsModule, FindingsRecipe
+from heed_medical_cli.findings_report import FindingsPrediction
+from heed_medical_cli.medusa_parts import (
+    PictureModule,
+    PictureRecipe,
+    PictureSettings,
+    PictureTraining,
+    bench_inputs,
+    small_model,
 )
-from heed_runtime import distributed
-from heed_runtime.recipe import (
-    Card,
-    Check,
-    Contender,
-    Explanation,
-    Exportable,
-    Recipe,
-    Report,
-    Row,
-)
+from heed_runtime.recipe import Card, Check, Contender, Explanation
 from heed_runtime.settings import TrainerSettings
 
 LAYOUT = """\
@@ -60,49 +42,23 @@ table     labels.csv (or any csv, csv.gz, jsonl): file, a column per finding (1,
 
 png, jpg, tif, bmp and DICOM. Splits that are missing are drawn by patient."""
 
-FindingBatch = dict[str, Tensor]
-"""main (b, 3, h, w), body (b, 1, p, q), findings (b, k)."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class FindingsTraining:
+class FindingsTraining(PictureTraining):
     """The loss and its minimisation."""
 
     learning_rate: float = 2e-4
     """Of Adam, at the start; falls to 0 on half a cosine."""
-    augment: bool = True
-    """Whether training pictures are varied."""
-    augmentation: PictureAugmentation = field(default_factory=PictureAugmentation)
-    backbone_weights: Path | None = None
-    """Weights of the torchvision network to start the backbone from."""
-    body_weights: Path | None = None
-    """Weights of a body to start from: of a run of medusa-body, or of another MEDUSA."""
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindingsSettings:
+class FindingsSettings(PictureSettings):
     """All settings."""
 
-    model: MedusaConfig = field(default_factory=MedusaConfig)
-    data: MedusaData = field(default_factory=MedusaData)
     training: FindingsTraining = field(default_factory=FindingsTraining)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
-        multiple = self.model.body_multiple
-        if any(side % multiple for side in self.data.body_size):
-            raise ValueError(
-                f"data.body_size must be multiples of {multiple} for "
-                f"{len(self.model.body_widths)} body_widths, got {self.data.body_size}"
-            )
-        if self.training.body_weights is not None and self.model.attention != "medusa":
-            raise ValueError(
-                f"training.body_weights has no effect with attention={self.model.attention}"
-            )
+        super().__post_init__()
         if self.data.decision != "argmax" or self.data.threshold is not None:
             raise ValueError("data.decision and data.threshold have no effect on findings")
 
@@ -110,7 +66,7 @@ class FindingsSettings:
 def small() -> FindingsSettings:
     """A network and schedule for a laptop: ResNet-18, a third of the body's width, 96 pixels."""
     return FindingsSettings(
-        model=MedusaConfig(backbone="resnet18", body_widths=(8, 16, 32, 64, 128)),
+        model=small_model(),
         data=MedusaData(size=(96, 96), body_size=(96, 96)),
         training=FindingsTraining(learning_rate=1e-3),
         trainer=TrainerSettings(max_epochs=15, batch=8),
@@ -122,52 +78,32 @@ def paper() -> FindingsSettings:
     return FindingsSettings(trainer=TrainerSettings(max_epochs=10, batch=8))
 
 
-class FindingsModule(L.LightningModule):
+class MedusaFindingsModule(FindingsModule[MedusaCase], PictureModule):
     """Loss, optimiser and validation."""
 
     def __init__(self, model: Medusa, settings: FindingsSettings) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
-        self._seen: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
 
-    def training_step(self, batch: FindingBatch, _: int) -> Tensor:
-        """The loss of a batch of pictures."""
-        logits = self.model(batch["main"], batch["body"])
-        loss = findings_loss(logits, batch["findings"])
-        self.log(
-            "train/loss", loss, on_step=False, on_epoch=True, sync_dist=True,
-            batch_size=len(logits),
-        )  # fmt: skip
-        return loss
+    def batch_logits(self, batch: FindingBatch) -> Tensor:
+        """The scores of a batch of pictures."""
+        logits: Tensor = self.model(batch["main"], batch["body"])
+        return logits
 
-    def validation_step(self, cases: list[MedusaCase], _: int) -> None:
-        """The loss; probabilities and labels are kept."""
-        logits = self._logits(cases)
-        labels = _labels(cases).to(self.device)
-        self.log("val/loss", findings_loss(logits, labels), batch_size=len(cases), sync_dist=True)
-        pairs = zip(logits.sigmoid().tolist(), labels.tolist(), strict=True)
-        self._seen += [(tuple(row), tuple(truth)) for row, truth in pairs]
+    def case_logits(self, cases: Sequence[MedusaCase]) -> Tensor:
+        """The scores of pictures."""
+        batch = self.batch(cases)
+        logits: Tensor = self.model(batch["main"], batch["body"])
+        return logits
 
-    def on_validation_epoch_end(self) -> None:
-        """The mean area under the ROC over all validation cases."""
-        seen = [pair for part in distributed.gather(self._seen) for pair in part]
-        self._seen = []
-        if seen and np.isfinite(area := macro_auc(seen)):
-            self.log("val/macro_auc", area, rank_zero_only=False)
+    def labels_of(self, case: MedusaCase) -> tuple[float, ...] | None:
+        """What is known of a picture."""
+        return None if case.findings is None else tuple(case.findings.tolist())
 
-    def predict_step(self, cases: list[MedusaCase], _: int) -> list[FindingsPrediction]:
-        """The probability of each finding."""
-        rows = self._logits(cases).double().sigmoid().tolist()
-        return [
-            FindingsPrediction(
-                name=case.name,
-                probabilities=tuple(row),
-                labels=None if case.findings is None else tuple(case.findings.tolist()),
-                patient=case.patient,
-            )
-            for row, case in zip(rows, cases, strict=True)
-        ]
+    def patient_of(self, case: MedusaCase) -> str:
+        """Whose picture it is."""
+        return case.patient
 
     def configure_optimizers(self) -> Any:
         """Adam, half a cosine per step."""
@@ -176,13 +112,11 @@ class FindingsModule(L.LightningModule):
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=steps)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
 
-    def _logits(self, cases: list[MedusaCase]) -> Tensor:
-        batch = to_batch(cases)
-        logits: Tensor = self.model(batch["main"].to(self.device), batch["body"].to(self.device))
-        return logits.float()
 
-
-class MedusaFindingsRecipe(Recipe[FindingsSettings, MedusaCase, FindingsPrediction]):
+class MedusaFindingsRecipe(
+    FindingsRecipe[FindingsSettings, MedusaCase],
+    PictureRecipe[FindingsSettings, FindingsPrediction],
+):
     """Tell which findings chest X-rays show."""
 
     card: ClassVar[Card] = Card(
@@ -234,11 +168,6 @@ class MedusaFindingsRecipe(Recipe[FindingsSettings, MedusaCase, FindingsPredicti
         model = replace(settings.model, classes=len(data.findings))
         return replace(settings, model=model, data=data)
 
-    def train_data(self, settings: FindingsSettings, root: Path) -> TrainData:
-        """The training pictures."""
-        files = find_pictures(root, settings.data, "train")
-        return TrainData(files, settings.data, skipped=_skipped(settings, root))
-
     def augment(
         self, settings: FindingsSettings
     ) -> Callable[[tuple[MedusaCase | Lot, ...], np.random.Generator], tuple[MedusaCase, ...]]:
@@ -252,77 +181,26 @@ class MedusaFindingsRecipe(Recipe[FindingsSettings, MedusaCase, FindingsPredicti
         batch = to_batch(cases)
         return {"main": batch["main"], "body": batch["body"], "findings": _labels(cases)}
 
-    def cases(self, settings: FindingsSettings, root: Path, split: str) -> CaseData:
-        """The labelled pictures of a split."""
-        files = find_pictures(root, settings.data, split)
-        return CaseData(files, settings.data, skipped=_skipped(settings, root))
-
-    def inputs(self, settings: FindingsSettings, paths: Sequence[Path]) -> CaseData:
-        """Pictures, without labels."""
-        return CaseData(find_inputs(paths), settings.data)
-
-    def model(self, settings: FindingsSettings) -> Medusa:
-        """The network: body and backbone start at random, every gate at 1."""
-        return Medusa(settings.model)
-
-    def start(self, settings: FindingsSettings, model: nn.Module) -> None:
-        """Take over the weights that the settings name."""
-        assert isinstance(model, Medusa)
-        if settings.training.backbone_weights is not None:
-            load_backbone(model, settings.training.backbone_weights)
-        if settings.training.body_weights is not None:
-            load_body(model, settings.training.body_weights)
-
-    def module(self, settings: FindingsSettings, model: nn.Module) -> FindingsModule:
+    def module(self, settings: FindingsSettings, model: nn.Module) -> MedusaFindingsModule:
         """The network with its loss."""
         assert isinstance(model, Medusa)
-        return FindingsModule(model, settings)
+        return MedusaFindingsModule(model, settings)
 
-    def write_prediction(
-        self, settings: FindingsSettings, prediction: FindingsPrediction, out: Path
-    ) -> list[Path]:
-        """Write `<name>.json`."""
-        return write_findings(prediction, settings.data.findings, out)
-
-    def score(self, settings: FindingsSettings, prediction: FindingsPrediction) -> list[Row]:
-        """Labels and probabilities."""
-        return [findings_row(prediction, settings.data.findings)]
-
-    def report(self, settings: FindingsSettings, rows: Sequence[Row]) -> Report:
-        """Areas of each finding and their mean, with intervals."""
-        return findings_report(rows, settings.data.findings, seed=settings.trainer.seed)
+    def findings(self, settings: FindingsSettings) -> tuple[str, ...]:
+        """Their names."""
+        return settings.data.findings
 
     def explain(
         self, settings: FindingsSettings, module: L.LightningModule, case: MedusaCase
     ) -> Explanation:
         """Attention of every scale, and what spoke for the most probable finding."""
-        assert isinstance(module, FindingsModule)
+        assert isinstance(module, MedusaFindingsModule)
         prediction = module.predict_step([case], 0)[0]
-        batch = to_batch([case])
-        batch["main"], batch["body"] = (batch[k].to(module.device) for k in ("main", "body"))
         target = int(np.argmax(prediction.probabilities))
-        maps = picture_maps(module.model, batch, target=target)
         chance = prediction.probabilities[target]
-        title = f"{settings.data.findings[target]} ({chance:.2f})"
-        neutral = 0.5 if settings.model.gate == "sigmoid" else 1.0
-        arrays = maps.arrays() | {"probabilities": np.array(prediction.probabilities)}
-        return Explanation(
-            name=case.name,
-            arrays=arrays,
-            figures={"attention": draw_maps(case.main, maps, title=title, neutral=neutral)},
-        )
-
-    def exportable(self, settings: FindingsSettings, model: nn.Module) -> Exportable:
-        """Any number of pictures of the trained sizes to logits."""
-        main, body = settings.data.size, settings.data.body_size
-        free = {0: torch.export.Dim.AUTO}
-        return Exportable(
-            model=model.eval(),
-            examples=[(torch.rand(n, 3, *main), torch.randn(n, 1, *body)) for n in (2, 3)],
-            dynamic_shapes=(free, free),
-            input_names=("main", "body"),
-            output_names=("logits",),
-        )
+        found = module.explain(case, target, f"{settings.data.findings[target]} ({chance:.2f})")
+        arrays = {**found.arrays, "probabilities": np.array(prediction.probabilities)}
+        return replace(found, arrays=arrays)
 
     def contenders(self, settings: FindingsSettings) -> list[Contender]:
         """MEDUSA beside its backbone alone; `bench medusa` has more."""
@@ -332,7 +210,7 @@ class MedusaFindingsRecipe(Recipe[FindingsSettings, MedusaCase, FindingsPredicti
             Contender(
                 name=name,
                 build=partial(Medusa, replace(settings.model, attention=kind)),  # type: ignore[arg-type]
-                inputs=partial(_bench_inputs, settings, count),
+                inputs=partial(bench_inputs, settings.data, count),
                 loss=partial(_bench_loss, torch.zeros(count, settings.model.classes)),
                 items=count,
             )
@@ -369,16 +247,6 @@ def _labels(cases: Sequence[MedusaCase]) -> Tensor:
     rows = [case.findings for case in cases]
     assert all(row is not None for row in rows)
     return torch.from_numpy(np.stack(rows))  # type: ignore[arg-type]
-
-
-def _skipped(settings: FindingsSettings, root: Path) -> tuple[str, ...]:
-    return broken_rows(root, settings.data) if settings.data.on_error == "skip" else ()
-
-
-def _bench_inputs(settings: FindingsSettings, count: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    main = torch.rand((count, 3, *settings.data.size), generator=generator)
-    return main, torch.randn((count, 1, *settings.data.body_size), generator=generator)
 
 
 def _bench_loss(labels: Tensor, logits: Tensor) -> Tensor:

@@ -45,8 +45,12 @@ from heed_medical.more.weights import load_official
 from heed_medical_cli.more_parts import (
     Embedder,
     Embedders,
+    TowerTraining,
+    adam_with_restarts,
     bench_inputs,
     bench_tower,
+    embedding_stages,
+    exportable,
     is_installed,
     timm_tower,
 )
@@ -78,14 +82,9 @@ ECG       WFDB (.hea and .dat), any rate, leads by name: PTB-XL, MIMIC-IV-ECG"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoreTraining:
+class MoreTraining(TowerTraining):
     """The loss and its minimisation; the defaults are the paper's."""
 
-    learning_rate: float = 3e-5
-    """Of AdamW, at the start; falls to a tenth on half a cosine and starts again."""
-    weight_decay: float = 0.1
-    restart_epochs: int = 10
-    """Epochs of one half cosine."""
     xray_ecg_weight: float = 0.0
     """Of the loss between X-ray and ECG, which the paper leaves out."""
     learn_temperature: bool = True
@@ -93,21 +92,15 @@ class MoreTraining:
     same_is_negative: bool = False
     """Whether studies of the same subject or with the same report are wrong answers for each other,
     as in the released code."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Of training studies."""
     weights: Path | None = None
     """A checkpoint of the released code to start from."""
     text_folder: Path | None = None
     """A folder of transformers with a RoBERTa and its tokenizer to start the text tower from."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        for name in ("weight_decay", "xray_ecg_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.restart_epochs < 1:
-            raise ValueError(f"restart_epochs must be at least 1, got {self.restart_epochs}")
+        super().__post_init__()
+        if self.xray_ecg_weight < 0:
+            raise ValueError(f"xray_ecg_weight must not be negative, got {self.xray_ecg_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,15 +201,7 @@ class MoreModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, half cosines that start again."""
-        training = self.settings.training
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(
-            trained, lr=training.learning_rate, weight_decay=training.weight_decay
-        )
-        cosine = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-            adam, T_0=training.restart_epochs, eta_min=training.learning_rate / 10
-        )
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": cosine, "interval": "epoch"}}
+        return adam_with_restarts(self.model, self.settings.training)
 
     @property
     def _names(self) -> list[str]:
@@ -452,7 +437,7 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
         zero_shot = zero_shot_rows(rows, findings)
         metrics: dict[str, float] = {}
         for row in retrieval:
-            for key in ("recall@1", "recall@5", "recall@10", "finding precision@1"):
+            for key in (k for k in row if "@" in k):
                 name = f"{row['from']}_to_{row['to']}_{key.replace(' ', '_')}"
                 metrics[name] = float(cast(float, row[key]))
         for modality in ("xray", "ecg"):
@@ -498,23 +483,14 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
         """X-rays and ECGs to their embeddings; the text tower stays."""
         assert isinstance(model, More)
         names = [name for name in ("xray", "ecg") if name in settings.model.modalities]
-        shapes = {
-            "xray": (3, *settings.model.image_size),
-            "ecg": (12, settings.model.ecg_samples),
-        }
-        auto = torch.export.Dim.AUTO
-        return Exportable(
-            model=(Embedders(model) if len(names) > 1 else Embedder(model, names[0])).eval(),
-            examples=[tuple(torch.randn(b, *shapes[n]) for n in names) for b in (2, 3)],
-            dynamic_shapes=tuple({0: auto} for _ in names),
-            input_names=names,
-            output_names=[f"{name}_embedding" for name in names],
-        )
+        network = Embedders(model) if len(names) > 1 else Embedder(model, names[0])
+        outputs = [f"{name}_embedding" for name in names]
+        return exportable(network, settings.model, names, outputs)
 
     def contenders(self, settings: MoreSettings) -> list[Contender]:
         """The X-ray tower, and timm's vision transformer of the same size."""
         model, batch = settings.model, settings.trainer.batch
-        inputs = partial(bench_inputs, (batch, 3, *model.image_size))
+        inputs = partial(bench_inputs, [(batch, 3, *model.image_size)])
         return [
             Contender(
                 name="MoRE X-ray tower",
@@ -532,6 +508,11 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
                 items=batch,
             ),
         ]
+
+    def stages(self, settings: MoreSettings) -> Mapping[str, Callable[[], object]]:
+        """From the files of an X-ray and an ECG to their embeddings."""
+        whole = replace(settings.model, modalities=("xray", "ecg"))
+        return embedding_stages(self.model(replace(settings, model=whole)).eval(), settings.data)
 
 
 def _unlabelled(case: Study, vectors: Mapping[str, np.ndarray]) -> StudyPrediction:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from heed_core.errors import InputError
-from heed_medical.medusa import findings_loss
 from heed_medical.more import More, MoreClassifier, MoreConfig, small_config
 from heed_medical.more.attribution import finding_maps
 from heed_medical.more.batches import Augmentation, join
@@ -30,34 +29,23 @@ from heed_medical.more.studies import (
     find_inputs,
     find_studies,
 )
-from heed_medical_cli.findings_report import (
-    FindingsPrediction,
-    findings_report,
-    findings_row,
-    macro_auc,
-    named,
-    write_findings,
-)
+from heed_medical_cli.findings_recipe import FindingBatch, FindingsModule, FindingsRecipe
+from heed_medical_cli.findings_report import named
 from heed_medical_cli.more import LAYOUT, MoreSettings
 from heed_medical_cli.more import RECIPE as PRETRAINING
-from heed_medical_cli.more_pictures import Relevance, draw_relevance
-from heed_runtime import distributed
-from heed_runtime.recipe import (
-    Card,
-    Check,
-    Contender,
-    Explanation,
-    Exportable,
-    Recipe,
-    Report,
-    Row,
+from heed_medical_cli.more_parts import (
+    TowerTraining,
+    adam_with_restarts,
+    bench_inputs,
+    exportable,
+    input_shapes,
 )
+from heed_medical_cli.more_pictures import Relevance, draw_relevance
+from heed_runtime.recipe import Card, Check, Contender, Explanation, Exportable
 from heed_runtime.run import load_weights
 from heed_runtime.settings import TrainerSettings, load_settings
 
 Input = Literal["xray", "ecg"]
-FindingBatch = dict[str, Tensor]
-"""xray (b, 3, h, w) and ecg (b, 12, n) as far as they are seen, findings (b, k)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +74,7 @@ class ClassifierConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningTraining:
+class TuningTraining(TowerTraining):
     """The loss and its minimisation; the defaults are the paper's."""
 
     start_from: Path | None = None
@@ -94,21 +82,12 @@ class TuningTraining:
     trained_blocks: int | None = 3
     """Of how many last blocks query, key and value are trained, besides projectors and head; 0:
     the towers rest; None: everything is trained."""
-    learning_rate: float = 3e-5
-    """Of AdamW, at the start; falls to a tenth on half a cosine and starts again."""
     weight_decay: float = 0.02
     restart_epochs: int = 5
     """Epochs of one half cosine."""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    """Of training studies."""
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.restart_epochs < 1:
-            raise ValueError(f"restart_epochs must be at least 1, got {self.restart_epochs}")
+        super().__post_init__()
         if self.trained_blocks is not None and self.trained_blocks < 0:
             raise ValueError(f"trained_blocks must not be negative, got {self.trained_blocks}")
 
@@ -150,14 +129,15 @@ def paper() -> TuningSettings:
     return TuningSettings(trainer=TrainerSettings(max_epochs=20, batch=64, patience=3))
 
 
-class TuningModule(L.LightningModule):
-    """Loss, optimiser and validation."""
+class TuningModule(FindingsModule[Study]):
+    """Loss, optimiser and validation; the mean area of the validation selects the weights."""
+
+    without_area = 0.5
 
     def __init__(self, model: MoreClassifier, settings: TuningSettings) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
-        self._seen: list[tuple[tuple[float, ...], tuple[float, ...]]] = []
         if settings.training.trained_blocks is not None:
             model.train_only_last(settings.training.trained_blocks)
 
@@ -167,70 +147,35 @@ class TuningModule(L.LightningModule):
             for name in self.model.inputs:
                 getattr(self.model, name).stem.eval()
 
-    def training_step(self, batch: FindingBatch, _: int) -> Tensor:
-        """The loss of a batch of studies."""
-        logits = self.model(**{name: batch[name] for name in self.model.inputs})
-        loss = findings_loss(logits, batch["findings"])
-        self.log(
-            "train/loss", loss, on_step=False, on_epoch=True, sync_dist=True,
-            batch_size=len(logits),
-        )  # fmt: skip
-        return loss
+    def batch_logits(self, batch: FindingBatch) -> Tensor:
+        """The scores of a batch of studies."""
+        logits: Tensor = self.model(**{name: batch[name] for name in self.model.inputs})
+        return logits
 
-    def validation_step(self, cases: list[Study], _: int) -> None:
-        """The loss; probabilities and labels are kept."""
-        logits = self._logits(cases)
-        labels = _labels(cases, self.settings.data.labels).to(self.device)
-        self.log("val/loss", findings_loss(logits, labels), batch_size=len(cases), sync_dist=True)
-        pairs = zip(logits.sigmoid().tolist(), labels.tolist(), strict=True)
-        self._seen += [(tuple(row), tuple(truth)) for row, truth in pairs]
+    def case_logits(self, cases: Sequence[Study]) -> Tensor:
+        """The scores of studies."""
+        logits: Tensor = self.model(**self.inputs_of(cases))
+        return logits
 
-    def on_validation_epoch_end(self) -> None:
-        """The mean area under the ROC over all validation studies selects the weights."""
-        seen = [pair for part in distributed.gather(self._seen) for pair in part]
-        self._seen = []
-        if seen:
-            area = macro_auc(seen)
-            self.log("val/macro_auc", area if np.isfinite(area) else 0.5, rank_zero_only=False)
+    def labels_of(self, case: Study) -> tuple[float, ...] | None:
+        """What is known of a study."""
+        return named(case.file.labels, self.settings.data.labels) if case.file.labels else None
 
-    def predict_step(self, cases: list[Study], _: int) -> list[FindingsPrediction]:
-        """The probability of each finding."""
-        names = self.settings.data.labels
-        return [
-            FindingsPrediction(
-                name=case.name,
-                probabilities=tuple(row),
-                labels=named(case.file.labels, names) if case.file.labels else None,
-                patient=case.file.subject,
-            )
-            for row, case in zip(
-                self._logits(cases).double().sigmoid().tolist(), cases, strict=True
-            )
-        ]
+    def patient_of(self, case: Study) -> str:
+        """Whose study it is."""
+        return case.file.subject
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trained, half cosines that start again."""
-        training = self.settings.training
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(
-            trained, lr=training.learning_rate, weight_decay=training.weight_decay
-        )
-        cosine = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-            adam, T_0=training.restart_epochs, eta_min=training.learning_rate / 10
-        )
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": cosine, "interval": "epoch"}}
+        return adam_with_restarts(self.model, self.settings.training)
 
     def inputs_of(self, cases: Sequence[Study]) -> dict[str, Tensor]:
         """What the network sees of some studies."""
         batch = join(cases).to(self.device)
         return {name: getattr(batch, name) for name in self.model.inputs}
 
-    def _logits(self, cases: list[Study]) -> Tensor:
-        logits: Tensor = self.model(**self.inputs_of(cases))
-        return logits.float()
 
-
-class MoreFindingsRecipe(Recipe[TuningSettings, Study, FindingsPrediction]):
+class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
     """Tell which findings a study has."""
 
     card: ClassVar[Card] = Card(
@@ -350,19 +295,9 @@ class MoreFindingsRecipe(Recipe[TuningSettings, Study, FindingsPrediction]):
         assert isinstance(model, MoreClassifier)
         return TuningModule(model, settings)
 
-    def write_prediction(
-        self, settings: TuningSettings, prediction: FindingsPrediction, out: Path
-    ) -> list[Path]:
-        """Write `<name>.json`."""
-        return write_findings(prediction, settings.data.labels, out)
-
-    def score(self, settings: TuningSettings, prediction: FindingsPrediction) -> list[Row]:
-        """Labels and probabilities."""
-        return [findings_row(prediction, settings.data.labels)]
-
-    def report(self, settings: TuningSettings, rows: Sequence[Row]) -> Report:
-        """Areas of each finding and their mean, with intervals over subjects."""
-        return findings_report(rows, settings.data.labels, seed=settings.trainer.seed)
+    def findings(self, settings: TuningSettings) -> tuple[str, ...]:
+        """Their names."""
+        return settings.data.labels
 
     def explain(
         self, settings: TuningSettings, module: L.LightningModule, case: Study
@@ -388,28 +323,18 @@ class MoreFindingsRecipe(Recipe[TuningSettings, Study, FindingsPrediction]):
     def exportable(self, settings: TuningSettings, model: nn.Module) -> Exportable:
         """X-rays and ECGs to the scores of findings."""
         assert isinstance(model, MoreClassifier)
-        config, names = settings.model.more, model.inputs
-        shapes = {"xray": (3, *config.image_size), "ecg": (12, config.ecg_samples)}
-        auto = torch.export.Dim.AUTO
-        return Exportable(
-            model=by_place(model).eval(),
-            examples=[tuple(torch.randn(b, *shapes[n]) for n in names) for b in (2, 3)],
-            dynamic_shapes=({0: auto},) * len(names),
-            input_names=names,
-            output_names=("logits",),
-        )
+        return exportable(by_place(model), settings.model.more, model.inputs, ("logits",))
 
     def contenders(self, settings: TuningSettings) -> list[Contender]:
         """The classifier; `bench more` compares its towers."""
         config = settings.model.more
-        shapes = {"xray": (3, *config.image_size), "ecg": (12, config.ecg_samples)}
         count = min(settings.trainer.batch, 8)
-        sizes = [(count, *shapes[name]) for name in settings.model.inputs]
+        sizes = [(count, *shape) for shape in input_shapes(config, settings.model.inputs)]
         return [
             Contender(
                 name=f"MoRE classifier ({' + '.join(settings.model.inputs)})",
                 build=partial(_built, settings),
-                inputs=partial(_bench_inputs, sizes),
+                inputs=partial(bench_inputs, sizes),
                 loss=torch.Tensor.mean,
                 items=count,
             )
@@ -477,11 +402,6 @@ def _labels(cases: Sequence[Study], names: Sequence[str]) -> Tensor:
 
 def _built(settings: TuningSettings) -> nn.Module:
     return by_place(RECIPE.model(settings))
-
-
-def _bench_inputs(sizes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.rand(size, generator=generator) for size in sizes)
 
 
 RECIPE = MoreFindingsRecipe()

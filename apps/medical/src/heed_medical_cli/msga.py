@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,28 +15,16 @@ from torch import Tensor, nn
 from heed_medical.msga import Msga, MsgaConfig, load_backbone, load_official, msga_loss
 from heed_medical.segmentation.augmentation import SliceAugmentation, augment
 from heed_medical.segmentation.cases import SegmentationCase
-from heed_medical.segmentation.checking import check_data
-from heed_medical.segmentation.layouts import find_cases, find_inputs
-from heed_medical.segmentation.metrics import score_case, summarise
+from heed_medical.segmentation.layouts import find_cases
 from heed_medical.segmentation.phantoms import write_sample
 from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import SegmentationPrediction, predict_volume
 from heed_medical.segmentation.settings import SegmentationData
-from heed_medical.segmentation.slices import CaseData, SliceData, SliceSample
-from heed_medical.segmentation.writers import write_labels
+from heed_medical.segmentation.slices import SliceData, SliceSample
 from heed_medical_cli.attention_maps import attention_maps
-from heed_medical_cli.pictures import draw_attention, draw_scores
-from heed_runtime.recipe import (
-    Card,
-    Check,
-    Contender,
-    Explanation,
-    Exportable,
-    Recipe,
-    Report,
-    Row,
-    Table,
-)
+from heed_medical_cli.pictures import draw_attention
+from heed_medical_cli.segmentation_recipe import SegmentationRecipe, mean_dice
+from heed_runtime.recipe import Card, Contender, Explanation, Exportable
 from heed_runtime.settings import TrainerSettings
 
 Loss = Callable[[Any], Tensor]
@@ -147,8 +135,7 @@ class MsgaModule(L.LightningModule):
         """Dice of whole cases, as the evaluation computes it."""
         for case in cases:
             prediction = self._predict(case)
-            rows = score_case(prediction, self.settings.data.table.names, distances=False)
-            dice = float(np.mean([row["dice"] for row in rows]))
+            dice = mean_dice(prediction, self.settings.data.table.names)
             self.log("val/dice", dice, on_epoch=True, batch_size=1, sync_dist=True, prog_bar=True)
 
     def predict_step(self, cases: list[SegmentationCase], _: int) -> list[SegmentationPrediction]:
@@ -181,7 +168,7 @@ class MsgaModule(L.LightningModule):
         )
 
 
-class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction]):
+class MsgaRecipe(SegmentationRecipe[MsgaSettings]):
     """Segment CT, MR and pictures slice by slice."""
 
     card: ClassVar[Card] = Card(
@@ -205,11 +192,6 @@ class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction])
         """Volumes with organs whose class depends on where they lie, as an nnU-Net raw folder."""
         write_sample(out, layout="nnunet", seed=seed)
 
-    def check(self, settings: MsgaSettings, root: Path) -> Check:
-        """Read every case."""
-        found = check_data(settings.data, root)
-        return Check(counts=found.counts, problems=found.problems, warnings=found.warnings)
-
     def plan(self, settings: MsgaSettings, root: Path) -> MsgaSettings:
         """Take classes, channels, slicing direction and slice size from the data."""
         data = plan_data(settings.data, root)
@@ -232,14 +214,6 @@ class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction])
         options = settings.training.augmentation
         return lambda sample, rng: augment(sample, rng, options)
 
-    def cases(self, settings: MsgaSettings, root: Path, split: str) -> CaseData:
-        """Whole volumes or pictures with their labels."""
-        return CaseData(find_cases(root, settings.data, split), settings.data)
-
-    def inputs(self, settings: MsgaSettings, paths: Sequence[Path]) -> CaseData:
-        """Whole volumes or pictures."""
-        return CaseData(find_inputs(paths, settings.data), settings.data, label=False)
-
     def model(self, settings: MsgaSettings) -> Msga:
         """The network, as the released recipe initialises it."""
         return Msga(settings.model)
@@ -257,25 +231,6 @@ class MsgaRecipe(Recipe[MsgaSettings, SegmentationCase, SegmentationPrediction])
         """The network with its loss."""
         assert isinstance(model, Msga)
         return MsgaModule(model, settings)
-
-    def write_prediction(
-        self, settings: MsgaSettings, prediction: SegmentationPrediction, out: Path
-    ) -> list[Path]:
-        """NIfTI in the frame of the input, or a png mask."""
-        return write_labels(prediction, out, settings.data.table)
-
-    def score(self, settings: MsgaSettings, prediction: SegmentationPrediction) -> list[Row]:
-        """Dice, volumetric similarity and surface distances per class."""
-        return list(score_case(prediction, settings.data.table.names))
-
-    def report(self, settings: MsgaSettings, rows: Sequence[Row]) -> Report:
-        """Means over cases and classes, with what failed told apart."""
-        summary = summarise(rows, seed=settings.trainer.seed)
-        return Report(
-            metrics=summary.metrics,
-            tables=[Table(title="scores per class", rows=summary.rows)],
-            plots={"dice": draw_scores(rows, "dice", "Dice")},
-        )
 
     def explain(
         self, settings: MsgaSettings, module: L.LightningModule, case: SegmentationCase

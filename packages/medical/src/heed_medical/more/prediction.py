@@ -135,9 +135,12 @@ def retrieval_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[Sc
                 "gallery": scores.gallery,
                 **{f"recall@{k}": value for k, value in scores.recall.items()},
                 "median rank": scores.median_rank,
-                "finding precision@1": label_precision(
-                    queries, gallery, query_labels=wanted, gallery_labels=wanted
-                ),
+                **{
+                    f"finding precision@{k}": label_precision(
+                        queries, gallery, query_labels=wanted, gallery_labels=wanted, k=k
+                    )
+                    for k in scores.recall
+                },
             }
         )
     return found

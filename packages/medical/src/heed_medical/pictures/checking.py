@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from heed_core.errors import InputError
-from heed_medical.pictures.findings import findings_of
+from heed_medical.pictures.findings import findings_of, unsure
 from heed_medical.pictures.layouts import Listing, list_pictures, unknown_labels
 from heed_medical.pictures.listers import splits_of_patients
 from heed_medical.pictures.planning import plan_pictures
@@ -134,6 +134,7 @@ def _warnings(root: Path, listing: Listing, data: PictureData) -> list[str]:
         ]
     if not any(p.patient for p in listing.pictures):
         lines.append(f"{root}: names no patients; one may be in several splits unnoticed")
+    lines += [f"{root}: {line}" for line in unsure(listing.pictures, data)]
     return lines + _source_warnings(root, listing, data) + _release(root, listing)
 
 

@@ -1,5 +1,6 @@
 """Findings of a picture as CheXpert and MIMIC-CXR give them: 1, 0, -1 (uncertain) or nothing."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -57,3 +58,26 @@ def findings_of(picture: PictureFile, data: PictureData) -> Float32[np.ndarray, 
             ) from None
         values.append(np.nan if value is None else float(value == "positive"))
     return np.array(values, dtype=np.float32)
+
+
+def unsure(pictures: Sequence[PictureFile], data: PictureData) -> list[str]:
+    """A line for each finding that is uncertain or not mentioned in some of the pictures.
+
+    Says how often, and what it is taken for.
+    """
+    lines = []
+    for finding in data.findings:
+        texts = [picture.columns[finding] for picture in pictures]
+        kinds: dict[str, list[str]] = {
+            "uncertain": [text for text in texts if text and float(text) == -1],
+            "not mentioned": [text for text in texts if not text],
+        }
+        parts = [
+            f"{kind} in {len(found)} of {len(texts)} pictures "
+            f"({finding_value(found[0], finding, data) or 'left out'})"
+            for kind, found in kinds.items()
+            if found
+        ]
+        if parts:
+            lines.append(f"{finding}: {', '.join(parts)}")
+    return lines

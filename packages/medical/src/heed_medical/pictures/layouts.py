@@ -10,7 +10,7 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.listers import LISTERS, find_table, is_picture, list_folders
-from heed_medical.pictures.records import PictureFile
+from heed_medical.pictures.records import PictureFile, first_line, plain_or_packed
 from heed_medical.pictures.settings import SPLITS, Layout, PictureData
 
 _KNOWN = (
@@ -75,11 +75,9 @@ def detect_layout(root: Path, data: PictureData) -> Layout:
         return "rsna"
     if any(root.glob("mimic-cxr-2.0.0-chexpert.csv*")):
         return "mimic"
-    if (root / "train.csv").is_file():
-        with (root / "train.csv").open(encoding="utf-8", errors="replace") as stream:
-            header = stream.readline()
-        if "Path" in header and "No Finding" in header:
-            return "chexpert"
+    header = first_line(plain_or_packed(root / "train.csv"))
+    if "Path" in header and "No Finding" in header:
+        return "chexpert"
     if find_table(root) is not None:
         return "table"
     if len({picture.label for picture in list_folders(root, data)[0]}) > 1:

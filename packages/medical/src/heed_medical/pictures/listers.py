@@ -12,7 +12,7 @@ from heed_core.errors import InputError
 from heed_medical.dicom import is_dicom
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.pictures.findings import finding_value
-from heed_medical.pictures.records import PictureFile, Rows, read_rows
+from heed_medical.pictures.records import PictureFile, Rows, plain_or_packed, read_rows
 from heed_medical.pictures.settings import SPLITS, PictureData, parse_only
 
 Found = tuple[list[PictureFile], list[str]]
@@ -216,13 +216,14 @@ def _rsna_details(root: Path) -> dict[str, str]:
 
 
 def list_chexpert(root: Path, data: PictureData) -> Found:
-    """CheXpert: train.csv, and valid.csv as the test split; the finding decides the label."""
+    """CheXpert: train.csv, and valid.csv as the test (both also .gz); the finding is the label."""
     pictures: list[PictureFile] = []
     problems: list[str] = []
     for name, split in _CHEXPERT_SPLITS:
-        if name == "valid.csv" and not (root / name).is_file():
+        file = plain_or_packed(root / name)
+        if name == "valid.csv" and not file.is_file():
             continue
-        table = read_rows(root / name)
+        table = read_rows(file)
         path, finding = table.need("Path"), table.need(_finding(data))
         findings = _finding_columns(table, data)
         view = table.column(("Frontal/Lateral",))
@@ -235,12 +236,12 @@ def list_chexpert(root: Path, data: PictureData) -> Found:
             if label == "":
                 problems.append(f"{place}: has {finding} = {row[finding]!r}, use 1, 0, -1 or blank")
                 continue
-            file = _chexpert_file(root, row[path])
+            picture = _chexpert_file(root, row[path])
             patient = next((p for p in Path(row[path]).parts if p.startswith("patient")), "")
             pictures.append(
                 PictureFile(
-                    name=_stem(str(Path(*file.relative_to(root).parts))),
-                    path=file,
+                    name=_stem(str(Path(*picture.relative_to(root).parts))),
+                    path=picture,
                     label=None if data.findings else label,
                     split=None if split == "train" else split,
                     patient=patient,
@@ -308,7 +309,7 @@ def list_mimic(root: Path, data: PictureData) -> Found:
                 label=None if data.findings else label,
                 split=SPLIT_NAMES[split.lower()],
                 patient=subject,
-                place=place,
+                place=label_place if data.findings else place,
                 columns=dict(row) | {name: labelled[column] for name, column in findings.items()},
             )
         )
@@ -316,8 +317,7 @@ def list_mimic(root: Path, data: PictureData) -> Found:
 
 
 def _mimic_table(root: Path, part: str) -> Rows:
-    path = root / _MIMIC.format(part)
-    return read_rows(path if path.is_file() else path.with_name(path.name + ".gz"))
+    return read_rows(plain_or_packed(root / _MIMIC.format(part)))
 
 
 def list_folders(root: Path, data: PictureData) -> Found:

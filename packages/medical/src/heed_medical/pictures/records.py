@@ -73,6 +73,22 @@ class Rows:
 _JSON_LINES = {".jsonl", ".ndjson"}
 
 
+def plain_or_packed(path: Path) -> Path:
+    """A table as it lies there: by its name, or with .gz behind it."""
+    packed = path.with_name(f"{path.name}.gz")
+    return packed if packed.is_file() and not path.is_file() else path
+
+
+def first_line(path: Path) -> str:
+    """The header of a csv or csv.gz; empty where the file cannot be read."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8", errors="replace") as stream:
+            return str(stream.readline())
+    except (OSError, EOFError, zlib.error):
+        return ""
+
+
 def read_rows(path: Path) -> Rows:
     """Read a csv, csv.gz or jsonl file as text.
 
