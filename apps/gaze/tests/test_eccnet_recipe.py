@@ -101,21 +101,75 @@ def test_a_single_picture_is_searched(run, tmp_path):
         ("gt/1.png", np.full((20, 198), 255, np.uint8), "is for 20 x 198"),
         ("stimuli/1.png", b"", "cannot be read as a picture"),
         ("stimuli/1.png", b"\x89PNG\r\n\x1a\n", "cannot be read as a picture"),
+        ("stimuli/1.png", "half", "cannot be read as a picture"),
+        ("target/1.png", b"text", "cannot be read as a picture"),
+        ("target/1.png", None, "has no target target/1.png"),
+        ("gt/1.png", None, "has no mask gt/1.png"),
         ("../gt_mask.npy", b"\x93NUMPY", "cannot be read as an array"),
+        ("../gt_mask.npy", "half", "cannot be read as an array"),
+        ("../gt_mask.npy", None, "there is no gt_mask.npy"),
+        ("../gt_mask.npy", np.ones((16, 99, 198), np.uint8), "is for 99 x 198 pixels"),
+        ("../gt_mask.npy", np.ones((198, 198), np.uint8), "has the shape (198, 198)"),
+        ("../gt_mask.npy", np.zeros((2, 198, 198), np.uint8), "has a cell without pixels"),
+        ("../gt_mask.npy", np.full((1, 198, 198), np.nan), "holds NaN or infinity"),
+        ("trials.csv", b"trial,set_size\n1,one\n", "row 2: needs the columns"),
+        ("trials.csv", b"trial,set_size\n1,-3\n", "row 2: needs the columns"),
+        ("trials.csv", b"trial,set_size\n1,6\n", "has no row for the trial 2"),
+        ("trials.csv", b"", "has no row for the trial 1"),
     ],
 )
 def test_broken_files_are_named_in_one_line(run, tmp_path, name, content, said):
     root = tmp_path / "stimuli"
     write_stimuli(root, seed=1, trials=1, experiments=(EXPERIMENTS[1],))
     path = root / "lightning_dir" / "left_right" / name
-    if isinstance(content, bytes):
+    if content is None:
+        path.unlink()
+    elif isinstance(content, str):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif isinstance(content, bytes):
         path.write_bytes(content)
+    elif path.suffix == ".npy":
+        np.save(path, content)
     else:
         Image.fromarray(content).save(path)
     line = fault("predict", run, root, "--out", tmp_path / "out", "--device", "cpu")
     assert said in line
     assert "left_right" in line or "gt_mask.npy" in line
     assert call(APP, "check", "eccnet", root, code=1) == {}
+
+
+def test_grey_and_transparent_pictures_are_searched_as_coloured_ones(run, tmp_path):
+    rng = np.random.default_rng(0)
+    grey = np.full((64, 64), 200, np.uint8)
+    grey[40:56, 8:24] = rng.integers(0, 255, (16, 16))
+    modes = {"L": "l.png", "RGB": "rgb.png", "RGBA": "rgba.png", "P": "p.png"}
+    Image.fromarray(grey[40:56, 8:24]).save(tmp_path / "target.png")
+    for mode, name in modes.items():
+        Image.fromarray(grey).convert(mode).save(tmp_path / name)
+        call(
+            APP, "predict", run, tmp_path / name, "--out", tmp_path / mode, "--device", "cpu",
+            "--data.target", tmp_path / "target.png", "--data.max-fixations", "3", "--data.no-gif",
+        )  # fmt: skip
+    tables = {
+        mode: [row.split(",")[2:] for row in (tmp_path / mode / name).with_suffix(".csv").open()]
+        for mode, name in modes.items()
+    }
+    assert all(rows == tables["L"] for rows in tables.values())
+
+
+def test_masks_of_a_single_picture_that_do_not_fit(run, tmp_path):
+    for name, size in (("scene", (64, 48)), ("target", (9, 9)), ("large", (65, 9))):
+        Image.new("L", size, 90).save(tmp_path / f"{name}.png")
+    Image.new("L", (64, 48), 0).save(tmp_path / "black.png")
+    np.save(tmp_path / "cells.npy", np.ones((2, 48, 63), np.uint8))
+    words = ("predict", run, tmp_path / "scene.png", "--out", tmp_path / "out", "--device", "cpu")
+    found = (*words, "--data.target", tmp_path / "target.png")
+    assert "the target is 9 x 65" in fault(*words, "--data.target", tmp_path / "large.png")
+    assert "is black" in fault(*found, "--data.truth", tmp_path / "black.png")
+    assert "is for 9 x 9 pixels" in fault(*found, "--data.truth", tmp_path / "target.png")
+    assert "is for 48 x 63 pixels" in fault(*found, "--data.cells", tmp_path / "cells.npy")
+    assert "no such file" in fault(*found, "--data.cells", tmp_path / "none.npy")
+    assert "no such file" in fault(*words, "--data.target", tmp_path / "none.png")
 
 
 def test_faults_of_weights_and_tasks_are_told(data, tmp_path):

@@ -514,6 +514,8 @@ def read_table(path: Path) -> Tensor:
         raise InputError(f"is no .npy of numbers ({error})", path=path) from None
     if table.ndim != 2 or not np.issubdtype(table.dtype, np.floating):
         raise InputError(f"must be rows x channels of numbers, got {table.shape}", path=path)
+    if not np.isfinite(table).all():
+        raise InputError("holds NaN or infinity", path=path, remedy="get the file again")
     return torch.from_numpy(table).float()
 
 

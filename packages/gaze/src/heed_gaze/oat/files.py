@@ -161,7 +161,9 @@ def _layout(entry: _Entry) -> Layout:
     boxes = entry.table("boxes", 4, np.float64)
     rows, columns = entry.whole("rows"), entry.whole("cols")
     if min(rows, columns) < 1 or (len(boxes) > rows * columns and "cells" not in entry.values):
-        raise entry.fault(f"{len(boxes)} boxes do not fit into {rows} rows and {columns} cols")
+        raise entry.fault(
+            f"{len(boxes)} boxes do not fit into {rows} rows and {columns} cols", "correct them"
+        )
     given = "cells" in entry.values
     cells = entry.table("cells", 2, np.int64) if given else reading_order(rows, columns, len(boxes))
     try:

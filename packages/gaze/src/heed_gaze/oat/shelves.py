@@ -56,7 +56,12 @@ class Layout:
         good = (x1 > x0) & (y1 > y0)  # False for NaN too
         inside = (x0 >= -_SLACK_PX) & (y0 >= -_SLACK_PX)
         inside &= (x1 <= width + _SLACK_PX) & (y1 <= height + _SLACK_PX)
-        for flags, what in ((good, "is no box"), (inside, f"is outside {width} x {height}")):
+        seen = (x1 - x0 >= 1) & (y1 - y0 >= 1)
+        for flags, what in (
+            (good, "is no box"),
+            (inside, f"is outside {width} x {height}"),
+            (seen, f"of {width} x {height} pixels is smaller than a pixel"),
+        ):
             if not flags.all():
                 index = int(np.flatnonzero(~flags)[0])
                 raise self.fault(f"box {index} {self.boxes[index].tolist()} {what}", "correct it")
