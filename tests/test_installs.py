@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -126,3 +127,18 @@ def test_resolving_one_domain_brings_nothing_of_another(tmp_path: Path):
         resolved = {line.split("==")[0].strip() for line in listed.splitlines() if "==" in line}
         assert "torch" in resolved
         assert not resolved & foreign, name
+
+
+@pytest.mark.slow
+def test_the_oldest_versions_that_members_allow_go_together(tmp_path: Path):
+    for path in (ROOT / "pyproject.toml", *ROOT.glob("*/*/pyproject.toml")):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        settings = path.read_text()
+        copy.write_text(re.sub(r"constraint-dependencies = \[.*?\n\]\n", "", settings, flags=re.S))
+    assert "constraint-dependencies" not in (tmp_path / "pyproject.toml").read_text()
+    run(UV, "lock", "--quiet", "--resolution", "lowest-direct", cwd=tmp_path)
+    packages = tomllib.loads((tmp_path / "uv.lock").read_text())["package"]
+    versions = {package["name"]: package["version"] for package in packages}
+    for name, oldest in {"torch": "2.6.0", "monai": "1.5.0"}.items():
+        assert versions[name] == oldest
