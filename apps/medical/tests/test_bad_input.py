@@ -1,10 +1,8 @@
 """What a user sees when a file is broken: one line that names it, exit code 2, nothing lost."""
 
 import gzip
-import io
 import shutil
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +12,7 @@ from PIL import Image
 
 from heed_medical.segmentation.phantoms import write_sample
 from heed_medical_cli import APP
+from heed_runtime.testing.contract import refusal, spoken
 
 QUICK = [
     *("--trainer.max-steps", "1", "--trainer.batch", "2", "--device", "cpu"),
@@ -22,31 +21,15 @@ QUICK = [
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:monai")
 
 
-def call(*words: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    return code, out.getvalue(), err.getvalue()
-
-
-def refusal(*words: object) -> str:
-    """The one line that a refused command says."""
-    code, out, err = call(*words)
-    assert code == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if "error:" in line]
-    assert len(lines) == 1, err
-    return lines[0]
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data sets as NIfTI and png, and a run of one step on the first."""
     root = tmp_path_factory.mktemp("made")
     write_sample(root / "nifti", layout="nnunet", cases=8, shape=(16, 24, 3))
     write_sample(root / "png", layout="png", cases=8, shape=(16, 24, 3))
-    code, _, err = call("train", "msga", "--data", root / "nifti", "--out", root / "run", *QUICK)
+    code, _, err = spoken(
+        APP, "train", "msga", "--data", root / "nifti", "--out", root / "run", *QUICK
+    )
     assert code == 0, err
     return root
 
@@ -93,11 +76,11 @@ def with_nan(data: np.ndarray, affine: np.ndarray) -> tuple:
 
 def assert_refused_everywhere(data: Path, tmp_path: Path, *said: str) -> None:
     """`train` refuses with the file's name and leaves no run; `check` lists it and exits with 1."""
-    line = refusal("train", "msga", "--data", data, "--out", tmp_path / "run", *QUICK)
+    line = refusal(APP, "train", "msga", "--data", data, "--out", tmp_path / "run", *QUICK)
     for word in said:
         assert word in line
     assert not (tmp_path / "run").exists()
-    code, out, _ = call("check", "msga", data)
+    code, out, _ = spoken(APP, "check", "msga", data)
     assert code == 1
     assert said[0] in out
 
@@ -140,7 +123,7 @@ def test_a_file_without_its_partner(nifti: Path, tmp_path: Path):
 
 def test_an_empty_folder(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    line = refusal("train", "msga", "--data", tmp_path / "empty", "--out", tmp_path / "run")
+    line = refusal(APP, "train", "msga", "--data", tmp_path / "empty", "--out", tmp_path / "run")
     assert "empty" in line
     assert not (tmp_path / "run").exists()
 
@@ -166,14 +149,16 @@ def test_skipping_counts_and_lists(nifti: Path, tmp_path: Path):
     path = first(nifti / "imagesTr")
     path.write_bytes(b"")
     words = ["--data.on-error", "skip", "--data", nifti, "--out", tmp_path / "run", *QUICK]
-    code, out, err = call("train", "msga", *words)
+    code, out, err = spoken(APP, "train", "msga", *words)
     assert code == 0, err
     assert path.name in out + err
 
 
 def test_an_unknown_key_in_a_file(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("model:\n  widht: 8\n")
-    line = refusal("train", "msga", "--config", tmp_path / "mine.yaml", "--out", tmp_path / "run")
+    line = refusal(
+        APP, "train", "msga", "--config", tmp_path / "mine.yaml", "--out", tmp_path / "run"
+    )
     assert "mine.yaml" in line
     assert "model.widht" in line
     assert "width" in line.replace("widht", "")
@@ -183,7 +168,7 @@ def test_a_run_of_another_system(made: Path, tmp_path: Path):
     run = Path(shutil.copytree(made / "run", tmp_path / "run"))
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("system: msga", "system: unet"))
-    assert "unet" in refusal("evaluate", run)
+    assert "unet" in refusal(APP, "evaluate", run)
 
 
 def test_weights_of_another_network(made: Path, tmp_path: Path):
@@ -192,12 +177,12 @@ def test_weights_of_another_network(made: Path, tmp_path: Path):
         path.write_text(
             path.read_text().replace("width: 8", "width: 16").replace('h": 8', 'h": 16')
         )
-    assert "model.safetensors" in refusal("evaluate", run)
+    assert "model.safetensors" in refusal(APP, "evaluate", run)
 
 
 def test_a_folder_that_holds_a_run_is_kept(made: Path):
     before = {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*")}
-    line = refusal("train", "msga", "--data", made / "nifti", "--out", made / "run", *QUICK)
+    line = refusal(APP, "train", "msga", "--data", made / "nifti", "--out", made / "run", *QUICK)
     assert "--overwrite" in line
     assert {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*")} == before
 
@@ -205,7 +190,8 @@ def test_a_folder_that_holds_a_run_is_kept(made: Path):
 def test_an_unwritable_place(made: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     line = refusal(
-        *("predict", made / "run", made / "nifti" / "imagesTs", "--out", tmp_path / "file" / "out")
+        APP,
+        *("predict", made / "run", made / "nifti" / "imagesTs", "--out", tmp_path / "file" / "out"),
     )
     assert "file" in line
     assert (tmp_path / "file").read_text() == ""
@@ -214,7 +200,7 @@ def test_an_unwritable_place(made: Path, tmp_path: Path):
 def test_a_broken_input_of_predict_keeps_what_was_written(made: Path, nifti: Path, tmp_path: Path):
     inputs = sorted((nifti / "imagesTs").iterdir())
     inputs[-1].write_bytes(b"not a volume")
-    line = refusal("predict", made / "run", nifti / "imagesTs", "--out", tmp_path / "out")
+    line = refusal(APP, "predict", made / "run", nifti / "imagesTs", "--out", tmp_path / "out")
     assert inputs[-1].name in line
     written = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
     assert len(written) == len(inputs) - 1
@@ -224,5 +210,5 @@ def test_a_broken_input_of_predict_keeps_what_was_written(made: Path, nifti: Pat
 
 def test_the_same_input_twice_is_not_written_over(made: Path, tmp_path: Path):
     inputs = made / "nifti" / "imagesTs"
-    assert call("predict", made / "run", inputs, "--out", tmp_path / "out")[0] == 0
-    assert "--overwrite" in refusal("predict", made / "run", inputs, "--out", tmp_path / "out")
+    assert spoken(APP, "predict", made / "run", inputs, "--out", tmp_path / "out")[0] == 0
+    assert "--overwrite" in refusal(APP, "predict", made / "run", inputs, "--out", tmp_path / "out")

@@ -5,11 +5,9 @@ wrong with it, and exit code 2.
 """
 
 import importlib
-import io
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import h5py
@@ -29,6 +27,7 @@ from heed_medical.reports.phantoms import write_studies
 from heed_medical_cli import APP
 from heed_runtime.arguments import parse
 from heed_runtime.run import Run
+from heed_runtime.testing.contract import refusal, spoken
 
 STEP = ("--trainer.max-steps", "1", "--trainer.batch", "2", "--device", "cpu", "--quiet")
 TINY = {
@@ -54,27 +53,9 @@ EXPLICIT = str(ExplicitVRLittleEndian)
 Change = Callable[[Path], Path]
 
 
-def call(*words: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    return code, out.getvalue(), err.getvalue()
-
-
-def refusal(*words: object) -> str:
-    """The one line that a refused command says."""
-    code, out, err = call(*words)
-    assert code == 2, err
-    assert out == ""
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if "error:" in line]
-    assert len(lines) == 1, err
-    return lines[0]
-
-
 def answer(*words: object) -> dict:
     """The document of a command that works."""
-    code, out, err = call(*words, "--json")
+    code, out, err = spoken(APP, *words, "--json")
     assert code == 0, err
     return dict(json.loads(out))
 
@@ -208,7 +189,7 @@ def test_dicom_that_cannot_be_read_names_file_and_reason(made: Path, tmp_path: P
     dataset.PixelData = pydicom.encaps.encapsulate([bytes(64)])
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(tmp_path / "film.dcm", enforce_file_format=True)
-    line = refusal("predict", run, tmp_path / "film.dcm", "--out", out, "--device", "cpu")
+    line = refusal(APP, "predict", run, tmp_path / "film.dcm", "--out", out, "--device", "cpu")
     assert "film.dcm" in line
     assert "MPEG2" in line
     assert "1.2.840.10008.1.2.4.100" in line
@@ -218,17 +199,17 @@ def test_dicom_that_cannot_be_read_names_file_and_reason(made: Path, tmp_path: P
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(tmp_path / "packed.dcm", enforce_file_format=True)
-    line = refusal("predict", run, tmp_path / "packed.dcm", "--out", out, "--device", "cpu")
+    line = refusal(APP, "predict", run, tmp_path / "packed.dcm", "--out", out, "--device", "cpu")
     assert "packed.dcm" in line
     assert "JPEG 2000" in line
     dataset = pydicom.dcmread(whole)
     del dataset.PixelData
     dataset.save_as(tmp_path / "bare.dcm")
-    line = refusal("predict", run, tmp_path / "bare.dcm", "--out", out, "--device", "cpu")
+    line = refusal(APP, "predict", run, tmp_path / "bare.dcm", "--out", out, "--device", "cpu")
     assert "bare.dcm: has no pixel data" in line
     short = tmp_path / "short.dcm"
     short.write_bytes(whole.read_bytes()[:-1000])
-    assert "short.dcm" in refusal("predict", run, short, "--out", out, "--device", "cpu")
+    assert "short.dcm" in refusal(APP, "predict", run, short, "--out", out, "--device", "cpu")
 
 
 def test_an_id_with_a_space_is_an_id(copied: Callable[[str], Path]):
@@ -243,7 +224,7 @@ def test_an_id_with_a_space_is_an_id(copied: Callable[[str], Path]):
     test = (data / "test_COVIDx_phantom.txt").read_text().splitlines()
     test[0] = " ".join(["CR 42 A", *test[0].split()[-3:]])
     (data / "test_COVIDx_phantom.txt").write_text("\n".join(test) + "\n")
-    code, out, _ = call("check", "medusa", data)
+    code, out, _ = spoken(APP, "check", "medusa", data)
     assert code == 1
     assert "CR 42 A" in out
 
@@ -268,7 +249,7 @@ def test_a_patient_in_two_splits_is_told(copied: Callable[[str], Path], system: 
         text = (data / "labels.csv").read_text().splitlines()
         text[-1] = "patient_001," + text[-1].partition(",")[2]
         (data / "labels.csv").write_text("\n".join(text) + "\n")
-    code, out, err = call("check", system, data)
+    code, out, err = spoken(APP, "check", system, data)
     assert code == (1 if system in ("medusa", "more") else 0), err
     assert "is in the splits" in " ".join((out + err).split())
 
@@ -280,12 +261,12 @@ def test_lines_of_covidx_that_are_short_or_have_another_label(
     path = data / "train_COVIDx_phantom.txt"
     whole = path.read_text()
     path.write_text(whole + "p9 chest.png\n")
-    line = refusal(*train("medusa", data, tmp_path / "run"))
+    line = refusal(APP, *train("medusa", data, tmp_path / "run"))
     assert "row 17" in line
     assert "2 fields" in line
     path.write_text(whole.replace("chest_0003.png positive", "chest_0003.png perhaps"))
     words = ("--data.classes", "negative", "positive")
-    assert "'perhaps'" in refusal(*train("medusa", data, tmp_path / "run", *words))
+    assert "'perhaps'" in refusal(APP, *train("medusa", data, tmp_path / "run", *words))
 
 
 def test_a_picture_of_numbers_that_are_none(made: Path, tmp_path: Path):
@@ -293,7 +274,7 @@ def test_a_picture_of_numbers_that_are_none(made: Path, tmp_path: Path):
     pixels[3, 4] = np.nan
     Image.fromarray(pixels).save(tmp_path / "nan.tif")
     words = ("--out", tmp_path / "out", "--device", "cpu")
-    line = refusal("predict", made / "medusa-run", tmp_path / "nan.tif", *words)
+    line = refusal(APP, "predict", made / "medusa-run", tmp_path / "nan.tif", *words)
     assert "nan.tif" in line
     assert "not finite" in line
 
@@ -355,7 +336,7 @@ def _pickled(path: Path) -> Path:
 def test_a_broken_bag_at_prediction(made: Path, tmp_path: Path, write: Change, said: str):
     path = write(tmp_path / "slide.h5")
     words = ("--out", tmp_path / "out", "--device", "cpu")
-    line = refusal("predict", made / "acmil-run", path, *words)
+    line = refusal(APP, "predict", made / "acmil-run", path, *words)
     assert f"{path.name}: {said}" in line
 
 
@@ -373,7 +354,7 @@ def test_broken_lists_of_bags(
 ):
     data = copied("acmil")
     (data / name).write_text(text)
-    assert said in refusal(*train("acmil", data, tmp_path / "run"))
+    assert said in refusal(APP, *train("acmil", data, tmp_path / "run"))
 
 
 # IVGN
@@ -382,9 +363,9 @@ def test_broken_lists_of_bags(
 def test_an_unknown_split_key_lists_the_keys(copied: Callable[[str], Path], tmp_path: Path):
     data = copied("ivgn")
     edit(data / "annotation.json", '"test": [', '" ": [')
-    line = refusal(*train("ivgn", data, tmp_path / "run"))
+    line = refusal(APP, *train("ivgn", data, tmp_path / "run"))
     assert "unknown split ' '; its keys are 'train', 'val', ' '" in line
-    assert call("check", "ivgn", data)[0] == 1
+    assert spoken(APP, "check", "ivgn", data)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -402,7 +383,7 @@ def test_broken_annotations(
 ):
     data = copied("ivgn")
     edit(data / "annotation.json", old, new)
-    assert said in refusal(*train("ivgn", data, tmp_path / "run", "--trainer.max-steps", "4"))
+    assert said in refusal(APP, *train("ivgn", data, tmp_path / "run", "--trainer.max-steps", "4"))
 
 
 def test_an_empty_report_is_learnt_and_told(copied: Callable[[str], Path], tmp_path: Path):
@@ -411,18 +392,18 @@ def test_an_empty_report_is_learnt_and_told(copied: Callable[[str], Path], tmp_p
     content["train"][0]["report"] = ""
     content["train"][1]["report"] = "?!"
     (data / "annotation.json").write_text(json.dumps(content))
-    code, out, err = call("check", "ivgn", data)
+    code, out, err = spoken(APP, "check", "ivgn", data)
     assert code == 0
     for name in ("train0000", "train0001"):
         assert f"report of {name} is empty" in " ".join((out + err).split())
-    assert call(*train("ivgn", data, tmp_path / "run"))[0] == 0
+    assert spoken(APP, *train("ivgn", data, tmp_path / "run"))[0] == 0
 
 
 def test_a_vocabulary_of_another_training_is_refused(made: Path, tmp_path: Path):
     run = Path(shutil.copytree(made / "ivgn-run", tmp_path / "run"))
     edit(run / "config.yaml", "- <unk>\n", "- <unk>\n  - superfluous\n")
     picture = made / "ivgn" / "images" / "test0000"
-    line = refusal("predict", run, picture, "--out", tmp_path / "out", "--device", "cpu")
+    line = refusal(APP, "predict", run, picture, "--out", tmp_path / "out", "--device", "cpu")
     assert "data.vocabulary has" in line
     assert "different trainings" in line
 
@@ -462,11 +443,11 @@ def test_a_missing_lead_is_named_and_can_be_filled(
     data = copied("more")
     path = rewrite_ecg(data, names=["XYZ", *LEADS[1:]])
     words = ("predict", made / "more-run", path, "--out", tmp_path / "out", "--device", "cpu")
-    line = refusal(*words)
+    line = refusal(APP, *words)
     assert "train000.hea: has no lead I (its signals: XYZ, II" in line
-    assert call(*words, "--data.missing-leads", "zero")[0] == 0
+    assert spoken(APP, *words, "--data.missing-leads", "zero")[0] == 0
     assert "has no lead I" in refusal(
-        *train("more", data, tmp_path / "run", "--trainer.max-steps", "3")
+        APP, *train("more", data, tmp_path / "run", "--trainer.max-steps", "3")
     )
 
 
@@ -477,15 +458,17 @@ def test_missing_samples_are_told_and_empty_leads_refused(
     signals = make_ecg(0, np.random.default_rng(0))
     signals[2, 10:20] = np.nan
     path = rewrite_ecg(data, signals=signals)
-    code, out, err = call("check", "more", data)
+    code, out, err = spoken(APP, "check", "more", data)
     assert code == 0
     assert "10 samples are missing (NaN)" in " ".join((out + err).split())
     signals[2] = np.nan
     rewrite_ecg(data, signals=signals)
     words = ("--out", tmp_path / "out", "--device", "cpu")
-    assert "has no values in the lead III" in refusal("predict", made / "more-run", path, *words)
+    assert "has no values in the lead III" in refusal(
+        APP, "predict", made / "more-run", path, *words
+    )
     path.with_suffix(".dat").write_bytes(path.with_suffix(".dat").read_bytes()[:99])
-    assert "train000.hea" in refusal("predict", made / "more-run", path, *words)
+    assert "train000.hea" in refusal(APP, "predict", made / "more-run", path, *words)
 
 
 @pytest.mark.parametrize(
@@ -504,18 +487,18 @@ def test_broken_manifests(
     edit(data / "manifest.csv", old, new)
     if "finding" in said:
         words = ("--data.labels", "Cardiomegaly")
-        assert "Cardiomegaly" in refusal(*train("more", data, tmp_path / "run", *words))
+        assert "Cardiomegaly" in refusal(APP, *train("more", data, tmp_path / "run", *words))
         return
-    code, out, err = call("check", "more", data)
+    code, out, err = spoken(APP, "check", "more", data)
     assert code == 1
     assert said in " ".join((out + err).split())
     if "exist" in said:
         words = train("more", data, tmp_path / "run", "--trainer.max-steps", "3")
-        assert said in refusal(*words)
+        assert said in refusal(APP, *words)
 
 
 def test_an_empty_report_alone_is_refused(made: Path, tmp_path: Path):
     (tmp_path / "note.txt").write_text("FINDINGS:  ___ \n")
     words = ("--out", tmp_path / "out", "--device", "cpu")
-    line = refusal("predict", made / "more-run", tmp_path / "note.txt", *words)
+    line = refusal(APP, "predict", made / "more-run", tmp_path / "note.txt", *words)
     assert "note.txt: is an empty report" in line

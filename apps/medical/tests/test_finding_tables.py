@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,11 @@ from PIL import Image
 
 from heed_medical.pictures.listers import CHEXPERT_FINDINGS
 from heed_medical_cli import APP
-from heed_runtime.testing.contract import call
+from heed_runtime.testing.contract import call, refusal
 
 TWO = ("--data.findings", "Edema", "Cardiomegaly")
 CELLS = [("1.0", "0.0"), ("-1.0", "1.0"), ("", "0.0"), ("0.0", ""), ("-1.0", "1.0"), ("1.0", "")]
 """Edema and Cardiomegaly of six training pictures."""
-
-
-def refusal(*words: object) -> str:
-    """The one line that a refused command says."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    assert code == 2, err.getvalue()
-    lines = [line for line in err.getvalue().splitlines() if "error:" in line]
-    assert len(lines) == 1, err.getvalue()
-    return lines[0]
 
 
 def save(path: Path) -> None:
@@ -121,13 +109,14 @@ def test_chexpert_is_checked_whole_and_by_one_finding(chexpert: Path):
     # of the training 1 1 0 and a blank are left, of the test 1; the -1 are left out
     assert sum(row["positive"] for row in one["counts"]) == 3
     assert sum(row["negative"] for row in one["counts"]) == 2
+    assert any("uncertain in 3 of 8 pictures (left out)" in line for line in one["warnings"])
 
 
 def test_a_label_that_is_none_is_named(mimic: Path):
     path = mimic / "mimic-cxr-2.0.0-chexpert.csv.gz"
     text = gzip.decompress(path.read_bytes()).decode()
     path.write_bytes(gzip.compress(text.replace("-1.0", "2.0", 1).encode()))
-    said = refusal("train", "medusa-findings", "--data", mimic, "--out", mimic / "run", *TWO)
+    said = refusal(APP, "train", "medusa-findings", "--data", mimic, "--out", mimic / "run", *TWO)
     assert "row" in said
     assert "has Edema = '2.0', use 1, 0, -1 or blank" in said
     assert "chexpert.csv.gz" in said

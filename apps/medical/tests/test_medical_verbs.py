@@ -4,7 +4,6 @@ import csv
 import gzip
 import importlib
 import io
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import h5py
@@ -28,19 +27,7 @@ from heed_medical.more.settings import CHEXPERT
 from heed_medical_cli import APP
 from heed_runtime.arguments import parse
 from heed_runtime.run import Run
-from heed_runtime.testing.contract import call
-
-
-def refusal(*words: object) -> str:
-    """The one line that a refused command says."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    assert code == 2, err.getvalue()
-    lines = [line for line in err.getvalue().splitlines() if "error:" in line]
-    assert len(lines) == 1, err.getvalue()
-    return lines[0]
-
+from heed_runtime.testing.contract import call, refusal
 
 # convert
 
@@ -89,21 +76,23 @@ def test_a_converted_data_set_holds_the_same_bags(layout: str, slides: Path, tmp
             assert file["s0/feat"].dtype == np.float16
     if layout == "clam":
         assert (out / "pt_files" / "s0.pt").stat().st_size > 0
-    assert "out" in refusal(*words)
+    assert "out" in refusal(APP, *words)
 
 
 def test_a_broken_bag_leaves_nothing_or_is_left_out(slides: Path, tmp_path: Path):
     path = slides / "features_uni" / "s2.h5"
     path.write_bytes(path.read_bytes()[:300])
     words = ("convert", slides, "--to", "npy", "--out", tmp_path / "out")
-    assert "s2.h5" in refusal(*words)
+    assert "s2.h5" in refusal(APP, *words)
     assert not (tmp_path / "out").exists()
     found = call(APP, *words, "--data.on-error", "skip")
     assert len(found["slides"]) == 5
     assert len(found["skipped"]) == 1
     (slides / "labels.csv").unlink()
     path.unlink()
-    assert "has no label" in refusal("convert", slides, "--to", "csv", "--out", tmp_path / "csv")
+    assert "has no label" in refusal(
+        APP, "convert", slides, "--to", "csv", "--out", tmp_path / "csv"
+    )
     assert len(call(APP, "convert", slides, "--to", "pt", "--out", tmp_path / "pt")["slides"]) == 5
 
 
@@ -209,15 +198,15 @@ def test_broken_tables_of_mimic_are_named(mimic: tuple[Path, Path], tmp_path: Pa
     path = mimic[1] / "record_list.csv"
     whole = path.read_text()
     path.write_text(whole.replace("2180-02-15 10:00:00", "soon"))
-    assert "record_list.csv, row 2: has the date 'soon'" in refusal(*words)
+    assert "record_list.csv, row 2: has the date 'soon'" in refusal(APP, *words)
     path.write_text(whole.replace("ecg_time", "time"))
-    assert "record_list.csv: has no column 'ecg_time'" in refusal(*words)
+    assert "record_list.csv: has no column 'ecg_time'" in refusal(APP, *words)
     path.write_text(whole)
     table = mimic[0] / "mimic-cxr-2.0.0-metadata.csv.gz"
     table.write_bytes(table.read_bytes()[:40])
-    assert "mimic-cxr-2.0.0-metadata.csv.gz: cannot be read" in refusal(*words)
+    assert "mimic-cxr-2.0.0-metadata.csv.gz: cannot be read" in refusal(APP, *words)
     table.unlink()
-    assert "mimic-cxr-2.0.0-metadata.csv: does not exist" in refusal(*words)
+    assert "mimic-cxr-2.0.0-metadata.csv: does not exist" in refusal(APP, *words)
     assert not (tmp_path / "pairs.csv").exists()
     assert report_of_findings({}) == ""
 
@@ -280,10 +269,10 @@ def test_a_study_is_nearest_to_itself_in_every_kind_of_index(made: Path, tmp_pat
     assert {(row["from"], row["to"]) for row in said["found"]} == {
         ("text", "xray"), ("text", "ecg"), ("text", "text"),
     }  # fmt: skip
-    assert "is there already" in refusal(*words, "--among", data, "--save-index", index)
-    assert "a query is needed" in refusal("retrieve", run, "--among", index)
+    assert "is there already" in refusal(APP, *words, "--among", data, "--save-index", index)
+    assert "a query is needed" in refusal(APP, "retrieve", run, "--among", index)
     (tmp_path / "broken.safetensors").write_bytes(b"x")
-    assert "no index" in refusal(*words, "--among", tmp_path / "broken.safetensors")
+    assert "no index" in refusal(APP, *words, "--among", tmp_path / "broken.safetensors")
 
 
 def test_prompts_are_scored_by_finding(made: Path, tmp_path: Path):
@@ -320,7 +309,7 @@ def test_a_probe_reads_what_a_random_tower_lets_through(made: Path, tmp_path: Pa
     wide = call(APP, *words[:3], "xray", "ecg", "--before-projection", *words[4:])
     assert 0 <= wide["metrics"]["macro_auc"] <= 1
     assert "no study of the split 'val'" in refusal(
-        *words, "--data", one_split(made, tmp_path / "manifest.csv")
+        APP, *words, "--data", one_split(made, tmp_path / "manifest.csv")
     )
 
 
@@ -338,7 +327,7 @@ def test_verbs_of_more_refuse_runs_of_others(made: Path, tmp_path: Path):
     run.mkdir()
     (run / "config.yaml").write_text("system: acmil\n")
     for verb in ("zero-shot", "probe"):
-        assert "acmil" in refusal(verb, run)
+        assert "acmil" in refusal(APP, verb, run)
 
 
 def test_a_penalty_is_chosen_by_the_validation():

@@ -1,9 +1,7 @@
 """The recipes of MEDUSA and its body: every verb, what they settle, calibrate, draw and refuse."""
 
-import io
 import json
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from heed_medical.medusa.lungs import LungPicture, vary_lungs
 from heed_medical.medusa.phantoms import write_chests, write_lungs
 from heed_medical.pictures.augmentation import PictureAugmentation
 from heed_medical.pictures.reading import resize_grey
+from heed_medical_cli import APP
 from heed_medical_cli.medusa import (
     RECIPE,
     MedusaModule,
@@ -29,17 +28,8 @@ from heed_medical_cli.medusa import (
     MedusaTraining,
     predictions_of,
 )
-from heed_runtime.app import App
-from heed_runtime.testing.contract import check_recipe
+from heed_runtime.testing.contract import refusal, spoken
 
-APP = App(
-    name="heed-medical",
-    about="Attention models for medical images.",
-    systems={
-        "medusa": "heed_medical_cli.medusa:RECIPE",
-        "medusa-body": "heed_medical_cli.medusa_body:RECIPE",
-    },
-)
 TINY = (
     *("--data.size", "64", "64", "--data.body-size", "32", "32"),
     *("--model.body-widths", "4", "8", "--model.hidden", "8"),
@@ -52,26 +42,9 @@ SETTINGS = MedusaSettings(
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:monai")
 
 
-def call(*words: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    return code, out.getvalue(), err.getvalue()
-
-
-def refusal(*words: object) -> str:
-    """The one line that a refused command says."""
-    code, out, err = call(*words)
-    assert code == 2, err
-    assert out == ""
-    lines = [line for line in err.splitlines() if "error:" in line]
-    assert len(lines) == 1, err
-    return lines[0]
-
-
 def train(data: Path, run: Path, *flags: str) -> None:
     words = ("train", "medusa", "--data", data, "--out", run, "--device", "cpu", "--quiet")
-    code, _, err = call(*words, *TINY, "--trainer.batch", "4", *flags)
+    code, _, err = spoken(APP, *words, *TINY, "--trainer.batch", "4", *flags)
     assert code == 0, err
 
 
@@ -90,16 +63,6 @@ def chests(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "chests", tmp_path / "data"))
 
 
-@pytest.mark.slow
-def test_every_verb_of_medusa_works_on_its_sample(tmp_path: Path):
-    check_recipe(APP, "medusa", tmp_path, flags=TINY)
-
-
-@pytest.mark.slow
-def test_every_verb_of_its_body_works_on_its_sample(tmp_path: Path):
-    check_recipe(APP, "medusa-body", tmp_path, flags=TINY_BODY)
-
-
 def test_the_data_settle_the_classes(made: Path):
     settings = replace(SETTINGS, data=replace(SETTINGS.data, classes=()))
     planned = RECIPE.plan(settings, made / "chests")
@@ -111,7 +74,7 @@ def test_the_data_settle_the_classes(made: Path):
 
 
 def test_evaluation_writes_scores_tables_and_curves(made: Path):
-    code, out, err = call("evaluate", made / "run", "--device", "cpu", "--json", "--quiet")
+    code, out, err = spoken(APP, "evaluate", made / "run", "--device", "cpu", "--json", "--quiet")
     assert code == 0, err
     found = json.loads(out)
     assert set(found["metrics"]) >= {"accuracy", "auc_low", "auc_high", "brier", "ece", "patients"}
@@ -136,7 +99,7 @@ def test_the_threshold_of_the_validation_is_kept_and_can_be_chosen(made: Path, t
         "high": ("--data.threshold", "0.999999"),
     }.items():
         words = ("predict", made / "run", picture, "--out", tmp_path / name, "--device", "cpu")
-        code, _, err = call(*words, *flags)
+        code, _, err = spoken(APP, *words, *flags)
         assert code == 0, err
         found[name] = json.loads(next((tmp_path / name).glob("*.json")).read_text())
     assert found["plain"]["threshold"] is None
@@ -174,7 +137,7 @@ def test_parts_rest_in_turn(epoch: int, resting: str, monkeypatch: pytest.Monkey
 def test_a_body_trained_on_lungs_starts_a_medusa(made: Path, tmp_path: Path):
     words = ("train", "medusa-body", "--data", made / "lungs", "--out", tmp_path / "body")
     flags = ("--trainer.max-steps", "1", "--trainer.batch", "2", "--device", "cpu", "--quiet")
-    code, _, err = call(*words, *TINY_BODY, *flags)
+    code, _, err = spoken(APP, *words, *TINY_BODY, *flags)
     assert code == 0, err
     weights = tmp_path / "body/model/model.safetensors"
     settings = replace(SETTINGS, training=MedusaTraining(body_weights=weights))
@@ -280,7 +243,7 @@ def test_settings_that_cannot_work_are_one_line(
     made: Path, tmp_path: Path, flags: tuple[str, ...], said: str
 ):
     words = ("train", "medusa", "--data", made / "chests", "--out", tmp_path / "run", *TINY)
-    assert said in refusal(*words, "--device", "cpu", *flags)
+    assert said in refusal(APP, *words, "--device", "cpu", *flags)
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -288,30 +251,30 @@ def test_a_broken_picture_stops_or_is_skipped(chests: Path, made: Path, tmp_path
     broken = chests / "test/chest_0001.png"
     broken.write_bytes(broken.read_bytes()[:200])
     words = ("evaluate", made / "run", "--data", chests, "--device", "cpu", "--quiet")
-    assert "chest_0001.png" in refusal(*words)
-    code, out, err = call(*words, "--data.on-error", "skip", "--json")
+    assert "chest_0001.png" in refusal(APP, *words)
+    code, out, err = spoken(APP, *words, "--data.on-error", "skip", "--json")
     assert code == 0, err
     found = json.loads(out)
     assert found["n"] == 5
     assert len(found["skipped"]) == 1
-    code, _, err = call("check", "medusa", chests)
+    code, _, err = spoken(APP, "check", "medusa", chests)
     assert code != 0
 
 
 def test_a_label_of_another_data_set_is_refused(chests: Path, made: Path):
     path = chests / "test_COVIDx_phantom.txt"
     path.write_text(path.read_text().replace("positive", "COVID-19"))
-    said = refusal("evaluate", made / "run", "--data", chests, "--device", "cpu", "--quiet")
+    said = refusal(APP, "evaluate", made / "run", "--data", chests, "--device", "cpu", "--quiet")
     assert "row 2: has the label 'COVID-19', which is not one of the classes" in said
 
 
 def test_a_picture_of_no_kind_is_refused(made: Path, tmp_path: Path):
     (tmp_path / "notes.txt").write_text("hello")
     words = ("predict", made / "run", tmp_path / "notes.txt", "--out", tmp_path / "out")
-    assert "notes.txt" in refusal(*words, "--device", "cpu")
+    assert "notes.txt" in refusal(APP, *words, "--device", "cpu")
     Image.new("L", (40, 30)).save(tmp_path / "black.png")
     words = ("predict", made / "run", tmp_path / "black.png", "--out", tmp_path / "out")
-    code, _, err = call(*words, "--device", "cpu")
+    code, _, err = spoken(APP, *words, "--device", "cpu")
     assert code == 0, err
     chances = json.loads((tmp_path / "out/black.json").read_text())["probabilities"]
     assert all(np.isfinite(list(chances.values())))
@@ -324,7 +287,7 @@ def test_masks_of_two_organs_are_no_lungs(made: Path, tmp_path: Path):
     pixels[:4] = 127
     Image.fromarray(pixels).save(mask)
     words = ("train", "medusa-body", "--data", data, "--out", tmp_path / "run", *TINY_BODY)
-    assert "one is needed" in refusal(*words, "--device", "cpu")
+    assert "one is needed" in refusal(APP, *words, "--device", "cpu")
 
 
 def test_the_contenders_stand_beside_the_plain_backbone():
@@ -334,8 +297,9 @@ def test_the_contenders_stand_beside_the_plain_backbone():
         if contender.missing is None:
             loss = contender.loss(contender.build()(*contender.inputs()))
             assert loss.isfinite()
-    assert set(RECIPE.stages(SETTINGS)) == {"read", "resize", "augment", "network"}
-    for stage in RECIPE.stages(SETTINGS).values():
+    stages = RECIPE.stages(SETTINGS)
+    assert set(stages) == {"read", "resize", "augment", "network"}
+    for stage in stages.values():
         stage()
 
 
@@ -344,12 +308,15 @@ def test_the_sample_is_learned_and_pixels_alone_do_not_tell(tmp_path: Path):
     from sklearn.linear_model import LogisticRegression
 
     write_chests(tmp_path / "data")
-    code, _, err = call(
+    code, _, err = spoken(
+        APP,
         *("train", "medusa", "--data", tmp_path / "data", "--out", tmp_path / "run"),
         *("--device", "cpu", "--quiet"),
     )
     assert code == 0, err
-    code, out, err = call("evaluate", tmp_path / "run", "--device", "cpu", "--json", "--quiet")
+    code, out, err = spoken(
+        APP, "evaluate", tmp_path / "run", "--device", "cpu", "--json", "--quiet"
+    )
     assert code == 0, err
     reached = json.loads(out)["metrics"]["auc"]
     settings = RECIPE.plan(RECIPE.presets["small"](), tmp_path / "data")

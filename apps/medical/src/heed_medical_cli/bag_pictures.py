@@ -48,7 +48,8 @@ def draw_heatmaps(
     rows = -(-panels // columns)
     with style():
         figure = new_figure(width_in=PANEL_IN * columns, height_in=PANEL_IN * rows)
-        grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+        everywhere = list(figure.subplots(rows, columns, squeeze=False).flat)
+        grid = list(everywhere)
         for axes in grid:
             axes.set_axis_off()
         if thumbnail is not None:
@@ -59,7 +60,7 @@ def draw_heatmaps(
         for axes, heatmap, title in zip(grid, maps, titles, strict=False):
             overlay = _draw_map(axes, heatmap, thumbnail, top=top)
             axes.set_title(title, fontsize=8)
-        bar = figure.colorbar(overlay, ax=grid, fraction=0.03, pad=0.01)
+        bar = figure.colorbar(overlay, ax=everywhere, fraction=0.03, pad=0.01)
         bar.set_label("times even attention")
     return figure
 
@@ -127,7 +128,7 @@ def draw_confusion(counts: Int64[np.ndarray, "k k"], classes: Sequence[str]) -> 
 
 def _verdict(prediction: BagPrediction, classes: Sequence[str]) -> str:
     best = int(np.argmax(prediction.probabilities))
-    return f"{classes[best]} {prediction.probabilities[best]:.2f}"
+    return f"called {classes[best]} ({prediction.probabilities[best]:.2f})"
 
 
 def _top(values: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.pictures.findings import findings_of, unsure
 from heed_medical.pictures.layouts import Listing, list_pictures, unknown_labels
-from heed_medical.pictures.listers import splits_of_patients
+from heed_medical.pictures.listers import finding_of, splits_of_patients
 from heed_medical.pictures.planning import plan_pictures
 from heed_medical.pictures.reading import read_grey
 from heed_medical.pictures.records import PictureFile
@@ -134,8 +134,18 @@ def _warnings(root: Path, listing: Listing, data: PictureData) -> list[str]:
         ]
     if not any(p.patient for p in listing.pictures):
         lines.append(f"{root}: names no patients; one may be in several splits unnoticed")
-    lines += [f"{root}: {line}" for line in unsure(listing.pictures, data)]
+    lines += [f"{root}: {line}" for line in _unsure(root, listing, data)]
     return lines + _source_warnings(root, listing, data) + _release(root, listing)
+
+
+def _unsure(root: Path, listing: Listing, data: PictureData) -> list[str]:
+    """What findings are uncertain or not mentioned, also where one finding is the class."""
+    if data.findings or listing.layout not in ("chexpert", "mimic"):
+        return unsure(listing.pictures, data)
+    single = replace(
+        data, findings=(finding_of(data),), label="", classes=(), balance="none", on_error="skip"
+    )
+    return unsure(list_pictures(root, single).pictures, single)
 
 
 def _source_warnings(root: Path, listing: Listing, data: PictureData) -> list[str]:

@@ -224,7 +224,7 @@ def list_chexpert(root: Path, data: PictureData) -> Found:
         if name == "valid.csv" and not file.is_file():
             continue
         table = read_rows(file)
-        path, finding = table.need("Path"), table.need(_finding(data))
+        path, finding = table.need("Path"), table.need(finding_of(data))
         findings = _finding_columns(table, data)
         view = table.column(("Frontal/Lateral",))
         for place, row in table.numbered():
@@ -258,7 +258,8 @@ def _chexpert_file(root: Path, text: str) -> Path:
     return root / Path(*parts[1:]) if parts and parts[0].startswith("CheXpert") else root / text
 
 
-def _finding(data: PictureData) -> str:
+def finding_of(data: PictureData) -> str:
+    """The finding of CheXpert or MIMIC that decides the class; the first of several."""
     return data.findings[0] if data.findings else data.label or "Pneumonia"
 
 
@@ -270,7 +271,7 @@ def _finding_label(value: str, data: PictureData) -> str | None:
     if data.findings:
         return "several"
     try:
-        return finding_value(value, _finding(data), data)
+        return finding_value(value, finding_of(data), data)
     except ValueError:
         return ""
 
@@ -279,7 +280,7 @@ def list_mimic(root: Path, data: PictureData) -> Found:
     """MIMIC-CXR-JPG: labels of studies, split and view of pictures, joined by their ids."""
     labels = _mimic_table(root, "chexpert")
     split_rows, views = _mimic_table(root, "split"), _mimic_table(root, "metadata")
-    finding, study = labels.need(_finding(data)), labels.need("study_id")
+    finding, study = labels.need(finding_of(data)), labels.need("study_id")
     view_of = {row[views.need("dicom_id")]: row for row in views.rows}
     view = views.need("ViewPosition")
     findings = _finding_columns(labels, data)

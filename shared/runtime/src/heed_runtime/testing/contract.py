@@ -145,16 +145,37 @@ def call(app: App, *words: object, code: int = 0) -> dict[str, Any]:
     Raises:
         AssertionError: Another exit code, or standard output is not one JSON document.
     """
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        got = app.call([*map(str, words), "--json", "--quiet"])
-    told = f"{app.name} {' '.join(map(str, words))}: exit code {got}\n{err.getvalue()}"
+    got, out, err = spoken(app, *words, "--json", "--quiet")
+    told = f"{app.name} {' '.join(map(str, words))}: exit code {got}\n{err}"
     assert got == code, told
     if code:
         return {}
-    document = json.loads(out.getvalue())
+    document = json.loads(out)
     assert isinstance(document, dict), told
     return document
+
+
+def refusal(app: App, *words: object) -> str:
+    """Run a command line that must be refused, and return the one line that says why.
+
+    Raises:
+        AssertionError: Another exit code than 2, a result, a traceback, or not one line.
+    """
+    code, out, err = spoken(app, *words)
+    assert code == 2, err
+    assert out == "", out
+    assert "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+def spoken(app: App, *words: object) -> tuple[int, str, str]:
+    """Run a command line: its exit code, standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = app.call([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
 
 
 def _files(root: Path) -> list[Path]:
