@@ -145,12 +145,20 @@ def test_linear_attention_divides_by_the_length_it_was_made_for():
 def test_signs_at_the_start(signs):
     torch.manual_seed(1)
     model = InContextRegressor(RegressorConfig(heads=4))
-    before = model.attention.query.weight.detach().clone()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def found() -> tuple[list[float], list[float]]:
+        circuits = kq_ov_circuits(model.attention)
+        traces = circuits.kq.detach()[:, :5, :5].diagonal(dim1=1, dim2=2).sum(1)
+        return traces.sign().tolist(), circuits.ov.detach()[:, 0, 5].sign().tolist()
+
+    unchanged = found()
+    assert [1.0] * 4 not in unchanged  # chance alone does not make them agree
     set_signs(model, signs)
-    torch.testing.assert_close(model.attention.query.weight.abs(), before.abs())
-    traces = [float(kq[:5, :5].trace()) for kq in kq_ov_circuits(model.attention).kq.detach()]
-    wanted = {"opposite": [1, -1, 1, -1], "equal": [1] * 4, "any": np.sign(traces).tolist()}
-    assert np.sign(traces).tolist() == wanted[signs]
+    wanted = {"opposite": ([1, -1, 1, -1],) * 2, "equal": ([1] * 4,) * 2, "any": unchanged}
+    assert found() == wanted[signs]
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor.abs(), before[name].abs(), rtol=0.0, atol=0.0)
 
 
 def test_heads_that_do_nothing_are_counted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from heed_core.errors import InputError
+from heed_neuro.brain_encoder.backbones import read_image
 from heed_neuro.brain_encoder.regions import Regions
 from heed_neuro.brain_encoder.saliency import read_saliencies, read_saliency
 from heed_neuro.brain_encoder.source import FeatureSource
 from heed_neuro.brain_encoder.subject import IMAGES, Subject, find_images, surface_vertices
 from heed_neuro_cli.brain_settings import BrainSettings, checked_source, held_out, opened
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class ImageSet:
     ceilings: Mapping[str, np.ndarray] = field(default_factory=dict)
     surface: Mapping[str, np.ndarray | None] = field(default_factory=dict)
     """Group -> where its vertices are on fsaverage."""
+    skipped: Mapping[Path, str] = field(default_factory=dict)
+    """Images of the folder that are left out -> why."""
 
     def batch(self, index: slice) -> tuple[Tensor, Tensor | None]:
         """Features and saliency of some images."""
@@ -186,7 +192,14 @@ class GivenImages:
 
     def __getitem__(self, index: int) -> ImageSet:
         path = self.paths[index]
-        images = _images_in(path)
+        images, skipped = images_in(path), {}
+        if self.settings.data.on_error == "skip" and path.is_dir():
+            skipped = unreadable(images)
+            images = tuple(image for image in images if image not in skipped)
+        for line in skipped.values():
+            logger.warning("skipped: %s", line)
+        if not images:
+            raise InputError("holds no image that can be read", path=path, remedy="replace them")
         source: FeatureSource = checked_source(self.settings)
         features = source.compute(images)
         return ImageSet(
@@ -195,10 +208,27 @@ class GivenImages:
             features=features,
             rows=np.arange(len(images)),
             saliency=self.settings.data.saliency,
+            skipped=skipped,
         )
 
 
-def _images_in(path: Path) -> tuple[Path, ...]:
+def unreadable(images: Sequence[Path]) -> dict[Path, str]:
+    """Images that cannot be read -> why."""
+    found = {}
+    for path in images:
+        try:
+            read_image(path)
+        except InputError as error:
+            found[path] = str(error)
+    return found
+
+
+def images_in(path: Path) -> tuple[Path, ...]:
+    """The images of a folder (of a subject: its test images), or one file.
+
+    Raises:
+        InputError: No image.
+    """
     if not path.is_dir():
         if path.suffix.lower() not in IMAGES:
             raise InputError(

@@ -148,7 +148,7 @@ class BrainEncoderRecipe(Recipe[BrainSettings, ImageSet, BrainPrediction]):
     def write_prediction(
         self, settings: BrainSettings, prediction: BrainPrediction, out: Path
     ) -> list[Path]:
-        """Write `<name>/<group>_pred.npy` (images, vertices) and the order of the images."""
+        """Write `<name>/<group>_pred.npy` (images, vertices), and which image is which row."""
         folder = out / prediction.name
         folder.mkdir(parents=True, exist_ok=True)
         files = []
@@ -158,7 +158,11 @@ class BrainEncoderRecipe(Recipe[BrainSettings, ImageSet, BrainPrediction]):
                 np.save(file, values.astype(np.float32))
             files.append(path)
         rows: list[Row] = [{"row": k, "image": p.name} for k, p in enumerate(prediction.images)]
-        return [*files, write_csv(folder / "images.csv", rows)]
+        files.append(write_csv(folder / "images.csv", rows))
+        if left := prediction.case.skipped:
+            lost: list[Row] = [{"image": path.name, "problem": left[path]} for path in left]
+            files.append(write_csv(folder / "skipped.csv", lost))
+        return files
 
     def score(self, settings: BrainSettings, prediction: BrainPrediction) -> list[Row]:
         """Correlation and accuracy of every region and vertex."""

@@ -36,10 +36,8 @@ def score_rows(
     vertices: list[Row] = []
     found: list[tuple[VertexScores, np.ndarray]] = []
     for group, own in measured.items():
-        kept = np.isfinite(own).all(axis=1)  # images with gaps, where these are skipped
-        guess, truth = predicted[group][kept], own[kept]
-        scores = score_vertices(guess, truth, ceilings.get(group))
-        drawn = bootstrap_r(guess, truth, seed=seed)
+        scores = score_vertices(predicted[group], own, ceilings.get(group))
+        drawn = bootstrap_r(predicted[group], own, seed=seed)
         found.append((scores, drawn))
         everything = np.ones(own.shape[1], dtype=bool)
         for region, members in {ALL: everything, **reported(regions[group])}.items():

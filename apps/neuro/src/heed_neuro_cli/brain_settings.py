@@ -39,9 +39,11 @@ class BrainData:
     saliency: Path | None = None
     """A folder of saliency maps, for model.kind saliency."""
     gaps: Literal["stop", "skip"] = "stop"
-    """What to do with NaN responses: refuse them, or leave them out of loss and scores."""
+    """What to do with NaN responses: refuse them, or leave these vertices of these images out of
+    loss and scores."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do with an image given to predict that cannot be read."""
+    """What to do with an image given to predict or explain that cannot be read. A subject's own
+    images belong to the rows of its responses and are never skipped."""
     made_with: str = ""
     """The frozen network in words; set by the training."""
     regions: str = ""

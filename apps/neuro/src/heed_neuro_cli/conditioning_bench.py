@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heed_core.attention.delta_rule import delta_rule
-from heed_core.kernels.chunk_scan import ScanImpl
+from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.recurrence import Form
 from heed_runtime.recipe import Contender
 
@@ -22,10 +22,10 @@ TRIALS, CHANNELS = 4096, 64
 class DeltaRule(nn.Module):
     """The delta rule with a learnt rate."""
 
-    def __init__(self, form: Form, impl: ScanImpl = "torch") -> None:
+    def __init__(self, form: Form, impl: KernelImpl = "torch") -> None:
         super().__init__()
         self.form = form
-        self.impl: ScanImpl = impl
+        self.impl: KernelImpl = impl
         self.rate = nn.Parameter(torch.zeros(()))
 
     def forward(

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import tyro
 
-from heed_neuro.haxby import decode, encode, read_blocks
+from heed_neuro.haxby import decode, decode_by_delay, encode, read_blocks
 from heed_runtime.options import CommonOptions
 from heed_runtime.recipe import Row, Table
 from heed_runtime.terminal import Result, rows_of
 
 if TYPE_CHECKING:
     from heed_runtime.app import App
+
+
+DELAYS = (0, 1, 2, 3, 4)
+"""Whose accuracies are shown beside that of the delay asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class Options(CommonOptions):
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """A .npz with bold, label, run."""
     delay: int = 2
-    """Volumes between a stimulus and its blood response."""
+    """Volumes between a label and the blood response to it; 0 where labels follow the response."""
 
     def __post_init__(self) -> None:
         if self.delay < 0:
@@ -49,6 +53,11 @@ def run(app: App, options: Options) -> Result:
         "voxels": len(r),
         "undefined": int((~np.isfinite(r)).sum()),
     }
+    others = [delay for delay in DELAYS if delay != options.delay]
+    accuracies = {**decode_by_delay(design, others), options.delay: decoded.accuracy}
+    delays: list[Row] = [
+        {"delay": delay, "decoding accuracy": accuracies[delay]} for delay in sorted(accuracies)
+    ]
     rows: list[Row] = []
     for category in decoded.categories:
         own = decoded.true == category
@@ -60,6 +69,7 @@ def run(app: App, options: Options) -> Result:
         tables=[
             Table(title="", rows=rows_of(metrics, key="metric")),
             Table(title="decoded as", rows=rows),
+            Table(title="by delay: where labels fit the blood response", rows=delays),
         ],
-        data={"metrics": metrics, "confusion": rows},
+        data={"metrics": metrics, "confusion": rows, "delays": delays},
     )

@@ -21,7 +21,7 @@ from heed_neuro.brain_encoder.ensemble import (
     combine_layers,
     layer_weights,
 )
-from heed_neuro.noise_ceiling import pearson
+from heed_neuro.brain_encoder.scores import pearson_of_known
 from heed_neuro_cli.brain_cases import ImageSet, OneSplit
 from heed_neuro_cli.brain_module import predict_images
 from heed_neuro_cli.brain_scoring import report_rows, score_rows
@@ -109,7 +109,7 @@ def _member(app: App, options: Options, path: Path) -> _Member:
     return _Member(
         layer=trained.settings.data.made_with,
         predicted=predict_images(model, test, batch=batch),
-        validation_r={g: pearson(guess[g], own) for g, own in held.measured.items()},
+        validation_r={g: pearson_of_known(guess[g], own) for g, own in held.measured.items()},
         case=test,
     )
 

@@ -19,7 +19,13 @@ from heed_core.errors import InputError
 from heed_neuro.icl.files import NamedSequences
 from heed_neuro.icl.patterns import Pattern
 from heed_neuro.icl.regressor import InContextRegressor, RegressorConfig
-from heed_neuro.icl.risks import at_length, baselines, squared_errors
+from heed_neuro.icl.risks import (
+    Agreement,
+    at_length,
+    baselines,
+    nearest_step,
+    squared_errors,
+)
 from heed_neuro.icl.tasks import LinearTask, Sequences, draw
 from heed_neuro_cli.icl_settings import IclSettings, task_of
 
@@ -99,6 +105,8 @@ class ChunkErrors:
     length: int
     count: int
     sums: Mapping[str, Sums]
+    agreement: Agreement
+    """Of the model with the step of gradient descent that it should come near."""
     pattern: Pattern | None
     steps: Float[np.ndarray, " t"]
     course: Float[np.ndarray, "t 2 h"]
@@ -176,7 +184,11 @@ class IclModule(L.LightningModule):
 
     def _errors(self, chunk: Chunk) -> ChunkErrors:
         predictors = {"model": self._predict, **_baselines(chunk.task)}
-        errors = squared_errors(predictors, chunk.draw().to(self.device))
+        sequences = chunk.draw().to(self.device)
+        errors = squared_errors(predictors, sequences)
+        step = predictors[nearest_step(chunk.task)]
+        with torch.no_grad():
+            agreement = Agreement.of(self._predict(sequences), step(sequences))
         sums = {}
         for name, values in errors.items():
             apart = values - errors[REFERENCE]
@@ -192,6 +204,7 @@ class IclModule(L.LightningModule):
             length=chunk.task.length,
             count=chunk.count,
             sums=sums,
+            agreement=agreement,
             pattern=self.model.pattern() if chunk.first else None,
             steps=self.model.steps[there].double().cpu().numpy(),
             course=self.model.course[there].double().cpu().numpy(),

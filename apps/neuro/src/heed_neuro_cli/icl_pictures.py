@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from heed_neuro.icl.flow import Flow, find_stages
+from heed_neuro.icl.flow import Flow, Stages, find_stages
 from heed_neuro.icl.patterns import Pattern
 from heed_runtime.report import COLOURS, new_figure, style
 
@@ -29,7 +29,10 @@ NAMES = {
 
 
 def draw_circuits(pattern: Pattern) -> Figure:
-    """KQ above, OV below, a column per head, on one colour scale each."""
+    """KQ above, OV below, a column per head, on one colour scale each.
+
+    The columns of the query's y, which is 0, have no effect: training leaves them as they began.
+    """
     heads, width = pattern.kq.shape[0], pattern.kq.shape[1]
     outputs = width - pattern.dim
     names = [f"x{k + 1}" for k in range(pattern.dim)]
@@ -52,6 +55,7 @@ def draw_circuits(pattern: Pattern) -> Figure:
                 f"$\\mu$ {pattern.mu[head]:+.2f}",
                 fontsize=9,
             )
+            axes[0][head].set_xlabel("query (its y is 0)", fontsize=8)
         axes[0][0].set_ylabel("KQ: key")
         axes[1][0].set_ylabel("OV: out")
     return figure
@@ -85,23 +89,25 @@ def _course(axes: Sequence[Axes], flow: Flow, title: str) -> None:
         panel.set(xscale="log", ylabel=f"$\\{name}$")
         panel.axhline(0.0, color="0.7", linewidth=0.8)
     if flow.omega.shape[1] > 1:
-        stages = find_stages(flow)
-        for step, what in ((stages.first, "stage I ends"), (stages.second, "stage II ends")):
-            if step is not None:
-                for panel in axes:
-                    panel.axvline(max(step, 0.7), color="0.5", linestyle=":")
-                axes[0].annotate(
-                    what,
-                    (max(step, 0.7), 1.0),
-                    xycoords=("data", "axes fraction"),
-                    rotation=90,
-                    va="top",
-                    ha="right",
-                    fontsize=8,
-                )
+        for step, what in _endings(find_stages(flow)):
+            for panel in axes:
+                panel.axvline(max(step, 0.7), color="0.5", linestyle=":")
+            axes[0].annotate(
+                what, (max(step, 0.7), 1.0), xycoords=("data", "axes fraction"),
+                xytext=(-3, -3), textcoords="offset points", rotation=90, va="top", ha="right",
+                fontsize=8,
+            )  # fmt: skip
     axes[0].set_title(title)
     axes[1].set_xlabel("step")
     axes[1].legend(fontsize=8, loc="upper left")
+
+
+def _endings(stages: Stages) -> list[tuple[int, str]]:
+    """Where stages end, and what stands there."""
+    if stages.first is not None and stages.first == stages.second:
+        return [(stages.first, "stages I and II end")]
+    named = ((stages.first, "stage I ends"), (stages.second, "stage II ends"))
+    return [(step, what) for step, what in named if step is not None]
 
 
 def draw_lengths(risks: Mapping[str, Mapping[int, tuple[float, float]]], *, trained: int) -> Figure:
@@ -128,7 +134,8 @@ def draw_lengths(risks: Mapping[str, Mapping[int, tuple[float, float]]], *, trai
         axes.axvline(trained, color="0.6", linestyle=":")
         axes.annotate(
             "trained here", (trained, 0.99), xycoords=("data", "axes fraction"),
-            rotation=90, va="top", ha="right", fontsize=8, color="0.4",
+            xytext=(-3, 0), textcoords="offset points", rotation=90, va="top", ha="right",
+            fontsize=8, color="0.4",
         )  # fmt: skip
         axes.set(
             xscale="log", yscale="log", xlabel="examples in the context, L",
@@ -136,6 +143,9 @@ def draw_lengths(risks: Mapping[str, Mapping[int, tuple[float, float]]], *, trai
         )  # fmt: skip
         ticks = sorted({length for found in risks.values() for length in found})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        low, high = axes.get_ylim()
+        marks = [m for m in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if low <= m <= high]
+        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
         axes.minorticks_off()
         figure.legend(fontsize=8, loc="outside right upper")
     return figure

@@ -80,8 +80,8 @@ class IclTraining:
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 1e-3
     signs: Signs = "any"
-    """Of omega at the start: "any" as the initialisation flips them, "opposite" or "equal". Heads
-    that start with equal signs end as one head."""
+    """Of omega and mu at the start: "any" as the initialisation flips them, "opposite" or "equal".
+    Heads that start with equal signs end as one head."""
 
     def __post_init__(self) -> None:
         if not 0 < self.learning_rate < float("inf"):

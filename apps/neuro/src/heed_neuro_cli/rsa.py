@@ -106,7 +106,7 @@ def read_matrices(path: Path, images: int, names: tuple[str, ...]) -> dict[str, 
     if not path.is_file():
         raise InputError("no such file", path=path, remedy="give a .npz of matrices")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             tables = {name: file[name] for name in file.files if file[name].dtype.kind in "fiu"}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(

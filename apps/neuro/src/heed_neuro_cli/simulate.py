@@ -69,27 +69,11 @@ def run(app: App, options: Options) -> Result:
     from heed_neuro_cli.conditioning import write_experiment
 
     try:
-        conditioners = [
-            conditioner_of(
-                rule,
-                decay=options.decay,
-                eta=options.eta,
-                cues=options.cues,
-                d_k=options.d_k,
-                seed=options.seed,
-            )
-            for rule in options.rule
-        ]
+        experiments = _experiments(options)
     except InputError:
         raise
-    except ValueError as error:
+    except ValueError as error:  # an option that the rules or the cues cannot have
         raise UsageError(str(error)) from None
-    salience = _salience(options.salience)
-    experiments = []
-    for design in designs_of(options.schedules, layers=options.layers):
-        experiments.append(
-            run_experiment(replace(design, salience={**salience, **design.salience}), conditioners)
-        )
     files: list[Path] = []
     if options.out is not None:
         with Outputs(options.out, overwrite=options.overwrite) as outputs:
@@ -101,6 +85,17 @@ def run(app: App, options: Options) -> Result:
                     ),
                 )
     return _result(experiments, files)
+
+
+def _experiments(options: Options) -> list[Experiment]:
+    names = ("decay", "eta", "cues", "d_k", "seed")
+    own = {name: getattr(options, name) for name in names}
+    conditioners = [conditioner_of(rule, **own) for rule in options.rule]
+    salience = _salience(options.salience)
+    return [
+        run_experiment(replace(design, salience={**salience, **design.salience}), conditioners)
+        for design in designs_of(options.schedules, layers=options.layers)
+    ]
 
 
 def designs_of(words: Sequence[str], *, layers: int = 1) -> list[Design]:

@@ -4,11 +4,18 @@ The data are those of Haxby et al. (Science 293, 2001), or any others of that fo
 `bold` (volumes, voxels), `label` and `run` of each volume, `rest` between blocks. Decoding tells
 the category of a block from the mean of its volumes by a linear support vector machine; encoding
 predicts each voxel's time course from the categories by ridge regression. Both leave a run out.
+
+Two choices move the accuracy of decoding by a tenth or more. The machines tell one category from
+all others: with a dozen blocks per category, machines of pairs see too few, and their votes are
+worse. And how far labels run ahead of the blood response depends on how they were written: of the
+series in PyMVPA, categories can be told from the first labelled volume on and no longer after the
+last, so that its labels follow the response already, and a shift loses. `decode_by_delay` shows it.
 """
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +69,7 @@ def read_blocks(path: Path) -> BlockDesign:
     if not path.is_file():
         raise InputError("no such file", path=path, remedy="give a .npz with bold, label, run")
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             missing = sorted({"bold", "label", "run"} - set(found.files))
             if missing:
                 raise InputError(f"has no array {missing[0]!r}", path=path, remedy="add it")
@@ -115,6 +122,7 @@ def decode(design: BlockDesign, *, delay: int = 2) -> Decoding:
         design: The volumes.
         delay: Volumes between a stimulus and its blood response.
     """
+    from sklearn.multiclass import OneVsRestClassifier  # type: ignore[import-untyped]
     from sklearn.svm import SVC  # type: ignore[import-untyped]
 
     bold, labels = clean(design), shifted(design, delay)
@@ -130,8 +138,17 @@ def decode(design: BlockDesign, *, delay: int = 2) -> Decoding:
     predicted = np.empty_like(y)
     for run in np.unique(run_of):
         held = run_of == run
-        predicted[held] = SVC(kernel="linear", C=1.0).fit(x[~held], y[~held]).predict(x[held])
+        machines = OneVsRestClassifier(SVC(kernel="linear", C=1.0)).fit(x[~held], y[~held])
+        predicted[held] = machines.predict(x[held])
     return Decoding(true=y, predicted=predicted, runs=run_of, categories=design.categories)
+
+
+def decode_by_delay(design: BlockDesign, delays: Sequence[int]) -> dict[int, float]:
+    """Accuracy of `decode` for each delay: where labels fit the blood response.
+
+    To choose a delay by it and to report its accuracy is to choose on the test.
+    """
+    return {delay: decode(design, delay=delay).accuracy for delay in delays}
 
 
 def encode(

@@ -8,9 +8,9 @@ mean squared error of the held-out rows, and where scores are equal the larger o
 centred by the means of the rows that are fitted, never scaled.
 
 The conventions are those of himalaya (la Tour et al., NeuroImage 264, 2022): alpha is added to
-X^T X, not multiplied by the number of rows; folds are contiguous. himalaya itself, whose numbers the
-tests compare and whose speed `heed-neuro bench` compares, wants all targets in memory at once and
-decomposes anew at each call; here targets stay in their memory-mapped file but for one batch.
+X^T X, not multiplied by the number of rows; folds are contiguous. himalaya itself, whose numbers
+the tests compare and whose speed `heed-neuro bench` compares, wants all targets in memory at once
+and decomposes anew at each call; here targets stay in their memory-mapped file but for one batch.
 """
 
 from __future__ import annotations

@@ -107,14 +107,26 @@ def read_mapping(path: Path) -> dict[int, str]:
             loaded = _PlainUnpickler(file).load()
         table = loaded.item() if isinstance(loaded, np.ndarray) else loaded
         return {int(key): str(name) for key, name in table.items()}
-    except pickle.UnpicklingError as error:
+    except _NotPlainError as error:
         raise InputError(str(error), path=path, remedy="use the file of the challenge") from None
-    except (ValueError, EOFError, AttributeError, TypeError, KeyError, IndexError) as error:
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        KeyError,
+        IndexError,
+    ) as error:
         raise InputError(
             f"is no table of id -> name ({type(error).__name__})",
             path=path,
             remedy="use the file of the challenge",
         ) from None
+
+
+class _NotPlainError(pickle.UnpicklingError):
+    """A pickle that would build more than numbers and names."""
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -123,5 +135,5 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The class of a name, if it is harmless."""
         if (module, name) not in _PLAIN:
-            raise pickle.UnpicklingError(f"holds {module}.{name}, which is no table of id -> name")
+            raise _NotPlainError(f"holds {module}.{name}, which is no table of id -> name")
         return super().find_class(module, name)

@@ -3,7 +3,7 @@
 Accuracy is the explained share of the variance that can be explained, min(r^2 / NC, 1), with
 negative r as 0 (arXiv 2301.03198); vertices with NC = 0 or an undefined r (a constant response or
 prediction) are left out and counted. Intervals are the central 95 % over images drawn with
-replacement.
+replacement. Measurements that are missing (NaN) are left out vertex by vertex.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def score_vertices(
     ceiling: Float[np.ndarray, " v"] | None = None,
 ) -> VertexScores:
     """Correlation of each vertex, and its accuracy where the ceiling is known."""
-    r = pearson(predicted, measured)
+    r = pearson_of_known(predicted, measured)
     accuracy = None if ceiling is None else encoding_accuracy(r, ceiling)
     return VertexScores(r=r, ceiling=ceiling, accuracy=accuracy)
 
@@ -93,6 +93,19 @@ def score_region(
     )
 
 
+def pearson_of_known(
+    predicted: Float[np.ndarray, "n v"], measured: Float[np.ndarray, "n v"]
+) -> Float[np.ndarray, " v"]:
+    """Correlation of each vertex over the images at which it was measured (not NaN)."""
+    known = np.isfinite(measured)
+    r = pearson(predicted, np.where(known, measured, np.nan))
+    for vertex in np.flatnonzero(~known.all(axis=0)):
+        rows = known[:, vertex]
+        if rows.any():
+            r[vertex] = pearson(predicted[rows][:, [vertex]], measured[rows][:, [vertex]])[0]
+    return r
+
+
 def bootstrap_r(
     predicted: Float[np.ndarray, "n v"],
     measured: Float[np.ndarray, "n v"],
@@ -116,14 +129,13 @@ def bootstrap_r(
     result = np.empty((draws, predicted.shape[1]), dtype=np.float32)
     for start in range(0, predicted.shape[1], vertices):
         part = slice(start, start + vertices)
-        x = _centred(predicted[:, part])
-        y = _centred(measured[:, part])
-        mean_x, mean_y = weights @ x, weights @ y
-        spread = (weights @ x**2 - mean_x**2) * (weights @ y**2 - mean_y**2)
+        known = np.isfinite(measured[:, part])
+        x, y = _centred(predicted[:, part], known), _centred(measured[:, part], known)
+        share = weights @ known.astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            r = (weights @ (x * y) - mean_x * mean_y) / np.sqrt(
-                np.where(spread > 1e-12, spread, np.nan)
-            )
+            mean_x, mean_y, mean_xy = (weights @ z / share for z in (x, y, x * y))
+            spread = (weights @ x**2 / share - mean_x**2) * (weights @ y**2 / share - mean_y**2)
+            r = (mean_xy - mean_x * mean_y) / np.sqrt(np.where(spread > 1e-12, spread, np.nan))
         result[:, part] = r
     return result
 
@@ -133,16 +145,17 @@ def mean_r(
     measured: Mapping[str, Float[np.ndarray, "n v"]],
 ) -> float:
     """Mean correlation over the vertices of all groups: what selects the best epoch."""
-    found = np.concatenate([pearson(predicted[g], measured[g]) for g in measured])
+    found = np.concatenate([pearson_of_known(predicted[g], measured[g]) for g in measured])
     fine = found[np.isfinite(found)]
     return float(fine.mean()) if len(fine) else float("nan")
 
 
-def _centred(table: np.ndarray) -> np.ndarray:
-    """As z-scores, so that products neither overflow nor cancel."""
-    values = table.astype(np.float64)
-    values = values - values.mean(axis=0)
-    std = values.std(axis=0)
+def _centred(table: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """As z-scores, so that products neither overflow nor cancel; 0 where nothing is known."""
+    count = np.maximum(known.sum(axis=0), 1)
+    values = np.where(known, table.astype(np.float64), 0.0)
+    values = np.where(known, values - values.sum(axis=0) / count, 0.0)
+    std = np.sqrt((values**2).sum(axis=0) / count)
     return np.asarray(values / np.where(std > 0, std, 1.0))
 
 

@@ -90,13 +90,16 @@ def _both(delta: float, hebb: float, *, group: str, cue: str) -> tuple[Expected,
     )
 
 
-def _table() -> tuple[Phenomenon, ...]:
-    n, alone = TRIALS, theory.acquired(ETA, TRIALS)
-    together = theory.acquired(ETA, n, cues=2)
-    once, hebb = theory.compound_gain(ETA, n, alone), theory.hebbian(ETA, n)
-    over = alone + theory.compound_gain(ETA, n, 2 * alone)
-    excited, inhibited = theory.inhibition(ETA, 40)
-    strong, weak = theory.unequal(ETA, (1.5, 0.5), n)
+ALONE = theory.acquired(ETA, TRIALS)
+"""Strength of a cue that was trained alone, under delta."""
+
+HEBB = theory.hebbian(ETA, TRIALS)
+"""The same under hebb."""
+
+
+def _one_cue() -> tuple[Phenomenon, ...]:
+    """A cue comes to predict the US, and ceases to."""
+    extinguished = theory.extinguished(ETA, TRIALS, ALONE)
     return (
         Phenomenon(
             name="acquisition",
@@ -104,7 +107,7 @@ def _table() -> tuple[Phenomenon, ...]:
             groups={"paired": "20 A+ | A?", "alone": "20 A- | A?"},
             shown=("alone", "A"),
             control=("paired", "A"),
-            expected=_both(alone, hebb, group="paired", cue="A"),
+            expected=_both(ALONE, HEBB, group="paired", cue="A"),
         ),
         Phenomenon(
             name="extinction",
@@ -112,8 +115,16 @@ def _table() -> tuple[Phenomenon, ...]:
             groups={"extinguished": "20 A+ | 20 A- | A?", "trained": "20 A+ | A?"},
             shown=("extinguished", "A"),
             control=("trained", "A"),
-            expected=_both(theory.extinguished(ETA, n, alone), hebb, group="extinguished", cue="A"),
+            expected=_both(extinguished, HEBB, group="extinguished", cue="A"),
         ),
+    )
+
+
+def _known_cue() -> tuple[Phenomenon, ...]:
+    """What is known already takes the credit."""
+    together = theory.acquired(ETA, TRIALS, cues=2)
+    gained = theory.compound_gain(ETA, TRIALS, ALONE)
+    return (
         Phenomenon(
             name="blocking",
             about="What A predicts already, B is not credited with (Kamin 1969)",
@@ -121,11 +132,19 @@ def _table() -> tuple[Phenomenon, ...]:
             shown=("blocking", "B"),
             control=("control", "B"),
             expected=(
-                *_both(once, hebb, group="blocking", cue="B"),
-                *_both(alone + once, 2 * hebb, group="blocking", cue="A"),
-                *_both(together, hebb, group="control", cue="B"),
+                *_both(gained, HEBB, group="blocking", cue="B"),
+                *_both(ALONE + gained, 2 * HEBB, group="blocking", cue="A"),
+                *_both(together, HEBB, group="control", cue="B"),
             ),
         ),
+    )
+
+
+def _shared_credit() -> tuple[Phenomenon, ...]:
+    """Cues that are trained together share the credit."""
+    together = theory.acquired(ETA, TRIALS, cues=2)
+    strong, weak = theory.unequal(ETA, (1.5, 0.5), TRIALS)
+    return (
         Phenomenon(
             name="overshadowing",
             about="Cues that are trained together share what one alone would get (Pavlov 1927)",
@@ -133,9 +152,9 @@ def _table() -> tuple[Phenomenon, ...]:
             shown=("compound", "A"),
             control=("alone", "A"),
             expected=(
-                *_both(together, hebb, group="compound", cue="A"),
-                *_both(together, hebb, group="compound", cue="B"),
-                *_both(alone, hebb, group="alone", cue="A"),
+                *_both(together, HEBB, group="compound", cue="A"),
+                *_both(together, HEBB, group="compound", cue="B"),
+                *_both(ALONE, HEBB, group="alone", cue="A"),
             ),
         ),
         Phenomenon(
@@ -146,10 +165,18 @@ def _table() -> tuple[Phenomenon, ...]:
             control=("compound", "A"),
             salience={"A": 1.5, "B": 0.5},
             expected=(
-                *_both(strong, 1.5 * hebb, group="compound", cue="A"),
-                *_both(weak, 0.5 * hebb, group="compound", cue="B"),
+                *_both(strong, 1.5 * HEBB, group="compound", cue="A"),
+                *_both(weak, 0.5 * HEBB, group="compound", cue="B"),
             ),
         ),
+    )
+
+
+def _absent_us() -> tuple[Phenomenon, ...]:
+    """What was expected too much is unlearnt, below nil if need be."""
+    excited, inhibited = theory.inhibition(ETA, 40)
+    over = ALONE + theory.compound_gain(ETA, TRIALS, 2 * ALONE)
+    return (
         Phenomenon(
             name="conditioned-inhibition",
             about="A cue that announces that the US stays away predicts less than nothing",
@@ -158,7 +185,7 @@ def _table() -> tuple[Phenomenon, ...]:
             control=("apart", "X"),
             reference=("inhibition", "A"),
             expected=(
-                *_both(excited, 2 * hebb, group="inhibition", cue="A"),
+                *_both(excited, 2 * HEBB, group="inhibition", cue="A"),
                 *_both(inhibited, 0.0, group="inhibition", cue="X"),
             ),
         ),
@@ -172,11 +199,18 @@ def _table() -> tuple[Phenomenon, ...]:
             shown=("compound", "A"),
             control=("rest", "A"),
             expected=(
-                *_both(over, 2 * hebb, group="compound", cue="A"),
-                *_both(over, 2 * hebb, group="compound", cue="B"),
-                *_both(alone, hebb, group="rest", cue="A"),
+                *_both(over, 2 * HEBB, group="compound", cue="A"),
+                *_both(over, 2 * HEBB, group="compound", cue="B"),
+                *_both(ALONE, HEBB, group="rest", cue="A"),
             ),
         ),
+    )
+
+
+def _time() -> tuple[Phenomenon, ...]:
+    """What happened before, and how long before, matters."""
+    traced = theory.traced(ETA, 0.8, 3, TRIALS)
+    return (
         Phenomenon(
             name="latent-inhibition",
             about="A cue that is known to mean nothing is learnt more slowly (Lubow 1959)",
@@ -194,9 +228,15 @@ def _table() -> tuple[Phenomenon, ...]:
             decay=0.8,
             expected=(
                 *_both(0.0, 0.0, group="trace", cue="A"),
-                Expected(rule="trace", group="trace", cue="A", value=theory.traced(ETA, 0.8, 3, n)),
+                Expected(rule="trace", group="trace", cue="A", value=traced),
             ),
         ),
+    )
+
+
+def _second_order() -> tuple[Phenomenon, ...]:
+    """A cue of a cue, in one layer and in two."""
+    return (
         Phenomenon(
             name="second-order-one-layer",
             about="A cue of a cue of the US predicts it too: not with one layer",
@@ -209,10 +249,16 @@ def _table() -> tuple[Phenomenon, ...]:
             groups={"second-order": "20 A+ | 20 B>A | A?, B?"},
             layers=2,
             expected=(
-                *_both(alone, hebb, group="second-order", cue="A"),
-                *_both(theory.second_order(ETA, n), hebb**2, group="second-order", cue="B"),
+                *_both(ALONE, HEBB, group="second-order", cue="A"),
+                *_both(theory.second_order(ETA, TRIALS), HEBB**2, group="second-order", cue="B"),
             ),
         ),
+    )
+
+
+def _revaluation() -> tuple[Phenomenon, ...]:
+    """The US becomes worth nothing, after the learning."""
+    return (
         Phenomenon(
             name="revaluation-one-layer",
             about="The US loses its value: what one layer has learnt does not notice",
@@ -220,7 +266,7 @@ def _table() -> tuple[Phenomenon, ...]:
             shown=("revalued", "A"),
             control=("kept", "A"),
             expected=(
-                *_both(alone, hebb, group="revalued", cue="A"),
+                *_both(ALONE, HEBB, group="revalued", cue="A"),
                 Expected(rule="softmax", group="revalued", cue="A", value=0.0),
                 Expected(rule="softmax", group="kept", cue="A", value=1.0),
             ),
@@ -234,6 +280,12 @@ def _table() -> tuple[Phenomenon, ...]:
             layers=2,
             expected=_both(0.0, 0.0, group="revalued", cue="A"),
         ),
+    )
+
+
+def _not_predicted() -> tuple[Phenomenon, ...]:
+    """What animals show and no rule here does."""
+    return (
         Phenomenon(
             name="spontaneous-recovery",
             about="Predicted by no rule: with time an extinguished response comes back",
@@ -248,7 +300,12 @@ def _table() -> tuple[Phenomenon, ...]:
     )
 
 
-PHENOMENA: Mapping[str, Phenomenon] = {item.name: item for item in _table()}
+_GROUPS = (
+    _one_cue, _known_cue, _shared_credit, _absent_us, _time, _second_order, _revaluation,
+    _not_predicted,
+)  # fmt: skip
+
+PHENOMENA: Mapping[str, Phenomenon] = {item.name: item for group in _GROUPS for item in group()}
 """All of them by name, in the order of the table."""
 
 EXTRAS: tuple[Design, ...] = (
@@ -259,8 +316,8 @@ EXTRAS: tuple[Design, ...] = (
         conditioner={"cues": "overlap:0.5"},
         expected=(
             *_both(
-                0.5 * theory.acquired(ETA, TRIALS),
-                0.5 * theory.hebbian(ETA, TRIALS),
+                0.5 * ALONE,
+                0.5 * HEBB,
                 group="trained",
                 cue="B",
             ),

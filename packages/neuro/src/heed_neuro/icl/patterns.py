@@ -92,6 +92,16 @@ class Pattern:
         return int((~self.live).sum())
 
     @property
+    def debiased(self) -> bool:
+        """Whether live heads of both signs subtract the mean of the context from each other.
+
+        Then the heads come near a step of debiased gradient descent, else one head's kernel
+        regression, whose first order is the plain step.
+        """
+        signs = np.sign(self.mu[self.live])
+        return bool(signs.max() > 0 > signs.min())
+
+    @property
     def eta_eff(self) -> float:
         """Sum of omega mu: the rate of the step of gradient descent that the heads make."""
         return float(self.omega @ self.mu)
@@ -121,7 +131,7 @@ class Pattern:
             "last_entry_share": float(self.last_entry_share[self.live].min()),
         }
         if not task.supports:
-            best = preconditioner(task, debiased=len(self.ov) > 1)
+            best = preconditioner(task, debiased=self.debiased)
             found |= {
                 "cosine_to_optimum": cosine(self.effective[0], best),
                 "cosine_to_identity": cosine(self.effective[0], np.eye(self.dim)),

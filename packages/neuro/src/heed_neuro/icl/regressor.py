@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from heed_core.attention.full_width import FullWidthAttention
 from heed_core.attention.linear import linear_attention, linear_attention_weights
 from heed_core.attention.normalised_activation import NormActAttend, ScoreActivation
-from heed_core.circuits import key_query_circuits
+from heed_core.circuits import kq_ov_circuits
 from heed_core.sites import Attend, Probe
 
 Activation = Literal["softmax", "linear", "square", "tanh", "none"]
@@ -116,23 +116,29 @@ def _attend(config: RegressorConfig) -> nn.Module | None:
 
 
 def set_signs(model: InContextRegressor, signs: Signs) -> None:
-    """Force the signs of omega at the start, by turning the queries of heads around.
+    """Force the signs of omega and mu at the start, by turning queries and outputs of heads around.
 
-    Under the default initialisation the sign of a head's omega = tr KQ / d is a coin flip, and
-    heads that begin with the same sign keep it: two such heads end as one head (3 of 6 seeds;
-    2^(1-H) for H heads). "opposite" makes the signs alternate, "equal" all positive. Both keep
-    the size of every weight, and "any" changes nothing.
+    Under the default initialisation the signs of a head's omega = tr KQ / d and of its mu are coin
+    flips. In stage I of the training they come to agree, to the one or the other, and heads that
+    then have the same sign keep it: two such heads end as one head (3 of 6 seeds; 2^(1-H) for H
+    heads). "opposite" makes the signs of heads alternate, "equal" all positive, with mu as omega,
+    so that stage I has nothing to decide. Both keep the size of every weight; "any" changes
+    nothing.
     """
     if signs == "any":
         return
     layer, dim = model.attention, model.config.dim
     with torch.no_grad():
-        traces = key_query_circuits(layer)[:, :dim, :dim].diagonal(dim1=1, dim2=2).sum(-1)
-        rows = layer.query.weight.view(layer.heads, -1, layer.dim)
-        for head, trace in enumerate(traces.tolist()):
-            wanted = -1.0 if signs == "opposite" and head % 2 else 1.0
-            if trace * wanted < 0:
-                rows[head].neg_()
+        circuits = kq_ov_circuits(layer)
+        omega = circuits.kq[:, :dim, :dim].diagonal(dim1=1, dim2=2).sum(-1)
+        mu = circuits.ov[:, :, dim:].diagonal(dim1=1, dim2=2).sum(-1)
+        wanted = torch.ones_like(omega)
+        if signs == "opposite":
+            wanted[1::2] = -1.0
+        queries = layer.query.weight.view(layer.heads, -1, layer.dim)
+        outputs = layer.out.weight.view(model.config.outputs, layer.heads, -1)
+        queries[omega * wanted < 0] *= -1.0
+        outputs[:, mu * wanted < 0] *= -1.0
 
 
 class ReparametrisedRegressor(nn.Module):

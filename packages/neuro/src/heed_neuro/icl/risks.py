@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,57 @@ def squared_errors(
             name: (predict(sequences) - answer).double().square().mean((1, 2)).cpu().numpy()
             for name, predict in predictors.items()
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Sums over predictions of two predictors, of which their correlation follows.
+
+    Sums of batches add up, so that any number of sequences is compared in little memory.
+    """
+
+    count: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+    first_squares: float = 0.0
+    second_squares: float = 0.0
+    products: float = 0.0
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> Agreement:
+        """Of the predictions for the same sequences."""
+        a, b = (part.detach().double().flatten() for part in (first, second))
+        return cls(
+            count=float(a.numel()),
+            first=float(a.sum()),
+            second=float(b.sum()),
+            first_squares=float(a @ a),
+            second_squares=float(b @ b),
+            products=float(a @ b),
+        )
+
+    def __add__(self, other: Agreement) -> Agreement:
+        mine, theirs = asdict(self), asdict(other)
+        return Agreement(**{name: mine[name] + theirs[name] for name in mine})
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's; NaN where a predictor is constant."""
+        n = max(self.count, 1.0)
+        covariance = self.products - self.first * self.second / n
+        variances = (
+            self.first_squares - self.first**2 / n,
+            self.second_squares - self.second**2 / n,
+        )
+        if min(variances) <= 0:
+            return float("nan")
+        return float(covariance / np.sqrt(variances[0] * variances[1]))
+
+
+def nearest_step(task: LinearTask) -> str:
+    """The step of gradient descent that two heads or more approach, among `baselines`."""
+    plain = task.supports or task.isotropic
+    return "debiased_gd" if plain else "debiased_preconditioned"
 
 
 def monte_carlo(
