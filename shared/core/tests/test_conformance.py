@@ -1,14 +1,45 @@
 import pytest
 
-from heed_core.testing.conformance import Clause, conformance_clauses
+from heed_core.testing.conformance import Clause, Mechanism, conformance_clauses
 from heed_core.testing.mechanisms import MECHANISMS
 
 CLAUSES = [clause for mechanism in MECHANISMS for clause in conformance_clauses(mechanism)]
 
 
+def kind(mechanism: Mechanism) -> type:
+    """The class of the outermost module that is the core's own."""
+    for module in mechanism.build(0.0).modules():
+        home = type(module).__module__
+        if home.startswith("heed_core.") and not home.startswith("heed_core.testing"):
+            return type(module)
+    raise AssertionError(f"{mechanism.name} is no module of heed_core")
+
+
+def everyday() -> dict[str, Clause]:
+    """What of the compiler's clauses runs by default: they take seconds, for every single row.
+
+    Of the rows of a class, which differ in options, one is compiled and another, where there is
+    one, exported, for any size; `tools/test --all` compiles all for any size and exports all.
+    """
+    chosen: dict[tuple[str, type], Clause] = {}
+    for clause in CLAUSES:
+        if clause.name in ("compile", "export") and clause.excuse is None:
+            what = clause.name, kind(clause.mechanism)
+            if clause.name == "export" or what not in chosen:
+                chosen[what] = clause
+    return {str(clause): clause for clause in chosen.values()}
+
+
+EVERYDAY = everyday()
+
+
 def marks(clause: Clause) -> list[pytest.MarkDecorator]:
-    bad_input = [pytest.mark.bad_input] if clause.name == "wrong-shape" else []
-    return [*bad_input, *([pytest.mark.compile] if clause.compiles else [])]
+    if clause.name == "wrong-shape":
+        return [pytest.mark.bad_input]
+    if not clause.compiles:
+        return []
+    rare = clause.excuse is None and str(clause) not in EVERYDAY
+    return [pytest.mark.compile, *([pytest.mark.slow] if rare else [])]
 
 
 @pytest.mark.parametrize(
@@ -23,3 +54,9 @@ def test_conformance(clause: Clause) -> None:
 def test_names_are_unique() -> None:
     names = [mechanism.name for mechanism in MECHANISMS]
     assert len(names) == len(set(names))
+
+
+def test_every_class_is_compiled_and_exported_by_default_unless_excused() -> None:
+    for name in ("compile", "export"):
+        able = {kind(c.mechanism) for c in CLAUSES if c.name == name and c.excuse is None}
+        assert {kind(c.mechanism) for c in EVERYDAY.values() if c.name == name} == able
