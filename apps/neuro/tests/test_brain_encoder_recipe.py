@@ -1,6 +1,7 @@
 """The brain encoder from the command line: what it learns, and how it refuses bad data."""
 
 import contextlib
+import csv
 import io
 import json
 import shutil
@@ -84,6 +85,72 @@ def test_another_brain_or_backbone_is_refused(data: Path, tmp_path: Path):
     regions["faces"] = regions["faces"][:-1]
     (data / "rois.json").write_text(json.dumps(regions))
     assert "regions of another subject" in refused("evaluate", run, "--data", data)
+
+
+def make_gaps(root: Path) -> None:
+    """Missing trials, a vertex that never varies in the test, and no repeats."""
+    for name in ("responses", "responses_test_repeats"):
+        values = np.load(root / f"{name}.npy")
+        if values.ndim == 3:
+            (root / f"{name}.npy").unlink()
+            values, name = values.mean(axis=1), "responses_test"
+            values[:, 4] = 1.0
+        values[1] = np.nan
+        values[2, 0] = np.nan
+        np.save(root / f"{name}.npy", values)
+
+
+def test_gaps_are_left_out_and_what_is_undefined_is_counted(data: Path, tmp_path: Path):
+    make_gaps(data)
+    run, words = tmp_path / "run", ("--trainer.max-steps", 2, "--device", "cpu")
+    assert "row 1: holds NaN" in refused("train", "brain-encoder", "--data", data, "--out", run)
+    words = ("--data", data, "--out", run, "--data.gaps", "skip", *words)
+    trained = call(APP, "train", "brain-encoder", *words)
+    assert np.isfinite(trained["metrics"]["val/loss"])
+    found = call(APP, "evaluate", run, "--device", "cpu")
+    assert found["metrics"]["undefined"] == 1
+    assert "accuracy" not in found["metrics"]
+    assert any("no noise ceiling: raw r only" in title for title in found["tables"])
+    with (run / "evaluation" / "test" / "cases.csv").open() as file:
+        rows = {row["vertex"]: row for row in csv.DictReader(file) if row["level"] == "vertex"}
+    assert rows["4"]["r"] == ""
+    assert all(rows[str(vertex)]["r"] for vertex in range(12) if vertex != 4)
+
+
+def test_damaged_images_stop_a_prediction_or_are_listed(data: Path, tmp_path: Path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    words = ("--data", data, "--out", run, "--trainer.max-steps", 1, "--device", "cpu")
+    call(APP, "train", "brain-encoder", *words)
+    images = data / "test_images"
+    whole = call(APP, "predict", run, images, "--out", tmp_path / "whole", "--device", "cpu")
+    assert {Path(name).name for name in whole["files"]} == {"all_pred.npy", "images.csv"}
+    (images / "00002.png").write_bytes(b"no image")
+    assert "00002.png: cannot be read" in refused("predict", run, images, "--out", out)
+    words = ("--out", out, "--device", "cpu", "--data.on-error", "skip")
+    call(APP, "predict", run, images, *words)
+    folder = out / "test_images"
+    predicted = np.load(folder / "all_pred.npy")
+    kept = [0, 1, 3, 4, 5]
+    wanted = np.load(tmp_path / "whole" / "test_images" / "all_pred.npy")[kept]
+    np.testing.assert_allclose(predicted, wanted, atol=1e-6)
+    listed = (folder / "images.csv").read_text().splitlines()[1:]
+    assert listed == [f"{row},{index:05d}.png" for row, index in enumerate(kept)]
+    assert "00002.png,cannot be read" in (folder / "skipped.csv").read_text().replace(
+        f"{images}/00002.png: ", ""
+    )
+
+
+@pytest.mark.slow
+def test_a_fixed_receptive_field_suffices_for_the_control_task(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    write_made_subject(tmp_path / "data", seed=2, task="control")
+    found = {}
+    for kind in ("transformer", "factorised"):
+        words = ("--data", tmp_path / "data", "--out", tmp_path / kind, "--device", "cpu")
+        call(APP, "train", "brain-encoder", *words, "--model.kind", kind)
+        found[kind] = call(APP, "evaluate", tmp_path / kind, "--device", "cpu")["metrics"]["r"]
+    assert found["factorised"] >= found["transformer"] - 0.05
+    assert found["factorised"] > 0.9
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def designs_of(words: Sequence[str], *, layers: int = 1) -> list[Design]:
 
 
 def _is_path(word: str) -> bool:
-    return word.endswith(SUFFIXES) or Path(word).is_dir()
+    return word.endswith(SUFFIXES) or (bool(word.strip()) and Path(word).is_dir())
 
 
 def _named(word: str) -> tuple[str | None, str]:

@@ -20,7 +20,7 @@ no sites.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -257,7 +257,7 @@ def _resnet(config: BackboneConfig) -> Backbone:
     return Backbone(config, network, tokens)
 
 
-def _block(layers: Sequence[Any], layer: int, config: BackboneConfig) -> Any:
+def _block(layers: nn.ModuleList | nn.Sequential, layer: int, config: BackboneConfig) -> Any:
     if layer > len(layers):
         raise InputError(
             f"has {len(layers)} blocks; layer {layer} from the end is none of them",
