@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from heed_neuro_cli import APP
+from heed_neuro_cli.conditioning_bench import delta_contenders, inputs
 
 
 def call(*words: object) -> tuple[int, str, str]:
@@ -113,3 +115,14 @@ def test_check_lists_every_broken_experiment(tmp_path: Path):
 )
 def test_curves_that_cannot_be_are_refused(words, said: str):
     assert said in refused(*words)
+
+
+def test_the_contenders_of_the_benchmark_agree():
+    """On 64 of its trials; those that need what is not here say so."""
+    torch.manual_seed(0)
+    keys, values = (table[:, :, :64] for table in inputs())
+    able = {one.name: one.build() for one in delta_contenders() if one.missing is None}
+    assert {"heed, chunked", "heed, recurrent"} <= set(able)
+    found = [model(keys, values) for model in able.values()]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)

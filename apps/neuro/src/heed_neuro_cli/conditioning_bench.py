@@ -63,7 +63,7 @@ def delta_contenders() -> list[Contender]:
     fla = importlib.util.find_spec("fla")
     builds: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
         "heed, chunked": (partial(DeltaRule, "chunked"), None),
-        "heed, recurrent": (partial(DeltaRule, "recurrent"), None),
+        "heed, recurrent": (partial(DeltaRule, "recurrent", "auto"), None),
         "heed, chunked, Triton": (partial(DeltaRule, "chunked", "triton"), cuda),
         "flash-linear-attention": (
             FlaDeltaRule,
