@@ -151,10 +151,40 @@ def test_grey_and_transparent_pictures_are_searched_as_coloured_ones(run, tmp_pa
             "--data.target", tmp_path / "target.png", "--data.max-fixations", "3", "--data.no-gif",
         )  # fmt: skip
     tables = {
-        mode: [row.split(",")[2:] for row in (tmp_path / mode / name).with_suffix(".csv").open()]
+        mode: [row.split(",")[2:] for row in path.read_text().splitlines()]
         for mode, name in modes.items()
+        for path in [(tmp_path / mode / name).with_suffix(".csv")]
     }
     assert all(rows == tables["L"] for rows in tables.values())
+
+
+def test_searches_of_a_natural_set_are_compared_with_viewers(run, tmp_path):
+    """The picture is searched at 544 pixels; viewers saw it at 272."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "objectarray"
+    scene = rng.integers(120, 136, (272, 272), dtype=np.uint8)
+    scene[200:232, 40:72] = rng.integers(0, 255, (32, 32))
+    truth = np.zeros_like(scene)
+    truth[200:232, 40:72] = 255
+    for name, picture in {"stimuli": scene, "target": scene[200:232, 40:72], "gt": truth}.items():
+        (root / name).mkdir(parents=True)
+        Image.fromarray(picture).save(root / name / "1.png")
+    out = tmp_path / "out"
+    call(APP, "predict", run, root, "--out", out, "--device", "cpu", "--data.no-gif")
+    places = [(136, 136), (70, 190), (56, 216)]
+    rows = [
+        f"1.png,{viewer},{index},{x + viewer},{y}"
+        for viewer in (1, 2)
+        for index, (x, y) in enumerate(places)
+    ]
+    viewers = tmp_path / "viewers.csv"
+    viewers.write_text("\n".join(["image,subject,index,x,y", *rows]) + "\n")
+    found = call(
+        APP, "compare", out / "objectarray", viewers, "--no-maps", "--images", root / "stimuli"
+    )
+    scores = {row["score"]: row for row in found["scores"]}
+    assert scores["scanmatch"]["human"] > 0.9
+    assert 0 <= scores["scanmatch"]["predicted"] <= 1
 
 
 def test_masks_of_a_single_picture_that_do_not_fit(run, tmp_path):

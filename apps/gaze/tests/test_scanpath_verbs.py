@@ -138,6 +138,12 @@ def test_pictures_of_unknown_size_are_named(data: Path, predictions: Path):
     assert call(*words)[0] == 0
 
 
+def test_degrees_need_pictures_of_one_width(data: Path):
+    Image.new("RGB", (160, 90)).save(data / "images" / "b.png")
+    said = refusal("ceiling", data, "--px-per-degree", "20")
+    assert "pictures of one width, these have [120, 160]" in said
+
+
 def test_a_damaged_picture_is_named(data: Path, tmp_path: Path):
     picture = data / "images" / "a.png"
     picture.write_bytes(picture.read_bytes()[:60])

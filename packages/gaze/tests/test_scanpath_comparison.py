@@ -78,6 +78,19 @@ def test_pictures_are_matched_by_name_without_folder_or_suffix():
         match(HUMAN, predicted([Scanpath(image="9.png", subject="m", xy_px=path.xy_px)]))
 
 
+def test_a_task_matters_only_where_viewers_have_one():
+    xy = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    paths = {
+        task: Scanpath(image="a.png", subject="s", xy_px=xy, size_px=(80, 60), task=task)
+        for task in ("", "waldo", "cup")
+    }
+    for viewers, model in (("", "waldo"), ("waldo", ""), ("waldo", "waldo")):
+        (case,) = match(ScanpathSet(scanpaths=(paths[viewers],)), predicted([paths[model]]))
+        assert (case.task, len(case.predicted)) == (viewers, 1)
+    with pytest.raises(InputError, match="no viewer had the task 'waldo'"):
+        match(ScanpathSet(scanpaths=(paths["cup"],)), predicted([paths["waldo"]]))
+
+
 def test_short_scanpaths_are_counted_where_a_score_is_not_defined():
     short = [path.keep(slice(0, 2)) for path in viewers_of("0.png", 0)]
     cases = match(ScanpathSet(scanpaths=(*short[:1], *HUMAN.scanpaths[1:])))

@@ -13,6 +13,7 @@ APP = App(
         "ceiling": Verb(module="heed_gaze_cli.ceiling", arguments="DATA"),
         "view": Verb(module="heed_gaze_cli.view", arguments="DATA --out DIR"),
         "stimuli": Verb(module="heed_gaze_cli.stimuli", arguments="--out DIR"),
+        "score": Verb(module="heed_gaze_cli.score", arguments="RESULTS"),
     },
 )
 

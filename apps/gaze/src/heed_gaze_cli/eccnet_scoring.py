@@ -8,8 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from heed_gaze.eccnet.experiments import EXPERIMENTS, experiment_of
+from heed_gaze.eccnet.results import TaskTrials
 from heed_gaze.eccnet.scoring import (
     ExperimentScore,
+    ReactionTime,
     TaskScore,
     human_mean,
     score_experiment,
@@ -20,6 +22,9 @@ from heed_gaze.plots import draw_performance, draw_search_slopes
 from heed_gaze_cli.eccnet_settings import PicturePrediction, SearchPrediction
 from heed_runtime.recipe import Report, Row, Table
 from heed_runtime.report import new_figure, style
+
+MEASURED = ReactionTime(ms_per_saccade=1.0, ms_at_rest=0.0)
+"""For reaction times that are known."""
 
 
 def search_row(prediction: SearchPrediction) -> Row:
@@ -72,28 +77,52 @@ def report_searches(rows: Sequence[Row]) -> Report:
             sizes.append(int(row["set_size"]))
             found = row["found_at"]
             counts.append(scored_saccades(None if found is None else int(found), sizes[-1]))
-    scores = {name: score_task(*values) for name, values in trials.items()}
-    compared = _experiments(trials)
-    known = [score.index for score in compared if np.isfinite(score.index)]
     found_share = float(np.mean([row["found_at"] is not None for row in rows]))
     metrics = {"found": found_share, "mean_saccades_when_found": _mean_found(rows)}
+    tables: list[Table] = []
+    plots = {"performance": _draw_performance(rows)}
+    if trials:
+        places = {row["task"]: row["cells"] for row in rows}
+        cells = {str(name): None if n is None else int(n) for name, n in places.items()}
+        scored = report_tasks(trials, model=ReactionTime(), cells=cells)
+        metrics |= scored.metrics
+        tables += scored.tables
+        plots |= scored.plots
+    others = _other_rows([row for row in rows if row["set_size"] is None])
+    if others:
+        tables.append(Table(title="searches without set sizes", rows=others))
+    return Report(metrics=metrics, tables=tables, plots=plots)
+
+
+def report_tasks(
+    trials: TaskTrials,
+    *,
+    model: ReactionTime | None,
+    cells: Mapping[str, int | None],
+) -> Report:
+    """Indices of the experiments both of whose tasks are there, slopes of all tasks.
+
+    Args:
+        trials: Set sizes, and saccades or reaction times, of each task.
+        model: Saccades to reaction times. None: they are reaction times already.
+        cells: How many places there are to look at, for chance.
+    """
+    line = MEASURED if model is None else model
+    scores = {name: score_task(*values, line) for name, values in trials.items()}
+    compared = _experiments(trials, line)
+    known = [score.index for score in compared if np.isfinite(score.index)]
+    metrics: dict[str, float] = {}
     tables = []
     if compared:
-        metrics |= {
+        metrics = {
             "asymmetry_index": float(np.mean(known)) if known else float("nan"),
             "asymmetry_index_human": human_mean(),
             "experiments": len(known),
         }
         tables.append(Table(title="asymmetry", rows=[_row_of(score) for score in compared]))
-    if scores:
-        tables.append(Table(title="tasks", rows=_task_rows(scores, rows)))
-    others = _other_rows([row for row in rows if row["set_size"] is None])
-    if others:
-        tables.append(Table(title="searches without set sizes", rows=others))
-    plots = {"performance": _draw_performance(rows)}
-    if scores:
-        plots["slopes"] = draw_slopes(scores)
-    return Report(metrics=metrics, tables=tables, plots=plots)
+    rows = _task_rows(scores, trials, cells, measured=model is None)
+    tables.append(Table(title="tasks", rows=rows))
+    return Report(metrics=metrics, tables=tables, plots={"slopes": draw_slopes(scores)})
 
 
 def _mean_found(rows: Sequence[Row]) -> float:
@@ -101,9 +130,7 @@ def _mean_found(rows: Sequence[Row]) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def _experiments(
-    trials: Mapping[str, tuple[list[int], list[float]]],
-) -> list[ExperimentScore]:
+def _experiments(trials: TaskTrials, model: ReactionTime) -> list[ExperimentScore]:
     """Of the experiments both of whose tasks were searched."""
     scores = []
     for experiment in EXPERIMENTS:
@@ -115,7 +142,7 @@ def _experiments(
         }
         present = {name: values for name, values in both.items() if values is not None}
         if len(present) == len(both):
-            scores.append(score_experiment(experiment, present))
+            scores.append(score_experiment(experiment, present, model))
     return scores
 
 
@@ -137,24 +164,29 @@ def _row_of(score: ExperimentScore) -> Row:
     }
 
 
-def _task_rows(scores: Mapping[str, TaskScore], rows: Sequence[Row]) -> list[Row]:
+def _task_rows(
+    scores: Mapping[str, TaskScore],
+    trials: TaskTrials,
+    cells: Mapping[str, int | None],
+    *,
+    measured: bool,
+) -> list[Row]:
     """A row per task and set size; by chance one finds one of m cells in (m + 1) / 2 saccades."""
-    cells = {str(row["task"]): row["cells"] for row in rows}
     table: list[Row] = []
     for name, score in sorted(scores.items()):
-        count = cells[name]
+        count = cells.get(name)
         for index, size in enumerate(score.set_sizes):
-            table.append(
-                {
-                    "task": name,
-                    "set_size": size,
-                    "trials": sum(r["task"] == name and r["set_size"] == size for r in rows),
-                    "mean_saccades": score.mean_saccades[index],
-                    "chance": None if count is None else (float(count) + 1) / 2,
-                    "mean_rt_ms": score.mean_rt_ms[index],
-                    "se_ms": score.standard_error_ms[index],
-                }
-            )
+            row: dict[str, str | int | float | None] = {
+                "task": name,
+                "set_size": size,
+                "trials": sum(one == size for one in trials[name][0]),
+            }
+            if not measured:
+                row["mean_saccades"] = score.mean_saccades[index]
+                row["chance"] = None if count is None else (float(count) + 1) / 2
+            row["mean_rt_ms"] = score.mean_rt_ms[index]
+            row["se_ms"] = score.standard_error_ms[index]
+            table.append(row)
     return table
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from heed_core.errors import InputError
 from heed_gaze.comparison.matching import Case
 from heed_gaze.comparison.scoring import (
     KINDS,
@@ -90,7 +91,10 @@ def score(
 def _compare(options: ScoreOptions, cases: Sequence[Case]) -> Comparison:
     widths = {case.size_px[0] for case in cases}
     if options.px_per_degree is not None and len(widths) > 1:
-        raise ValueError("--px-per-degree needs pictures of one width")
+        raise InputError(
+            f"--px-per-degree needs pictures of one width, these have {sorted(widths)}",
+            remedy="leave the flag away, or score pictures of one width",
+        )
     labels = read_labels(options.labels)
     by_image = {
         case.image: labels[stem] for case in cases if (stem := Path(case.image).stem) in labels

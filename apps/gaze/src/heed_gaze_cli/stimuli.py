@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from heed_gaze.eccnet.experiments import EXPERIMENTS
+from heed_gaze.eccnet.experiments import EXPERIMENTS, Experiment
 from heed_gaze.eccnet.layouts import find_trials, write_stimuli
 from heed_runtime.files import atomic_folder
 from heed_runtime.options import CommonOptions, Flag, OutPath
@@ -28,6 +28,9 @@ class Options(CommonOptions):
     """Numbers 1 to 6. None given: all."""
     seed: int = 0
     """Of the places of the items."""
+    legacy: Flag = False
+    """In experiment 2 mark the target's place as the paper's code does: a box as large as a cell
+    that begins at the item's corner, not at the cell's."""
     overwrite: Flag = False
     """Replace the folder that is there."""
 
@@ -37,13 +40,23 @@ class Options(CommonOptions):
             raise ValueError(f"experiments must be some of {numbers}, got {self.experiments}")
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"trials must be at least 1, got {self.trials}")
+        if self.legacy and not any(experiment.legacy_truth for experiment in self.chosen):
+            raise ValueError("--legacy has an effect on experiment 2 alone")
+
+    @property
+    def chosen(self) -> list[Experiment]:
+        """The experiments."""
+        return [e for e in EXPERIMENTS if not self.experiments or e.number in self.experiments]
 
 
 def run(app: App, options: Options) -> Result:
     """Write the folder whole or not at all."""
-    chosen = [e for e in EXPERIMENTS if not options.experiments or e.number in options.experiments]
+    chosen = options.chosen
     with atomic_folder(options.out, overwrite=options.overwrite) as folder:
-        write_stimuli(folder, seed=options.seed, trials=options.trials, experiments=chosen)
+        write_stimuli(
+            folder, seed=options.seed, trials=options.trials, experiments=chosen,
+            legacy=options.legacy,
+        )  # fmt: skip
     trials = find_trials(options.out)
     rows: list[Row] = [
         {

@@ -153,7 +153,7 @@ def draw_heat_map(
 
 def draw_performance(
     axes: Axes,
-    curves: Mapping[str, Float[np.ndarray, " n"]],
+    curves: Mapping[str, Float[np.ndarray, " _"]],
     *,
     human: str = "human",
     chance: str = "chance",
@@ -237,7 +237,7 @@ def fit_line(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[fl
 
 def draw_amplitudes(
     axes: Axes,
-    amplitudes: Mapping[str, Float[np.ndarray, " n"]],
+    amplitudes: Mapping[str, Float[np.ndarray, " _"]],
     *,
     unit: str = "px",
     bins: int = 30,
@@ -266,7 +266,7 @@ def draw_amplitudes(
 
 
 def draw_directions(
-    axes: PolarAxes, directions_rad: Mapping[str, Float[np.ndarray, " n"]], *, bins: int = 24
+    axes: PolarAxes, directions_rad: Mapping[str, Float[np.ndarray, " _"]], *, bins: int = 24
 ) -> None:
     """Draw the direction rose of saccades: the share of saccades in each sector.
 

@@ -36,7 +36,8 @@ def match(
     """The pictures and tasks that viewers looked at, with what was predicted of them.
 
     A prediction is of a picture if it has its name, also without folders or suffix. A prediction
-    without a task is of the only task of its picture. Predictions of another size are scaled.
+    without a task is of the only task of its picture; where viewers' tasks are not told, one of any
+    task is. Predictions of another size are scaled.
 
     Args:
         human: The viewers.
@@ -97,7 +98,7 @@ class _Names:
             tasks = self._tasks[image]
         if (image, path.task) in self._keys:
             return image, path.task
-        if not path.task and len(tasks) == 1:
+        if len(tasks) == 1 and not (path.task and tasks[0]):
             return image, tasks[0]
         raise InputError(
             f"no viewer had the task {path.task!r}" if path.task else "is seen with several tasks",

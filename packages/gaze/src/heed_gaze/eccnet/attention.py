@@ -47,8 +47,8 @@ class AttentionMap:
 
 
 def attention_map(
-    features: Sequence[Float[Tensor, "1 c h w"]],
-    targets: Sequence[Float[Tensor, "1 c kh kw"]],
+    features: Sequence[Float[Tensor, "1 _ h w"]],
+    targets: Sequence[Float[Tensor, "1 _ kh kw"]],
     config: MapConfig,
 ) -> AttentionMap:
     """Correlate, weigh and sharpen; one entry of `features` and `targets` per layer."""

@@ -59,6 +59,8 @@ class Experiment:
     """Per set size."""
     background: int
     foreground: int
+    legacy_truth: bool = False
+    """Whether the paper's code marks a box that begins at the item's corner, not at the cell's."""
     gaussians: tuple[tuple[int, float | None], tuple[int, float | None]] = ((3, 1.0), (5, 3.0))
 
     @property
@@ -107,7 +109,12 @@ class Display:
 
 
 def make_displays(
-    experiment: Experiment, task: Task, *, seed: int, trials: int | None = None
+    experiment: Experiment,
+    task: Task,
+    *,
+    seed: int,
+    trials: int | None = None,
+    legacy: bool = False,
 ) -> list[Display]:
     """The displays of a task, in blocks of one set size; the same seed gives the same pixels.
 
@@ -116,24 +123,33 @@ def make_displays(
         task: What is looked for.
         seed: Of places.
         trials: Displays per set size. None: as many as in the paper.
+        legacy: Mark the target's place as the paper's code does in the experiment with
+            `legacy_truth`: a box as large as a cell that begins at the item's corner.
     """
     key = (experiment.number, experiment.tasks.index(task))
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
     count = experiment.trials if trials is None else trials
     return [
-        _display(experiment, task, size, index, rng)
+        _display(experiment, task, size, index, rng, legacy=legacy and experiment.legacy_truth)
         for size in experiment.set_sizes
         for index in range(count)
     ]
 
 
 def _display(
-    experiment: Experiment, task: Task, set_size: int, index: int, rng: np.random.Generator
+    experiment: Experiment,
+    task: Task,
+    set_size: int,
+    index: int,
+    rng: np.random.Generator,
+    *,
+    legacy: bool,
 ) -> Display:
     cells = rng.permutation(experiment.grid**2)[:set_size]
     target = item_picture(experiment, task.targets[index % len(task.targets)])
     image = np.full((experiment.side, experiment.side), experiment.background, dtype=np.uint8)
     item_px = target.shape[0]
+    truth = experiment.cell_mask(int(cells[0]))
     room = _px(experiment.view_degrees / experiment.grid - experiment.item_degrees)
     for number, cell in enumerate(cells):
         variant = task.distractors[(number - 1 + index) % len(task.distractors)]
@@ -144,10 +160,13 @@ def _display(
             for place, shift in zip(divmod(int(cell), experiment.grid), jitter, strict=True)
         )
         image[row : row + item_px, column : column + item_px] = item
+        if number == 0 and legacy:
+            truth = np.zeros_like(truth)
+            truth[row : row + experiment.cell, column : column + experiment.cell] = True
     return Display(
         image=image,
         target=target,
-        truth=experiment.cell_mask(int(cells[0])),
+        truth=truth,
         set_size=set_size,
         target_cell=int(cells[0]),
         item_cells=tuple(int(cell) for cell in cells),
@@ -316,6 +335,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         trials=30,
         background=27,
         foreground=255,
+        legacy_truth=True,
         gaussians=((3, None), (5, 1.0)),
     ),
     Experiment(

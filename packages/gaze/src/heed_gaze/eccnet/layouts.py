@@ -25,7 +25,13 @@ from PIL import Image, UnidentifiedImageError
 
 from heed_core.errors import InputError
 from heed_gaze.eccnet.attention import MapConfig
-from heed_gaze.eccnet.experiments import EXPERIMENTS, Experiment, Task, experiment_of, make_displays
+from heed_gaze.eccnet.experiments import (
+    EXPERIMENTS,
+    Display,
+    Experiment,
+    experiment_of,
+    make_displays,
+)
 from heed_gaze.eccnet.search import Scene, SearchConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -370,6 +376,7 @@ def write_stimuli(
     seed: int,
     trials: int | None = None,
     experiments: Sequence[Experiment] = EXPERIMENTS,
+    legacy: bool = False,
 ) -> list[Path]:
     """Make the displays of experiments in the official folders, as PNG.
 
@@ -378,6 +385,7 @@ def write_stimuli(
         seed: Of places; the same seed writes the same bytes.
         trials: Per set size. None: as many as in the paper.
         experiments: Which.
+        legacy: Mark targets as the paper's code does, see `make_displays`.
 
     Returns:
         The task folders.
@@ -386,19 +394,17 @@ def write_stimuli(
     for experiment in experiments:
         for task in experiment.tasks:
             folders.append(root / task.name)
-            _write_task(folders[-1], experiment, task, seed, trials)
+            displays = make_displays(experiment, task, seed=seed, trials=trials, legacy=legacy)
+            _write_task(folders[-1], displays)
             cells = root / Path(task.name).parts[0] / CELLS
             np.save(cells, experiment.cells.astype(np.uint8) * np.uint8(255))
     return folders
 
 
-def _write_task(
-    folder: Path, experiment: Experiment, task: Task, seed: int, trials: int | None
-) -> None:
+def _write_task(folder: Path, displays: Sequence[Display]) -> None:
     for part in (SCENES, TARGETS, TRUTHS):
         (folder / part).mkdir(parents=True, exist_ok=True)
     rows = []
-    displays = make_displays(experiment, task, seed=seed, trials=trials)
     for number, display in enumerate(displays, start=1):
         pictures = {
             SCENES: display.image,

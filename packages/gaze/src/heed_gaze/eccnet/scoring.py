@@ -159,7 +159,7 @@ def human_mean() -> float:
 
 
 def interaction_test(
-    *tasks: tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]],
+    *tasks: tuple[Float64[np.ndarray, " _"], Float64[np.ndarray, " _"]],
 ) -> tuple[float, float]:
     """F and p of `rt ~ size * task` against `rt ~ size`; set sizes and times of each task.
 

@@ -107,7 +107,7 @@ def _numbers(values: object, name: str) -> Float64[np.ndarray, " n"]:
     return found
 
 
-def _check(columns: Mapping[str, Float64[np.ndarray, " n"]]) -> None:
+def _check(columns: Mapping[str, Float64[np.ndarray, " _"]]) -> None:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{n} of {name}" for name, n in lengths.items())
