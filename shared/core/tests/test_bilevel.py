@@ -223,3 +223,29 @@ def test_routing_has_no_gradient() -> None:
 def test_wrong_arguments_are_named(call, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         call()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gathering_by_indices_gives_the_same(masked: bool) -> None:
+    plain = BilevelAttention(8, heads=2, regions=(2, 3), topk=2)
+    other = BilevelAttention(8, heads=2, regions=(2, 3), topk=2, gather="torch")
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 5, 6, 8)
+    mask = torch.rand(2, 5, 6) > 0.4 if masked else None
+    found, wanted = (
+        [y := module(x, mask=mask), *torch.autograd.grad(y.square().sum(), module.parameters())]
+        for module in (other, plain)
+    )
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    with observe(other) as record:
+        torch.testing.assert_close(other(x, mask=mask), wanted[0], rtol=1e-4, atol=1e-5)
+    assert set(record) == {"attend"}
+
+
+@pytest.mark.bad_input
+def test_gathering_by_indices_has_no_dropout() -> None:
+    with pytest.raises(ValueError, match="gather='torch' has no dropout"):
+        BilevelAttention(8, heads=2, regions=(2, 3), topk=2, gather="torch", dropout=0.1)
+    with pytest.raises(ValueError, match="gather must be one of"):
+        BilevelAttention(8, heads=2, regions=(2, 3), topk=2, gather="cuda")

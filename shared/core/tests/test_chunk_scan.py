@@ -1,9 +1,4 @@
-"""The chunk scan: its operator on the CPU, and its Triton kernel in Triton's interpreter."""
-
-import os
-import subprocess
-import sys
-import textwrap
+"""The chunk scan: its operator on the CPU. Its kernel: `test_triton_kernels.py`."""
 
 import pytest
 import torch
@@ -40,55 +35,6 @@ def test_the_operator_is_a_good_one(chunks: int, reads: bool, by_channel: bool) 
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(chunk_scan, rows, test_utils=utils)  # compile has a test of its own
     torch.autograd.gradcheck(chunk_scan, rows, fast_mode=True)
-
-
-IN_THE_INTERPRETER = """
-    import torch
-    from heed_core.attention.delta_rule import delta_rule, gated_delta_rule
-    from heed_core.attention.linear import linear_attention
-
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    for length, d, e, chunk in ((1, 3, 5, None), (40, 20, 70, 24)):
-        query, key = torch.randn(1, 2, length, d), torch.randn(1, 2, length, d)
-        key = key / key.norm(dim=-1, keepdim=True)
-        value, beta = torch.randn(1, 2, length, e), torch.rand(1, 2, length)
-        whole, each = -torch.rand(1, 2, length), -torch.rand(1, 2, length, d)
-        state = torch.randn(1, 2, d, e)
-        leaves = [x.requires_grad_() for x in (query, key, value, beta, whole, each, state)]
-
-        def run(form, **options):
-            size = {"chunk": chunk} if form == "chunked" else {}
-            options = {"form": form, **size, **options}
-            found = [
-                *linear_attention(query, key, value, state=state, causal=True, **options),
-                *linear_attention(query, key, value, log_decay=whole, causal=True, **options),
-                *linear_attention(query, key, value, log_decay=each, causal=True, **options),
-                *delta_rule(query, key, value, beta, state=state, **options),
-                *gated_delta_rule(query, key, value, beta, whole, state=state, **options),
-                *gated_delta_rule(query, key, value, beta, each, **options),
-            ]
-            loss = sum((x.sin() * (i + 1)).sum() for i, x in enumerate(found))
-            return found + list(torch.autograd.grad(loss, leaves))
-
-        for ours, wanted in zip(run("chunked", impl="triton"), run("recurrent"), strict=True):
-            scale = max(1.0, float(wanted.detach().abs().max()))
-            error = float((ours - wanted).detach().abs().max()) / scale
-            assert error < 1e-5, (length, d, e, error)
-    print("equal")
-"""
-
-
-def test_the_kernel_gives_what_the_recurrence_gives() -> None:
-    """In a process of its own: Triton settles on import whether it interprets."""
-    finished = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(IN_THE_INTERPRETER)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.stdout.strip() == "equal", finished.stderr[-2000:]
 
 
 @pytest.mark.gpu

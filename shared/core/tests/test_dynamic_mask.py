@@ -234,3 +234,28 @@ def test_wrong_arguments_are_named() -> None:
     module = DynamicMaskAttention(12, heads=2, keep=2)
     with pytest.raises(ValueError, match="no order with the tokens"):
         module(torch.randn(1, 3, 12), torch.randn(1, 4, 12))
+
+
+def test_gathering_by_indices_gives_the_same() -> None:
+    options = {"heads": 4, "kv_heads": 2, "keep": 3}
+    plain = DynamicMaskAttention(16, **options)
+    other = DynamicMaskAttention(16, gather="torch", **options)
+    other.load_state_dict(plain.state_dict())
+    x, real = torch.randn(2, 90, 16), torch.ones(2, 90, dtype=torch.bool)
+    real[0, 80:] = False
+    found, wanted = (
+        [
+            y := module(x, padding_mask=real),
+            *torch.autograd.grad(y.square().sum(), module.parameters()),
+        ]
+        for module in (other, plain)
+    )
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.bad_input
+def test_gathering_by_indices_serves_causal_calls() -> None:
+    crossing = DynamicMaskAttention(16, heads=4, keep=3, causal=False, gather="torch")
+    with pytest.raises(ValueError, match="gather='torch' serves causal=True"):
+        crossing(torch.randn(1, 9, 16))

@@ -65,7 +65,7 @@ def test_outputs_and_gradients(golden, monkeypatch, dtype, tolerance, case: str,
 def test_sums_and_weights_of_pairs(golden) -> None:
     rows = [golden[f"input.cross.{n}"] for n in PARTS]
     masks = [golden[f"input.cross.mask{i}"] for i in (1, 2)]
-    _, sums = kernel.pair_softmax(*rows, *masks, False, False, 0.25)
+    _, sums = kernel.pair_softmax(*rows, *masks, False, False, 0.25, False)
     torch.testing.assert_close(sums, golden["output64.cross.masked.lse"])
     weights = tensor_attention_weights(*rows[:3])
     torch.testing.assert_close(weights[0, 0], golden["output64.cross.pair_weights_head0"])

@@ -239,13 +239,13 @@ def test_autocast_keeps_the_state_in_float32(name: str) -> None:
 @pytest.mark.parametrize("diagonal", [True, False])
 @pytest.mark.parametrize("steps", [0, 1, 4])
 def test_the_state_scan_is_a_good_operator(diagonal: bool, steps: int) -> None:
-    carry = torch.randn(2, 3, steps, 5, 1 if diagonal else 5, dtype=torch.float64)
-    update = torch.randn(2, 3, steps, 5, 4, dtype=torch.float64)
-    start = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    carry = torch.randn(1, 2, steps, 3, 1 if diagonal else 3, dtype=torch.float64)
+    update = torch.randn(1, 2, steps, 3, 2, dtype=torch.float64)
+    start = torch.randn(1, 2, 3, 2, dtype=torch.float64)
     rows = tuple(x.requires_grad_() for x in (carry, update, start))
     torch.library.opcheck(state_scan, rows)
     torch.autograd.gradcheck(state_scan, rows)
-    torch.autograd.gradgradcheck(state_scan, rows)
+    torch.autograd.gradgradcheck(state_scan, rows, fast_mode=True)
     states = state_scan(*rows)
     assert torch.equal(states[:, :, 0], start)
     for step in range(steps):

@@ -58,7 +58,7 @@ def test_gradients_of_the_operator() -> None:
     torch.autograd.gradcheck(
         lambda *given: tensor_attention(*given, mask1=mask, causal=True, distinct=True), rows
     )
-    given = (*rows, mask, None, True, True, 0.25)
+    given = (*rows, mask, None, True, True, 0.25, False)
     torch.library.opcheck(kernel.pair_softmax, given)
 
 

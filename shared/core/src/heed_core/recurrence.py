@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from heed_core.kernels.chunk_scan import ScanImpl, wants_triton
+from heed_core.kernels.chunk_scan import wants_triton
+from heed_core.kernels.triton_calls import KernelImpl
 
 Form = Literal["chunked", "recurrent", "parallel"]
 """How a recurrence is computed: in chunks, token by token, or with the N x N map of one chunk."""
@@ -44,7 +45,7 @@ def chunk_size(form: Form, chunk: int | None, length: int, *, by_channel: bool) 
     return CHUNK_BY_CHANNEL if by_channel else CHUNK
 
 
-def scan_impl(impl: ScanImpl, form: Form, query: Tensor, chunk: int) -> bool:
+def scan_impl(impl: KernelImpl, form: Form, query: Tensor, chunk: int) -> bool:
     """Whether the chunks of a call run on the Triton kernel.
 
     Raises:

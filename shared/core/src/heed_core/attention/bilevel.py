@@ -10,7 +10,7 @@ heads share the routes, and the published scale is dim ** -0.5, not head_dim ** 
 
 Cost for N cells of width C in R regions: time N C (topk N / R) + R^2 C, so N^2 with a fixed number
 of regions and N^(4/3) with R ~ N^(2/3); memory N C + R^2. Gathered keys and values, topk times the
-originals, exist in pieces only, unless a gradient needs them.
+originals, exist in pieces only, unless a gradient needs them; with `gather="torch"` not even then.
 
 Differs from the published code, where sizes need not divide: what pads the grid takes no part in
 the means and is masked; the published code attends to it. `LepeAttention` is the full attention of
@@ -20,7 +20,7 @@ the last stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ from heed_core.attention.axial import check_cell_mask, check_grid
 from heed_core.attention.multi_axis import partition, unpartition
 from heed_core.attention.multi_head import check_heads
 from heed_core.dispatch import Impl
+from heed_core.kernels.gather_attention import gather_attention
+from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Attend
 
@@ -119,6 +121,7 @@ def routed_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     impl: Impl = "auto",
+    gather: KernelImpl = "auto",
 ) -> Float[Tensor, "b r n e"]:
     """Attend from the cells of each region to the cells of the regions on its routes.
 
@@ -132,7 +135,10 @@ def routed_attention(
         scale: Of the products; (c / heads) ** -0.5 if not given.
         dropout: Probability of dropping a weight.
         impl: Back-end of `attend`.
+        gather: "auto" gathers keys and values and calls `attend`; "torch" and "triton" run
+            `kernels.gather_attention`, which holds less where gradients are needed.
     """
+    _check_gather(gather, impl, dropout)
     shape = query.shape[:3]
     if query.dim() != 4 or key.shape != query.shape or value.shape[:3] != shape:
         raise ValueError(
@@ -148,6 +154,8 @@ def routed_attention(
     def call(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         return attend(q, k, v, mask=allowed, scale=scale, dropout=dropout, impl=impl)
 
+    if gather != "auto":
+        return _through_indices(query, key, value, routes, heads, mask, scale, gather)
     return _routed(query, key, value, routes, heads=heads, mask=mask, call=call, whole=False)
 
 
@@ -167,6 +175,7 @@ class BilevelAttention(nn.Module):
         lepe_kernel: Odd side of the depth-wise convolution of the values; None leaves it out.
         dropout: Probability of dropping a weight in training.
         impl: Back-end of `attend`.
+        gather: As in `routed_attention`; with something attached to the site, `attend` runs.
 
     Example:
         >>> attention = BilevelAttention(32, heads=2, regions=(3, 3), topk=2)
@@ -186,8 +195,10 @@ class BilevelAttention(nn.Module):
         lepe_kernel: int | None = 5,
         dropout: float = 0.0,
         impl: Impl = "auto",
+        gather: KernelImpl = "auto",
     ) -> None:
         super().__init__()
+        _check_gather(gather, impl, dropout)
         check_heads(dim, heads, heads, None)
         if not 1 <= len(regions) <= 3 or min(regions) < 1:
             raise ValueError(f"regions must be positive for 1 to 3 axes, got {tuple(regions)}")
@@ -196,6 +207,7 @@ class BilevelAttention(nn.Module):
             total *= count
         _check_topk(topk, total)
         self.dim, self.heads, self.regions, self.topk = dim, heads, tuple(regions), topk
+        self.gather: KernelImpl = gather
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.key = nn.Linear(dim, dim, bias=qkv_bias)
         self.value = nn.Linear(dim, dim, bias=qkv_bias)
@@ -221,19 +233,7 @@ class BilevelAttention(nn.Module):
             real = to_regions(counted[..., None], self.regions)[..., 0]
         routes = region_topk(query, key, topk=self.topk, mask=real)
 
-        def call(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-            return cast(Tensor, self.attend(q, k, v, mask=allowed))
-
-        mixed = _routed(
-            query,
-            key,
-            value,
-            routes,
-            heads=self.heads,
-            mask=real,
-            call=call,
-            whole=self.attend.attachments is not None,
-        )
+        mixed = self._mixed(query, key, value, routes, real)
         y = _cropped(from_regions(mixed, self.regions, padded.shape[1:-1]), spatial)
         if self.lepe is not None:
             values = _cropped(from_regions(value, self.regions, padded.shape[1:-1]), spatial)
@@ -241,6 +241,21 @@ class BilevelAttention(nn.Module):
                 values = values.masked_fill(~mask[..., None], 0)
             y = y + self.lepe(values.movedim(-1, 1)).movedim(1, -1)
         return cast(Tensor, self.out(y))
+
+    def _mixed(
+        self, query: Tensor, key: Tensor, value: Tensor, routes: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        watched = self.attend.attachments is not None
+        if self.gather != "auto" and not watched:
+            scale = self.attend.scale
+            return _through_indices(query, key, value, routes, self.heads, mask, scale, self.gather)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+            return cast(Tensor, self.attend(q, k, v, mask=allowed))
+
+        return _routed(
+            query, key, value, routes, heads=self.heads, mask=mask, call=call, whole=watched
+        )
 
     def _padded(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Pad at the end of each axis; the mask is False there."""
@@ -397,6 +412,50 @@ def _routed(
             query[:, piece], key, value, routes[:, piece], heads, mask, call
         )
     return output
+
+
+def _through_indices(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    scale: float | None,
+    gather: KernelImpl,
+) -> Tensor:
+    """The same by the indices of the cells on the routes."""
+    cells = query.shape[2]
+
+    def by_head(x: Tensor) -> Tensor:
+        """(b, r, n, c) -> (b, h, r, n, d)."""
+        return x.reshape(*x.shape[:3], heads, x.shape[3] // heads).movedim(3, 1)
+
+    index = routes[..., None] * cells + torch.arange(cells, device=routes.device)
+    bias = None
+    if mask is not None:
+        hidden = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        bias = hidden.flatten(1)[:, None].expand(-1, heads, -1)
+    mixed = gather_attention(
+        by_head(query),
+        by_head(key).flatten(2, 3),
+        by_head(value).flatten(2, 3),
+        index.flatten(2)[:, None],
+        bias=bias,
+        scale=scale,
+        impl=gather,
+    )
+    return mixed.movedim(1, 3).flatten(3)
+
+
+def _check_gather(gather: KernelImpl, impl: Impl, dropout: float) -> None:
+    if gather not in get_args(KernelImpl):
+        raise ValueError(f"gather must be one of {get_args(KernelImpl)}, got {gather!r}")
+    if gather != "auto" and (dropout or impl != "auto"):
+        raise ValueError(
+            f"gather={gather!r} has no dropout and does not run `attend`: dropout must be 0 and "
+            f"impl 'auto', got {dropout} and {impl!r}"
+        )
 
 
 def _along_routes(

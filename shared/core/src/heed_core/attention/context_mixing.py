@@ -9,10 +9,10 @@ the map: at borders they move inwards instead of meeting zeros. Lou and Yu, "Ove
 overview-first-look-closely-next ConvNet with context-mixing dynamic kernels" (arXiv 2502.20087).
 Queries are scaled by (dim / heads) ** -0.5 although they have half as many channels per head.
 
-Cost for N places of width C and a kernel of side k: time N k^2 C; memory N k (C + k) in inference,
-N k^2 C where a gradient is needed. Kernels are softmaxes of mixed affinities, not of products of a
-query and a key, so they do not go through `attend`: `observe` gets them as N x N maps of the sites
-`small` and `large` (b, heads, N, N; rows sum to one), and there is nothing to steer.
+Cost for N places of width C and a kernel of side k: time N k^2 C; memory N (C + k^2), with a
+gradient too (`kernels.neighborhood`). Kernels are softmaxes of mixed affinities, not of products of
+a query and a key, so they do not go through `attend`: `observe` gets them as N x N maps of the
+sites `small` and `large` (b, heads, N, N; rows sum to one), and there is nothing to steer.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from heed_core.kernels.neighborhood import wants_triton, window_starts, window_sum
+from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
 
 
-def window_starts(
-    size: int, kernel: int, *, device: torch.device | None = None
-) -> Int[Tensor, " n"]:
-    """First index of the window of each place of an axis, clamped into the axis."""
-    return (torch.arange(size, device=device) - kernel // 2).clamp(0, size - kernel)
-
-
 def neighborhood_av(
-    weights: Float[Tensor, "b g h w k2"], value: Float[Tensor, "b g h w c"], *, kernel: int
+    weights: Float[Tensor, "b g h w k2"],
+    value: Float[Tensor, "b g h w c"],
+    *,
+    kernel: int,
+    impl: KernelImpl = "auto",
 ) -> Float[Tensor, "b g h w c"]:
     """Sum the values of each place's clamped window, with weights of its own.
 
@@ -44,18 +43,11 @@ def neighborhood_av(
         weights: Of the window's places in row-major order.
         value: Of every place.
         kernel: Odd side k of the window, at most the sides of the map.
+        impl: Who sums, see `kernels.neighborhood`.
     """
     _check_window(weights, value, kernel)
-    rows = window_starts(value.shape[2], kernel, device=value.device)
-    columns = window_starts(value.shape[3], kernel, device=value.device)
-    across = (columns[:, None] + torch.arange(kernel, device=value.device)).flatten()
-    shape = (*value.shape[:4], kernel, value.shape[4])
-    by_row = weights.reshape(*weights.shape[:-1], kernel, kernel)
-    total = torch.zeros_like(value)
-    for step in range(kernel):
-        window = value.index_select(2, rows + step).index_select(3, across).reshape(shape)
-        total = total + torch.einsum("bghwk,bghwkc->bghwc", by_row[..., step, :], window)
-    return total
+    found: Tensor = window_sum(weights, value, kernel, wants_triton(impl, value))
+    return found
 
 
 def clamped_relative_bias(
@@ -94,6 +86,7 @@ class ContextMixing(nn.Module):
         kernel: Odd side of the large window.
         small_kernel: Odd side of the small window.
         regions: Side of the pooled context.
+        impl: Who sums the windows, see `kernels.neighborhood`.
 
     Example:
         >>> mixing = ContextMixing(16, context_dim=8, heads=4, kernel=7).eval()
@@ -111,6 +104,7 @@ class ContextMixing(nn.Module):
         kernel: int,
         small_kernel: int = 5,
         regions: int = 7,
+        impl: KernelImpl = "auto",
     ) -> None:
         super().__init__()
         if heads < 1 or dim < 1 or dim % (2 * heads):
@@ -125,6 +119,7 @@ class ContextMixing(nn.Module):
                 f"context_dim and regions must be at least 1, got {context_dim} and {regions}"
             )
         self.dim, self.context_dim, self.heads = dim, context_dim, heads
+        self.impl: KernelImpl = impl
         self.kernels, self.regions = (small_kernel, kernel), regions
         half = dim // 2
         self.query = nn.Conv2d(dim, half, 1, bias=False)
@@ -164,7 +159,7 @@ class ContextMixing(nn.Module):
         each = self.dim // (2 * self.heads)
         halves = value.reshape(batch, 2, self.heads, each, height, width).movedim(3, -1).unbind(1)
         mixed = [
-            neighborhood_av(weight.to(half.dtype), half, kernel=kernel)
+            neighborhood_av(weight.to(half.dtype), half, kernel=kernel, impl=self.impl)
             for weight, half, kernel in zip(weights, halves, self.kernels, strict=True)
         ]
         for probe, weight, kernel in zip(

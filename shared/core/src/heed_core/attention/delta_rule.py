@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import StateCache
-from heed_core.kernels.chunk_scan import ScanImpl, chunk_scan
+from heed_core.kernels.chunk_scan import chunk_scan
 from heed_core.kernels.state_scan import state_scan
+from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
     Form,
@@ -60,7 +61,7 @@ def delta_rule(
     scale: float | None = None,
     form: Form = "chunked",
     chunk: int | None = None,
-    impl: ScanImpl = "auto",
+    impl: KernelImpl = "auto",
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d e"]]:
     """Write errors, read with queries; nothing decays.
 
@@ -95,7 +96,7 @@ def gated_delta_rule(
     scale: float | None = None,
     form: Form = "chunked",
     chunk: int | None = None,
-    impl: ScanImpl = "auto",
+    impl: KernelImpl = "auto",
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d e"]]:
     """The delta rule in a memory that fades before each writing.
 
@@ -149,7 +150,7 @@ def _delta(
     scale: float | None,
     form: Form,
     chunk: int | None,
-    impl: ScanImpl = "auto",
+    impl: KernelImpl = "auto",
 ) -> tuple[Tensor, Tensor]:
     check_recurrence(query, key, value, same_length=True)
     if tuple(beta.shape) != tuple(value.shape[:3]):

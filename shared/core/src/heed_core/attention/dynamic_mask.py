@@ -32,7 +32,9 @@ from heed_core.attention.multi_head import build_norm, check_heads
 from heed_core.backends.reference import permission
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
+from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.running_top import running_top
+from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.relative import RotaryPositions
@@ -168,6 +170,7 @@ class DynamicMaskAttention(nn.Module):
         form: Of the scores.
         block_size: Keep whole blocks of so many keys (`keep_blocks`); single keys if not given.
         impl: Back-end of `attend`.
+        gather: As in `dynamic_mask_attention`; with something attached to the site, `attend` runs.
 
     Example:
         >>> attention = DynamicMaskAttention(32, heads=4, kv_heads=2, keep=3)
@@ -194,6 +197,7 @@ class DynamicMaskAttention(nn.Module):
         form: ScoreForm = "exp",
         block_size: int | None = None,
         impl: Impl = "auto",
+        gather: KernelImpl = "auto",
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -204,6 +208,7 @@ class DynamicMaskAttention(nn.Module):
         self.context_dim, self.causal, self.keep = context_dim, causal, keep
         self.form: ScoreForm = form
         self.block_size, self.rotary = block_size, rotary
+        self.gather: KernelImpl = gather
         source, width = dim if context_dim is None else context_dim, kv_heads * head_dim
         self.query = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
         self.key = nn.Linear(source, width, bias=qkv_bias)
@@ -259,6 +264,7 @@ class DynamicMaskAttention(nn.Module):
             padding_mask=padding_mask,
             block_size=self.block_size,
             site=self.attend,
+            gather=self.gather,
         )
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
@@ -333,6 +339,7 @@ def dynamic_mask_attention(
     padding_mask: Bool[Tensor, "b m"] | None = None,
     block_size: int | None = None,
     site: Attend | None = None,
+    gather: KernelImpl = "auto",
 ) -> Float[Tensor, "b h n e"]:
     """Attention of every query to the keys that it keeps, with their scores as a bias.
 
@@ -347,12 +354,15 @@ def dynamic_mask_attention(
         padding_mask: True = real token.
         block_size: Keep whole blocks of keys.
         site: Where attention is computed, and may be watched; a plain one if not given.
+        gather: Who runs a long causal call: "auto" gathers keys for the site; "torch" and "triton"
+            run `kernels.gather_attention`, which holds less where gradients are needed.
 
     Raises:
         ValueError: Scores or masks of another shape, `keep` below 1.
         TypeError: A mask that is not boolean.
     """
     site = Attend() if site is None else site
+    _check_gather(gather, site, causal, mask, block_size)
     _check_selection(query, key, scores, keep, mask, padding_mask)
     block = max(BLOCK, keep // 4)
     queries, keys = query.shape[2], key.shape[2]
@@ -361,7 +371,7 @@ def dynamic_mask_attention(
     if not dense and not causal and not compiling and keys > keep:
         return _same_for_all(site, query, key, value, scores, padding_mask, keep)
     if not dense and causal and (compiling or (queries <= keys and keys > keep + block)):
-        return _in_blocks(site, query, key, value, scores, padding_mask, keep, block)
+        return _in_blocks(site, query, key, value, scores, padding_mask, keep, block, gather)
     allowed = _allowed(query, key, mask, padding_mask, causal)
     kept = keep_most(scores, allowed, keep)
     if block_size is not None:
@@ -421,6 +431,7 @@ def _in_blocks(
     padding_mask: Tensor | None,
     keep: int,
     block: int,
+    gather: KernelImpl,
 ) -> Tensor:
     """Blocks of queries as samples of a batch, each with the keys that any of its queries keeps."""
     batch, heads, queries, width = query.shape
@@ -433,12 +444,17 @@ def _in_blocks(
     rows = split(query, block)  # (b, h, blocks, block, d), a spare one where compiled
     blocks = rows.shape[2]
     index, kept = running_top(scores, real, queries, keep, block, 1 if compiling else 0)
+    if gather != "auto":
+        mixed = gather_attention(
+            rows, key, value, index, kept=kept, bias=scores, scale=site.scale, impl=gather
+        )
+        return join(mixed, queries)
     seen = index.shape[3]
     rows = rows.reshape(batch, groups, heads // groups, blocks, block, width).transpose(2, 3)
     flat = index.flatten(2)
     keys, values = (_picked(x, flat).reshape(-1, 1, seen, x.shape[3]) for x in (key, value))
     bias = scores.gather(-1, flat).reshape(-1, 1, 1, seen)
-    mixed: Tensor = site(
+    mixed = site(
         rows.reshape(-1, heads // groups, block, width),
         keys,
         values,
@@ -477,6 +493,24 @@ def dynamic_mask_from_doge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             raise ValueError(f"{name!r} is no weight of Doge's attention")
     return result
+
+
+def _check_gather(
+    gather: KernelImpl, site: Attend, causal: bool, mask: Tensor | None, block_size: int | None
+) -> None:
+    if gather not in get_args(KernelImpl):
+        raise ValueError(f"gather must be one of {get_args(KernelImpl)}, got {gather!r}")
+    if gather == "auto":
+        return
+    if not causal or mask is not None or block_size is not None:
+        raise ValueError(
+            f"gather={gather!r} serves causal=True without mask and block_size: "
+            "other calls share their keys or need the whole map"
+        )
+    if site.impl != "auto" or (site.dropout and site.training):
+        raise ValueError(
+            f"gather={gather!r} does not run the site: its impl must be 'auto' and its dropout 0"
+        )
 
 
 def _check_options(

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import StateCache
-from heed_core.kernels.chunk_scan import ScanImpl, chunk_scan
+from heed_core.kernels.chunk_scan import chunk_scan
 from heed_core.kernels.state_scan import state_scan
+from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
     Form,
@@ -68,7 +69,7 @@ def linear_attention(
     scale: float | None = None,
     form: Form = "chunked",
     chunk: int | None = None,
-    impl: ScanImpl = "auto",
+    impl: KernelImpl = "auto",
 ) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h d s"]]:
     """Linear attention of queries and keys that have passed their features.
 

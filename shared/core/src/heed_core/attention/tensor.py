@@ -26,7 +26,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
-from heed_core.kernels.pair_softmax import pair_softmax
+from heed_core.kernels.pair_softmax import pair_softmax, wants_triton
+from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 
 Method = Literal["exact", "poly"]
@@ -45,6 +46,7 @@ def tensor_attention(
     causal: bool = False,
     distinct: bool = False,
     scale: float | None = None,
+    impl: KernelImpl = "auto",
 ) -> Float[Tensor, "b h n e"]:
     """Exact tensor attention, in tiles, in float32 at least.
 
@@ -59,17 +61,20 @@ def tensor_attention(
         causal: Both keys of a pair at or before the query, aligned bottom-right.
         distinct: Forbid pairs of twice the same place, j = k.
         scale: Of the products; default 1 / d.
+        impl: Who runs the tiles, see `kernels.pair_softmax`.
 
     Raises:
         ValueError: Shapes that do not fit each other.
         TypeError: A mask that is not boolean.
+        UnsupportedBackend: The kernel was asked for and cannot run the call.
     """
     _check_pairs(query, key1, key2, value1, value2)
     mask1, mask2 = _four(mask1, "mask1", query, key1), _four(mask2, "mask2", query, key2)
     scale = 1.0 / query.shape[3] if scale is None else scale
+    triton = wants_triton(impl, query, value1)
     with without_autocast(query):
         rows = [at_least_float32(x).contiguous() for x in (query, key1, key2, value1, value2)]
-        output: Tensor = pair_softmax(*rows, mask1, mask2, causal, distinct, scale)[0]
+        output: Tensor = pair_softmax(*rows, mask1, mask2, causal, distinct, scale, triton)[0]
     return output.to(query.dtype)
 
 
@@ -215,6 +220,7 @@ class TensorAttention(nn.Module):
         scale: Of the products; 1 / head_dim if not given.
         method: Exact, or by polynomials.
         degree: Of the polynomial.
+        impl: Who runs the tiles of the exact form, see `kernels.pair_softmax`.
 
     Example:
         >>> TensorAttention(32, heads=4)(torch.randn(1, 5, 32)).shape
@@ -234,6 +240,7 @@ class TensorAttention(nn.Module):
         scale: float | None = None,
         method: Method = "exact",
         degree: int = 4,
+        impl: KernelImpl = "auto",
     ) -> None:
         super().__init__()
         check_heads(dim, heads, heads, head_dim)
@@ -243,7 +250,10 @@ class TensorAttention(nn.Module):
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.causal, self.distinct, self.scale = causal, distinct, scale
+        if method == "poly" and impl != "auto":
+            raise ValueError(f"impl={impl!r} has no effect on method='poly'")
         self.method, self.degree = method, degree
+        self.impl: KernelImpl = impl
         width = heads * head_dim
         self.query = nn.Linear(dim, width, bias=qkv_bias)
         self.key1 = nn.Linear(dim, width, bias=qkv_bias)
@@ -286,6 +296,7 @@ class TensorAttention(nn.Module):
                 causal=self.causal,
                 distinct=self.distinct,
                 scale=self.scale,
+                impl=self.impl,
             )
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 

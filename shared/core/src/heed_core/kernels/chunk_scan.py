@@ -16,21 +16,18 @@ that it runs only when asked for by name.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from heed_core.dispatch import UnsupportedBackend
 from heed_core.kernels.state_scan import state_scan
-
-ScanImpl = Literal["auto", "torch", "triton"]
-"""Who runs a chunked recurrence; auto is torch."""
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton's interpreter runs kernels on the CPU; Triton settles it once per process."""
+from heed_core.kernels.triton_calls import (
+    INTERPRETED,
+    KernelImpl,
+    takes_triton,
+    why_not_triton,
+)
 
 MOST_CHANNELS = 256
 """Of keys: a state of so many rows still fits on the chip."""
@@ -46,15 +43,8 @@ _SCHEMA = (
 
 def why_not(device: str, dtype: torch.dtype, *, key_dim: int, chunk: int) -> str | None:
     """Why the kernel cannot run a call; None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device != "cuda" and not (device == "cpu" and INTERPRETED):
-        return (
-            f"Triton needs a CUDA device, the tensors are on {device!r} "
-            "(TRITON_INTERPRET=1 lets tests run it on the CPU)"
-        )
-    if dtype == torch.float64:
-        return "it computes in float32, the tensors are float64"
+    if (reason := why_not_triton(device, dtype)) is not None:
+        return reason
     if key_dim > MOST_CHANNELS:
         return f"keys have {key_dim} channels, more than {MOST_CHANNELS}"
     if chunk > MOST_TOKENS:
@@ -63,7 +53,7 @@ def why_not(device: str, dtype: torch.dtype, *, key_dim: int, chunk: int) -> str
 
 
 def wants_triton(
-    impl: ScanImpl, device: str, dtype: torch.dtype, *, key_dim: int, chunk: int
+    impl: KernelImpl, device: str, dtype: torch.dtype, *, key_dim: int, chunk: int
 ) -> bool:
     """Whether a call runs on the kernel.
 
@@ -71,13 +61,19 @@ def wants_triton(
         ValueError: `impl` is no name.
         UnsupportedBackend: The kernel was asked for and cannot run the call.
     """
-    if impl not in get_args(ScanImpl):
-        raise ValueError(f"impl must be one of {get_args(ScanImpl)}, got {impl!r}")
-    if impl != "triton":
-        return False
-    if (reason := why_not(device, dtype, key_dim=key_dim, chunk=chunk)) is not None:
-        raise UnsupportedBackend(f"impl='triton' cannot run this call: {reason}")
-    return True
+    return takes_triton(impl, lambda: why_not(device, dtype, key_dim=key_dim, chunk=chunk))
+
+
+class _Chunks(NamedTuple):
+    """The arguments of the operator."""
+
+    query: Tensor
+    left: Tensor
+    within: Tensor
+    errors: Tensor
+    reads: Tensor | None
+    end: Tensor
+    start: Tensor
 
 
 @torch.library.custom_op("heed::chunk_scan", mutates_args=(), schema=_SCHEMA)
@@ -101,21 +97,15 @@ def chunk_scan(
         end: a, what is left of the state at a chunk's end, (b, h, c, d) or (b, h, c, 1).
         start: The state before the first chunk, (b, h, d, e).
     """
+    given = _Chunks(query, left, within, errors, reads, end, start)
     if query.is_cuda or INTERPRETED:
-        return _launch(query, left, within, errors, reads, end, start)
-    return chunk_scan_reference(query, left, within, errors, reads, end, start)
+        return _launch(given)
+    return _written_out(given)
 
 
-def chunk_scan_reference(
-    query: Tensor,
-    left: Tensor,
-    within: Tensor,
-    errors: Tensor,
-    reads: Tensor | None,
-    end: Tensor,
-    start: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _written_out(given: _Chunks) -> tuple[Tensor, Tensor]:
     """The formula, chunk by chunk."""
+    query, left, within, errors, reads, end, start = given
     outputs, states = [errors[:, :, :0]], [start]
     for c in range(query.shape[2]):
         last = states[-1]
@@ -126,18 +116,12 @@ def chunk_scan_reference(
 
 
 @chunk_scan.register_fake
-def _(
-    query: Tensor,
-    left: Tensor,
-    within: Tensor,
-    errors: Tensor,
-    reads: Tensor | None,
-    end: Tensor,
-    start: Tensor,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, chunks, _, width = errors.shape
-    states = start.new_empty(batch, heads, chunks + 1, query.shape[-1], width)
-    return errors.new_empty(errors.shape), states
+def _(*given: Any) -> tuple[Tensor, Tensor]:
+    chunks = _Chunks(*given)
+    batch, heads, count, _, width = chunks.errors.shape
+    rows = chunks.query.shape[-1]
+    states = chunks.start.new_empty(batch, heads, count + 1, rows, width)
+    return chunks.errors.new_empty(chunks.errors.shape), states
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -179,18 +163,11 @@ def _backward(ctx: Any, grad: Tensor, grad_states: Tensor) -> tuple[Tensor | Non
 chunk_scan.register_autograd(_backward, setup_context=_remember)
 
 
-def _launch(
-    query: Tensor,
-    left: Tensor,
-    within: Tensor,
-    errors: Tensor,
-    reads: Tensor | None,
-    end: Tensor,
-    start: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _launch(given: _Chunks) -> tuple[Tensor, Tensor]:
     """Run the kernel: a program for each head and block of value channels."""
     import triton  # type: ignore[import-untyped]
 
+    query, left, within, errors, reads, end, start = given
     batch, heads, chunks, size, width = errors.shape
     rows = query.shape[-1]
     output = errors.new_empty(errors.shape)
@@ -198,10 +175,10 @@ def _launch(
     if not output.numel() and not states.numel():
         return output, states
     block = min(64, max(16, triton.next_power_of_2(width)))
-    given = [x.contiguous() for x in (query, left, within, errors)]
+    dense = [x.contiguous() for x in (query, left, within, errors)]
     _kernel()[(batch * heads, triton.cdiv(width, block))](
-        *given,
-        given[0] if reads is None else reads.contiguous(),
+        *dense,
+        dense[0] if reads is None else reads.contiguous(),
         end.contiguous(),
         start.contiguous(),
         output,

@@ -6,6 +6,10 @@
 Tiles of queries and of both keys pass with a running maximum and sum, as in flash attention; the
 backward pass computes tiles again from the logarithm of the sum. Time n n1 n2 (d + e), memory one
 tile beside inputs and outputs. Tensors are float32 or float64.
+
+The Triton kernels take a query at a time, and backwards also a tile of first keys, so that every
+number is written by one program. They were compared with the torch form in Triton's interpreter
+only, never compiled or timed on a GPU, so that they run only when asked for by name.
 """
 
 from __future__ import annotations
@@ -17,14 +21,44 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from heed_core.kernels.triton_calls import KernelImpl, takes_triton, why_not_triton
+
 TILE = 32
 """Queries, first keys and second keys of a tile."""
 
 
+MOST_CHANNELS = 128
+"""Of keys and of values, on the kernel."""
+
 _GIVEN = (
     "Tensor query, Tensor key1, Tensor key2, Tensor value1, Tensor value2, Tensor? mask1, "
-    "Tensor? mask2, bool causal, bool distinct, float scale"
+    "Tensor? mask2, bool causal, bool distinct, float scale, bool triton"
 )
+
+
+def why_not(device: str, dtype: torch.dtype, *, key_dim: int, value_dim: int) -> str | None:
+    """Why the kernel cannot run a call; None if it can."""
+    if (reason := why_not_triton(device, dtype)) is not None:
+        return reason
+    for name, width in (("keys", key_dim), ("values", value_dim)):
+        if width > MOST_CHANNELS:
+            return f"{name} have {width} channels, more than {MOST_CHANNELS}"
+    return None
+
+
+def wants_triton(impl: KernelImpl, query: Tensor, value: Tensor) -> bool:
+    """Whether a call runs on the kernel.
+
+    Raises:
+        ValueError: `impl` is no name.
+        UnsupportedBackend: The kernel was asked for and cannot run the call.
+    """
+    return takes_triton(
+        impl,
+        lambda: why_not(
+            query.device.type, query.dtype, key_dim=query.shape[-1], value_dim=value.shape[-1]
+        ),
+    )
 
 
 @torch.library.custom_op(
@@ -41,6 +75,7 @@ def pair_softmax(
     causal: bool,
     distinct: bool,
     scale: float,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (b, h, n, e) and the logarithm of the sum of exponentials (b, h, n).
 
@@ -55,7 +90,13 @@ def pair_softmax(
         causal: j <= i + n1 - n and k <= i + n2 - n.
         distinct: j != k.
         scale: Of the products.
+        triton: Whether the kernels run.
     """
+    if triton:
+        from heed_core.kernels.pair_softmax_triton import launch_forward
+
+        given = query, key1, key2, value1, value2, mask1, mask2
+        return launch_forward(*given, causal, distinct, scale)
     outputs, sums = [query.new_zeros(*query.shape[:2], 0, value1.shape[3])], [query[:, :, :0, 0]]
     for rows in _runs(query.shape[2]):
         asked = query[:, :, rows]
@@ -93,6 +134,7 @@ def _(
     causal: bool,
     distinct: bool,
     scale: float,
+    triton: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
     return query.new_empty(batch, heads, length, value1.shape[3]), query.new_empty(
@@ -120,8 +162,14 @@ def pair_softmax_backward(
     causal: bool,
     distinct: bool,
     scale: float,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values from that of the output."""
+    if triton:
+        from heed_core.kernels.pair_softmax_triton import launch_backward
+
+        given = query, key1, key2, value1, value2, mask1, mask2
+        return launch_backward(grad, output, sums, *given, causal, distinct, scale)
     found = tuple(torch.zeros_like(x) for x in (query, key1, key2, value1, value2))
     d_query, d_key1, d_key2, d_value1, d_value2 = found
     inner = (grad * output).sum(-1)
@@ -163,6 +211,7 @@ def _(
     causal: bool,
     distinct: bool,
     scale: float,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     query, key1, key2, value1, value2 = (
         torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -181,7 +230,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *given, output, sums = ctx.saved_tensors
     found = pair_softmax_backward(grad, output, sums, *given, *ctx.options)
-    return (*found, None, None, None, None, None)
+    return (*found, None, None, None, None, None, None)
 
 
 pair_softmax.register_autograd(_backward, setup_context=_remember)
