@@ -5,31 +5,75 @@ with gradients. With e bytes per number and B samples, H query and G key heads o
 receives forwards
 
 * `ring` (Liu et al., arXiv 2310.01889): keys and values go round, 2 (P - 1) B G (n / P) D e, and
-  memory does not depend on n; backwards the blocks go round again, with their gradients in float32;
-* `allgather`: keys and values of all, the same bytes; memory n;
+  memory is that of n / P tokens; backwards the blocks go round again, with their gradients in
+  float32;
+* `allgather`: keys and values of all, the same bytes, and backwards as many numbers in float32;
+  memory of the keys and values of n tokens;
 * `ulysses` (Jacobs et al., arXiv 2309.14509): tokens are exchanged for heads and back,
-  (P - 1) / P (2 B H + 2 B G) (n / P) D e; heads must divide by P; memory n H / P.
+  (P - 1) / P (2 B H + 2 B G) (n / P) D e, backwards the same; memory of n tokens of H / P heads.
+  Where P does not divide G, key heads are repeated until it does, and G counts them so; where it
+  does not divide H either, processes get shares of heads that differ by one.
 
-Outputs and gradients are summed in float32 at least. With layout "zigzag" the sequence is cut into
-2 P chunks, of which process r holds chunks r and 2 P - 1 - r: causal, all have the same work.
-Lengths that do not divide are padded (`shard_sequence`); padded keys are hidden by a padding mask.
-Rotary codes need the places of `global_positions`. There is no dropout.
+Scores exist in tiles of `TILE` x `TILE` only, and are computed again backwards from the logarithm
+of their sum; tiles that causality hides are left out. Outputs and gradients are summed in float32
+at least. With layout "zigzag" the sequence is cut into 2 P chunks, of which process r holds chunks
+r and 2 P - 1 - r: causal, all have the same work. Lengths that do not divide are padded
+(`shard_sequence`); padded keys are hidden by a padding mask. Rotary codes need the places of
+`global_positions`. There is no dropout.
+
+An `Attend` site can be passed to `allgather` and `ulysses`: while something is attached to it,
+attention runs there with a whole map, keys in the order of the sequence. With `allgather` its rows
+are this process's queries; with `ulysses` all queries, in order, and its heads are this process's
+share. `ring` has no moment at which the weights of a row are known, so that there is nothing to
+observe or steer: it refuses a site with attachments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from heed_core.exchange import (
+    CommCounter,
+    from_all,
+    gather_tokens,
+    heads_for_tokens,
+    pass_on,
+    tokens_for_heads,
+)
 from heed_core.precision import at_least_float32
+from heed_core.sequence_layout import (
+    Layout,
+    all_positions,
+    check_layout,
+    global_positions,
+    padded_length,
+    shard_sequence,
+    unshard_sequence,
+)
+from heed_core.sites import Attend
 
-Layout = Literal["contiguous", "zigzag"]
-"""Which tokens a process holds."""
+__all__ = [
+    "CommCounter",
+    "Layout",
+    "MaskFunction",
+    "Method",
+    "context_parallel_attention",
+    "global_positions",
+    "padded_length",
+    "shard_sequence",
+    "unshard_sequence",
+]
+
+TILE = 512
+"""Queries and keys whose scores are held at a time."""
 
 Method = Literal["ring", "allgather", "ulysses"]
 """How processes exchange them."""
@@ -38,80 +82,42 @@ MaskFunction = Callable[[Tensor, Tensor], Tensor]
 """(places of queries (n, 1), places of keys (1, m)) -> whether they may attend, boolean (n, m)."""
 
 
-class CommCounter:
-    """Counts the bytes that this process receives from others while it is entered."""
-
-    _active: list[CommCounter] = []  # noqa: RUF012 (shared on purpose: a stack of those entered)
-
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> CommCounter:
-        CommCounter._active.append(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        CommCounter._active.remove(self)
-
-    @classmethod
-    def note(cls, received: int) -> None:
-        """Add bytes to all counters that are entered."""
-        for counter in cls._active:
-            counter.received += received
-
-
-def global_positions(
-    rank: int, world: int, length: int, layout: Layout = "contiguous"
-) -> Int[Tensor, " n"]:
-    """The places in the whole sequence of the tokens that a process holds.
-
-    Args:
-        rank: Of the process.
-        world: P.
-        length: Of the padded sequence: a multiple of P, of 2 P for "zigzag".
-        layout: Which tokens a process holds.
-    """
-    _check_layout(layout)
-    parts = world if layout == "contiguous" else 2 * world
-    if length % parts:
-        raise ValueError(f"length must be a multiple of {parts} for {world} processes: {length}")
-    chunks = torch.arange(length).view(parts, -1)
-    return chunks[rank] if layout == "contiguous" else chunks[[rank, parts - 1 - rank]].flatten()
-
-
-def padded_length(length: int, world: int, layout: Layout = "contiguous") -> int:
-    """The least length that P processes can share."""
-    _check_layout(layout)
-    parts = world if layout == "contiguous" else 2 * world
-    return -(-length // parts) * parts
-
-
-def shard_sequence(
-    x: Tensor, group: dist.ProcessGroup | None, *, layout: Layout = "contiguous", dim: int
-) -> Tensor:
-    """The part of a whole tensor that this process holds, after padding with zeros (False)."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    length = padded_length(x.shape[dim], world, layout)
-    fill = x.new_zeros(*x.shape[:dim], length - x.shape[dim], *x.shape[dim:][1:])
-    places = global_positions(rank, world, length, layout).to(x.device)
-    return torch.cat([x, fill], dim=dim).index_select(dim, places)
-
-
-def unshard_sequence(
-    x: Tensor,
-    group: dist.ProcessGroup | None,
+@overload
+def context_parallel_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g n d"],
+    value: Float[Tensor, "b g n e"],
     *,
+    group: dist.ProcessGroup | None = None,
+    method: Method = "ring",
     layout: Layout = "contiguous",
-    dim: int,
-    length: int | None = None,
-) -> Tensor:
-    """The whole tensor from the parts of all, cut to a length; no gradient flows."""
-    world = dist.get_world_size(group)
-    parts = [torch.empty_like(x) for _ in range(world)]
-    dist.all_gather(parts, x.detach().contiguous(), group=group)
-    order = _all_places(world, x.shape[dim], layout).to(x.device).argsort()
-    whole = torch.cat(parts, dim=dim).index_select(dim, order)
-    return whole if length is None else whole.narrow(dim, 0, length)
+    causal: bool = False,
+    padding_mask: Bool[Tensor, "b n"] | None = None,
+    mask_fn: MaskFunction | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    site: Attend | None = None,
+    return_lse: Literal[False] = False,
+) -> Float[Tensor, "b h n e"]: ...
+
+
+@overload
+def context_parallel_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g n d"],
+    value: Float[Tensor, "b g n e"],
+    *,
+    group: dist.ProcessGroup | None = None,
+    method: Method = "ring",
+    layout: Layout = "contiguous",
+    causal: bool = False,
+    padding_mask: Bool[Tensor, "b n"] | None = None,
+    mask_fn: MaskFunction | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    site: Attend | None = None,
+    return_lse: Literal[True],
+) -> tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"]]: ...
 
 
 def context_parallel_attention(
@@ -127,7 +133,9 @@ def context_parallel_attention(
     mask_fn: MaskFunction | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
-) -> Float[Tensor, "b h n e"]:
+    site: Attend | None = None,
+    return_lse: bool = False,
+) -> Float[Tensor, "b h n e"] | tuple[Float[Tensor, "b h n e"], Float[Tensor, "b h n"]]:
     """Softmax attention of this process's queries to the keys of all.
 
     Args:
@@ -142,13 +150,17 @@ def context_parallel_attention(
         mask_fn: Whether places of queries may attend to places of keys; AND with the others.
         scale: Of the products; default d ** -0.5.
         dropout: Must be 0: the processes would have to draw the same numbers.
+        site: Where attention may be watched; costs nothing until something is attached to it.
+        return_lse: Also return the logarithm of each query's sum of exponentials, in float32 at
+            least and without gradient; -inf where nothing may be attended to.
 
     Raises:
-        ValueError: An unknown option, or shapes that do not fit or differ between processes.
+        ValueError: An unknown option, shapes that do not fit or differ between processes, or a site
+            with attachments where there is no map.
         TypeError: A mask that is not boolean.
     """
     _check_call(query, key, value, method, layout, padding_mask, dropout)
-    world = dist.get_world_size(group)
+    _check_site(site, method, return_lse)
     _check_alike(query, key, value, group)
     plan = _Plan(
         group=group,
@@ -156,43 +168,86 @@ def context_parallel_attention(
         causal=causal,
         mask_fn=mask_fn,
         scale=query.shape[3] ** -0.5 if scale is None else scale,
-        places=_all_places(world, query.shape[2], layout).to(query.device).view(world, -1),
+        world=dist.get_world_size(group),
+        count=query.shape[2],
         real=_all_real(padding_mask, query, group),
     )
     if method == "ring":
-        found: Tensor = _Ring.apply(query, key, value, plan)  # type: ignore[no-untyped-call]
-        return found
-    if method == "allgather":
-        keys, values = (
-            _Gather.apply(x, group).movedim(0, 2).flatten(2, 3)  # type: ignore[no-untyped-call]
-            for x in (key, value)
-        )
-        return _whole(query, keys, values, plan, plan.places[dist.get_rank(group)])
-    if query.shape[1] % world or key.shape[1] % world:
-        raise ValueError(
-            f"method='ulysses' needs heads that {world} processes divide, got query "
-            f"{query.shape[1]} and key {key.shape[1]}"
-        )
-    query, key, value = (_heads_for_tokens(x, group) for x in (query, key, value))
-    mixed = _whole(query, key, value, plan, plan.places.flatten())
-    return _tokens_for_heads(mixed, group)
+        out, lse = _Ring.apply(query, key, value, plan)  # type: ignore[no-untyped-call]
+    elif method == "allgather":
+        key, value = gather_tokens(key, group), gather_tokens(value, group)
+        out, lse = _here(site, query, key, value, plan, [dist.get_rank(group)])
+    else:
+        out, lse = _by_heads(site, query, key, value, plan, return_lse)
+    return (out, lse) if return_lse else out
 
 
+def _here(
+    site: Attend | None, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, asking: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Queries of some processes and the keys of all; no log-sum-exp from a watched site."""
+    if site is not None and site.attachments is not None:
+        mixed = _at_site(site, query, key, value, plan, asking)
+        return mixed, mixed.new_empty(0)
+    out, lse = _Streaming.apply(query, key, value, plan, asking)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+def _by_heads(
+    site: Attend | None, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, with_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """All tokens of a share of the heads, and the way back."""
+    heads, repeats = query.shape[1], _repeats(query.shape[1], key.shape[1], plan.world)
+    key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
+    query, key, value = (heads_for_tokens(x, plan.group) for x in (query, key, value))
+    out, lse = _here(site, query, key, value, plan, list(range(plan.world)))
+    out = tokens_for_heads(out, heads, plan.group)
+    if with_lse:
+        lse = tokens_for_heads(lse[..., None], heads, plan.group)[..., 0]
+    return out, lse
+
+
+def _repeats(heads: int, groups: int, world: int) -> int:
+    """How often key heads are repeated, so that processes can share them like those of queries."""
+    if heads % world:
+        return heads // groups
+    return math.lcm(groups, world) // groups
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What all blocks of a call have in common."""
 
-    def __init__(self, **given: Any) -> None:
-        self.group: dist.ProcessGroup | None = given["group"]
-        self.layout: Layout = given["layout"]
-        self.causal: bool = given["causal"]
-        self.mask_fn: MaskFunction | None = given["mask_fn"]
-        self.scale: float = given["scale"]
-        self.places: Tensor = given["places"]  # (P, n / P)
-        self.real: Tensor | None = given["real"]  # (P, b, n / P)
+    group: dist.ProcessGroup | None
+    layout: Layout
+    causal: bool
+    mask_fn: MaskFunction | None
+    scale: float
+    world: int
+    count: int
+    """Tokens of a process."""
+    real: Tensor | None
+    """(P, b, n / P)."""
 
-    def allowed(self, asking: Tensor, places: Tensor, real: Tensor | None) -> Tensor | None:
-        """Who may attend to whom, broadcastable to (b, 1, n, m); None = all."""
-        rows, columns = asking[:, None], places[None]
+    def tokens(self, process: int) -> slice:
+        """Where a process's tokens stand when those of all are in the order of the processes."""
+        return slice(process * self.count, (process + 1) * self.count)
+
+    def strips(self, process: int) -> Iterator[tuple[slice, int]]:
+        """At most `TILE` tokens of a process at neighbouring places, and the first place."""
+        if self.layout == "contiguous":
+            size, firsts = self.count, [process * self.count]
+        else:
+            size = self.count // 2
+            firsts = [process * size, (2 * self.world - 1 - process) * size]
+        for run, first in enumerate(firsts):
+            for start in range(0, size, TILE):
+                stop = min(start + TILE, size)
+                yield slice(run * size + start, run * size + stop), first + start
+
+    def allowed(self, rows: Tensor, columns: Tensor, real: Tensor | None) -> Tensor | None:
+        """Who may attend to whom by places, broadcastable to (b, 1, n, m); None = all."""
+        rows, columns = rows[:, None], columns[None]
         parts: list[Tensor] = []
         if self.causal:
             parts.append(columns <= rows)
@@ -209,231 +264,207 @@ class _Plan:
         return total
 
 
+class _Tile(NamedTuple):
+    """Queries of one process and keys of another."""
+
+    rows: slice
+    columns: slice
+    allowed: Tensor | None
+
+
+def _tiles(plan: _Plan, asking: int, source: int, device: torch.device) -> Iterator[_Tile]:
+    """The tiles of a block, without those that only hold the future."""
+    for rows, row in plan.strips(asking):
+        last = row + rows.stop - rows.start - 1
+        for columns, column in plan.strips(source):
+            if plan.causal and column > last:
+                continue
+            real = None if plan.real is None else plan.real[source][:, columns]
+            asked = torch.arange(row, last + 1, device=device)
+            seen = torch.arange(column, column + columns.stop - columns.start, device=device)
+            yield _Tile(rows, columns, plan.allowed(asked, seen, real))
+
+
 def _scores(query: Tensor, key: Tensor, scale: float, allowed: Tensor | None) -> Tensor:
-    """(b, g, h / g, n, m), in float32 at least."""
-    scores = _grouped(query, key) @ at_least_float32(key)[:, :, None].mT * scale
-    return scores if allowed is None else scores.masked_fill(~_lifted(allowed), -torch.inf)
-
-
-def _lifted(allowed: Tensor) -> Tensor:
-    return allowed[:, :, None] if allowed.dim() == 4 else allowed
+    """(b, g, h / g, n, m)."""
+    scores = query @ key[:, :, None].mT * scale
+    if allowed is None:
+        return scores
+    allowed = allowed[:, :, None] if allowed.dim() == 4 else allowed
+    return scores.masked_fill_(~allowed, -torch.inf)
 
 
 def _grouped(rows: Tensor, key: Tensor) -> Tensor:
-    """(b, h, n, d) -> (b, g, h / g, n, d)."""
+    """(b, h, n, d) -> (b, g, h / g, n, d), in float32 at least."""
     batch, heads, n, width = rows.shape
     groups = key.shape[1]
-    return at_least_float32(rows).reshape(batch, groups, heads // groups, n, width)
+    return at_least_float32(rows).reshape(batch, groups, heads // max(groups, 1), n, width)
 
 
-def _whole(query: Tensor, key: Tensor, value: Tensor, plan: _Plan, asking: Tensor) -> Tensor:
-    """Attention to all keys, in the order of the processes."""
-    real = None if plan.real is None else plan.real.movedim(0, 1).flatten(1)
-    allowed = plan.allowed(asking, plan.places.flatten(), real)
-    scores = _scores(query, key, plan.scale, allowed)
-    top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    shares = (scores - top).exp()
-    total = shares.sum(-1, keepdim=True)
-    shares = shares / total.masked_fill(total == 0, 1.0)
-    mixed = shares @ at_least_float32(value)[:, :, None]
-    return mixed.flatten(1, 2).to(query.dtype)
+class _Sums(NamedTuple):
+    """Queries and what they have gathered so far; tokens are the axis before the last."""
+
+    query: Tensor  # (b, g, h / g, n, d)
+    out: Tensor  # (b, g, h / g, n, e)
+    lse: Tensor  # (b, g, h / g, n, 1)
+
+
+class _Back(NamedTuple):
+    """What the backward pass knows of queries, and their gradient so far."""
+
+    query: Tensor
+    lse: Tensor
+    grad: Tensor  # of the outputs
+    delta: Tensor  # their products with the outputs, (b, g, h / g, n, 1)
+    to_query: Tensor
+
+
+_Rows = TypeVar("_Rows", _Sums, _Back)
+
+
+def _of_tokens(rows: _Rows, where: slice) -> _Rows:
+    return type(rows)(*(x[..., where, :] for x in rows))
+
+
+def _nothing_yet(query: Tensor, key: Tensor, value: Tensor) -> _Sums:
+    asked = _grouped(query, key)
+    out = asked.new_zeros(*asked.shape[:-1], value.shape[3])
+    return _Sums(asked, out, asked.new_full((*asked.shape[:-1], 1), -torch.inf))
+
+
+def _going_back(ctx: Any, grad: Tensor) -> _Back:
+    query, key, _, out, lse = ctx.saved_tensors
+    spread, asked = _grouped(grad, key), _grouped(query, key)
+    delta = (spread * out).sum(-1, keepdim=True)
+    safe = lse.masked_fill(lse.isneginf(), 0.0)  # the scores of such a row are all -inf
+    return _Back(asked, safe, spread, delta, torch.zeros_like(asked))
+
+
+def _absorb(sums: _Sums, key: Tensor, value: Tensor, plan: _Plan, asking: int, source: int) -> None:
+    """Add the block of a process to the sums of the queries of another, in place."""
+    for rows, columns, allowed in _tiles(plan, asking, source, key.device):
+        query, out, lse = _of_tokens(sums, rows)
+        keys, values = (at_least_float32(x[:, :, columns]) for x in (key, value))
+        scores = _scores(query, keys, plan.scale, allowed)
+        total = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
+        # A row that has seen nothing has no total: its old and new parts are both 0.
+        safe = total.masked_fill(total.isneginf(), 0.0)
+        out.mul_((lse - safe).exp()).add_((scores - safe).exp_() @ values[:, :, None])
+        lse.copy_(total)
+
+
+def _give_back(
+    back: _Back, block: list[Tensor], found: list[Tensor], plan: _Plan, asking: int, source: int
+) -> None:
+    """Add what queries of one process give to keys and values of another, and get, in place."""
+    for rows, columns, allowed in _tiles(plan, asking, source, block[0].device):
+        query, lse, grad, delta, to_query = _of_tokens(back, rows)
+        keys, values = (at_least_float32(x[:, :, columns]) for x in block)
+        weights = (_scores(query, keys, plan.scale, allowed) - lse).exp_()
+        found[1][:, :, columns] += (weights.mT @ grad).sum(2)
+        inner = weights * (grad @ values[:, :, None].mT - delta) * plan.scale
+        to_query += inner @ keys[:, :, None]
+        found[0][:, :, columns] += (inner.mT @ query).sum(2)
 
 
 class _Ring(torch.autograd.Function):
     """Blocks of keys and values go round; sums are merged by their log-sum-exp."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
-        rank, world = dist.get_rank(plan.group), dist.get_world_size(plan.group)
-        asked = _grouped(query, key)
-        out = asked.new_zeros(*asked.shape[:-1], value.shape[3])
-        lse = asked.new_full(asked.shape[:-1], -torch.inf)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:
+        rank = dist.get_rank(plan.group)
+        sums = _nothing_yet(query, key, value)
         block = [key.contiguous(), value.contiguous()]
-        for step in range(world):
-            waiting = _pass_on(block, plan.group) if step + 1 < world else None
-            source = (rank - step) % world
-            for rows, columns in _pieces(plan, rank, source):
-                _merge(out, lse, query, block[0], block[1], plan, rank, source, rows, columns)
+        for step in range(plan.world):
+            waiting = pass_on(block, plan.group) if step + 1 < plan.world else None
+            _absorb(sums, block[0], block[1], plan, rank, (rank - step) % plan.world)
             if waiting is not None:
                 block = waiting()
-        ctx.plan = plan
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out.flatten(1, 2).to(query.dtype)
+        return _finished(ctx, sums, query, key, value, plan)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        query, key, value, out, lse = ctx.saved_tensors
-        rank, world = dist.get_rank(plan.group), dist.get_world_size(plan.group)
-        grad = _grouped(grads[0], key)
-        delta = (grad * out).sum(-1, keepdim=True)
-        to_query = torch.zeros_like(_grouped(query, key))
+        query, key, value = ctx.saved_tensors[:3]
+        rank, world = dist.get_rank(plan.group), plan.world
+        back = _going_back(ctx, grads[0])
         block = [key.contiguous(), value.contiguous()]
-        back = [torch.zeros_like(at_least_float32(x)) for x in (key, value)]
+        found = [torch.zeros_like(at_least_float32(x)) for x in block]
         # After P steps the gradients of a block, which travel with it, are home again.
         for step in range(world):
-            source = (rank - step) % world
-            for rows, columns in _pieces(plan, rank, source):
-                weights = _weights(lse, query, block[0], plan, rank, source, rows, columns)
-                part, spread = grad[..., rows, :], at_least_float32(block[1])[:, :, columns]
-                back[1][:, :, columns] += (weights.mT @ part).sum(2)
-                inner = weights * (part @ spread[:, :, None].mT - delta[..., rows, :]) * plan.scale
-                keys = at_least_float32(block[0])[:, :, columns]
-                to_query[..., rows, :] += inner @ keys[:, :, None]
-                asking = _grouped(query[:, :, rows], key)
-                back[0][:, :, columns] += (inner.mT @ asking).sum(2)
+            _give_back(back, block, found, plan, rank, (rank - step) % world)
             if world > 1:
-                travels = [*block, *back] if step + 1 < world else back
-                moved = _pass_on(travels, plan.group)()
-                block, back = (moved[:2], moved[2:]) if step + 1 < world else (block, moved)
-        return (
-            to_query.flatten(1, 2).to(query.dtype),
-            back[0].to(key.dtype),
-            back[1].to(value.dtype),
-            None,
-        )
+                last = step + 1 == world
+                moved = pass_on(found if last else [*block, *found], plan.group)()
+                block, found = (block, moved) if last else (moved[:2], moved[2:])
+        to_query = back.to_query.flatten(1, 2).to(query.dtype)
+        return to_query, found[0].to(key.dtype), found[1].to(value.dtype), None
 
 
-def _pieces(plan: _Plan, rank: int, source: int) -> list[tuple[slice, slice]]:
-    """Rows and columns of a block that may hold permitted pairs: none, all, or half of them."""
-    count = plan.places.shape[1]
-    everything, half = slice(0, count), count // 2
-    if not plan.causal or source == rank:
-        return [(everything, everything)]
-    if plan.layout == "contiguous":
-        return [(everything, everything)] if source < rank else []
-    if source < rank:
-        return [(everything, slice(0, half))]
-    return [(slice(half, count), everything)]
+class _Streaming(torch.autograd.Function):
+    """Keys and values of all, in the order of the processes, for the queries of some of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, asking: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        sums = _nothing_yet(query, key, value)
+        for place, process in enumerate(asking):
+            part = _of_tokens(sums, plan.tokens(place))
+            for source in range(plan.world):
+                at = plan.tokens(source)
+                _absorb(part, key[:, :, at], value[:, :, at], plan, process, source)
+        ctx.asking = asking
+        return _finished(ctx, sums, query, key, value, plan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        query, key, value = ctx.saved_tensors[:3]
+        back = _going_back(ctx, grads[0])
+        found = [torch.zeros_like(at_least_float32(x)) for x in (key, value)]
+        for place, process in enumerate(ctx.asking):
+            part = _of_tokens(back, plan.tokens(place))
+            for source in range(plan.world):
+                at = plan.tokens(source)
+                block, given = ([x[:, :, at] for x in pair] for pair in ((key, value), found))
+                _give_back(part, block, given, plan, process, source)
+        to_query = back.to_query.flatten(1, 2).to(query.dtype)
+        return to_query, found[0].to(key.dtype), found[1].to(value.dtype), None, None
 
 
-def _block_scores(
-    query: Tensor, key: Tensor, plan: _Plan, rank: int, source: int, rows: slice, columns: slice
+def _finished(
+    ctx: Any, sums: _Sums, query: Tensor, key: Tensor, value: Tensor, plan: _Plan
+) -> tuple[Tensor, Tensor]:
+    """Outputs and log-sum-exp of all heads; what the backward pass needs is kept."""
+    ctx.plan = plan
+    ctx.save_for_backward(query, key, value, sums.out, sums.lse)
+    out, lse = sums.out.flatten(1, 2).to(query.dtype), sums.lse.flatten(1, 2)[..., 0]
+    ctx.mark_non_differentiable(lse)
+    return out, lse
+
+
+def _at_site(
+    site: Attend, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, asking: list[int]
 ) -> Tensor:
-    real = None if plan.real is None else plan.real[source][:, columns]
-    allowed = plan.allowed(plan.places[rank][rows], plan.places[source][columns], real)
-    return _scores(query[:, :, rows], key[:, :, columns], plan.scale, allowed)
-
-
-def _merge(
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    plan: _Plan,
-    rank: int,
-    source: int,
-    rows: slice,
-    columns: slice,
-) -> None:
-    """Add a block to the sums of its rows, in place."""
-    scores = _block_scores(query, key, plan, rank, source, rows, columns)
-    seen = scores.logsumexp(-1)
-    total = torch.logaddexp(lse[..., rows], seen)
-    # A row that has seen nothing has no total: its old and new parts are both 0.
-    safe = total.masked_fill(total.isneginf(), 0.0)
-    mixed = (scores - safe[..., None]).exp() @ at_least_float32(value)[:, :, columns][:, :, None]
-    kept = (lse[..., rows] - safe).exp()[..., None]
-    out[..., rows, :] = out[..., rows, :] * kept + mixed
-    lse[..., rows] = total
-
-
-def _weights(
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    plan: _Plan,
-    rank: int,
-    source: int,
-    rows: slice,
-    columns: slice,
-) -> Tensor:
-    total = lse[..., rows]
-    safe = total.masked_fill(total.isneginf(), 0.0)
-    return (_block_scores(query, key, plan, rank, source, rows, columns) - safe[..., None]).exp()
-
-
-def _pass_on(tensors: list[Tensor], group: dist.ProcessGroup | None) -> Callable[[], list[Tensor]]:
-    """Begin to send tensors to the next process; the call of the result waits for the previous."""
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
-    after, before = ((rank + 1) % world, (rank - 1) % world)
-    if group is not None:
-        after, before = (dist.get_global_rank(group, r) for r in (after, before))
-    arriving = [torch.empty_like(x) for x in tensors]
-    moves = [dist.P2POp(dist.isend, x, after, group) for x in tensors]
-    moves += [dist.P2POp(dist.irecv, x, before, group) for x in arriving]
-    waiting = dist.batch_isend_irecv(moves)
-    CommCounter.note(sum(x.numel() * x.element_size() for x in arriving))
-
-    def wait() -> list[Tensor]:
-        for one in waiting:
-            one.wait()
-        return arriving
-
-    return wait
-
-
-class _Gather(torch.autograd.Function):
-    """The tensors of all processes, (P, ...); gradients are summed and sent home."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.kind = group, x.dtype
-        world = dist.get_world_size(group)
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        CommCounter.note((world - 1) * x.numel() * x.element_size())
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = at_least_float32(grads[0]).contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total[dist.get_rank(ctx.group)].to(ctx.kind), None
-
-
-class _Exchange(torch.autograd.Function):
-    """Part i of the first axis goes to process i; what comes from process i takes its place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return _exchanged(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchanged(grads[0], ctx.group), None
-
-
-def _exchanged(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    result = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(result, x.contiguous(), group=group)
-    world = dist.get_world_size(group)
-    CommCounter.note((world - 1) * x.numel() // world * x.element_size())
-    return result
-
-
-def _heads_for_tokens(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(b, h, n / P, d) -> (b, h / P, n, d)."""
-    world = dist.get_world_size(group)
-    batch, heads, n, width = x.shape
-    parts = x.reshape(batch, world, heads // world, n, width).movedim(1, 0)
-    found: Tensor = _Exchange.apply(parts, group)  # type: ignore[no-untyped-call]
-    return found.movedim(0, 2).flatten(2, 3)
-
-
-def _tokens_for_heads(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(b, h / P, n, d) -> (b, h, n / P, d)."""
-    world = dist.get_world_size(group)
-    batch, heads, n, width = x.shape
-    parts = x.reshape(batch, heads, world, n // world, width).movedim(2, 0)
-    found: Tensor = _Exchange.apply(parts, group)  # type: ignore[no-untyped-call]
-    return found.movedim(0, 1).flatten(1, 2)
-
-
-def _all_places(world: int, count: int, layout: Layout) -> Tensor:
-    return torch.cat([global_positions(r, world, world * count, layout) for r in range(world)])
+    """The same with a whole map at a watched site, keys in the order of the sequence."""
+    places = all_positions(plan.world, plan.count, plan.layout).to(key.device)
+    order = places.argsort()
+    key, value = (x.index_select(2, order) for x in (key, value))
+    rows = torch.cat([places[plan.tokens(process)] for process in asking])
+    whole = len(rows) == len(places)
+    if whole:
+        query, rows = query.index_select(2, order), rows.sort().values
+    real = None
+    if plan.real is not None:
+        real = plan.real.movedim(0, 1).flatten(1).index_select(1, order)
+    own = query.shape[3] ** -0.5 if site.scale is None else site.scale
+    query = query if own == plan.scale else query * (plan.scale / own)
+    allowed = plan.allowed(rows, torch.arange(len(order), device=key.device), real)
+    mixed: Tensor = site(query, key, value, mask=allowed, causal=False)
+    return mixed.index_select(2, places) if whole else mixed
 
 
 def _all_real(
@@ -441,22 +472,12 @@ def _all_real(
 ) -> Tensor | None:
     """Padding masks of all, (P, b, n / P): bytes that the formulas leave out."""
     have = torch.tensor([padding_mask is not None], dtype=torch.uint8, device=query.device)
-    world = dist.get_world_size(group)
-    haves = [torch.empty_like(have) for _ in range(world)]
-    dist.all_gather(haves, have, group=group)
-    if not any(bool(x) for x in haves):
+    if not any(bool(x) for x in from_all(have, group)):
         return None
     own = query.new_ones(query.shape[0], query.shape[2], dtype=torch.uint8)
     if padding_mask is not None:
         own = padding_mask.to(torch.uint8).contiguous()
-    parts = [torch.empty_like(own) for _ in range(world)]
-    dist.all_gather(parts, own, group=group)
-    return torch.stack(parts).bool()
-
-
-def _check_layout(layout: Layout) -> None:
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
+    return torch.stack(from_all(own, group)).bool()
 
 
 def _check_call(
@@ -468,7 +489,7 @@ def _check_call(
     padding_mask: Tensor | None,
     dropout: float,
 ) -> None:
-    _check_layout(layout)
+    check_layout(layout)
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if dropout:
@@ -500,13 +521,27 @@ def _check_call(
             )
 
 
+def _check_site(site: Attend | None, method: Method, return_lse: bool) -> None:
+    if site is None:
+        return
+    if site.dropout and site.training:
+        raise ValueError(f"site must have dropout 0 here, got {site.dropout}")
+    if site.attachments is None:
+        return
+    if method == "ring":
+        raise ValueError(
+            "site has attachments, but method='ring' never holds a row of weights: use 'allgather'"
+        )
+    if return_lse:
+        raise ValueError("return_lse=True is not for a site with attachments: edits may change it")
+
+
 def _check_alike(
     query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup | None
 ) -> None:
     """Raise on all processes if one holds another shape, instead of waiting for ever."""
     own = torch.tensor([*query.shape, *key.shape, *value.shape], device=query.device)
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
+    parts = from_all(own, group)
     if any(not torch.equal(part, parts[0]) for part in parts):
         shapes = [tuple(part[:4].tolist()) for part in parts]
         raise ValueError(f"query must have one shape on all processes, got {shapes}")
