@@ -119,8 +119,10 @@ class IclRecipe(Recipe[IclSettings, Any, Any]):
         "arXiv 2503.12734",
         layout=LAYOUT,
         verified="outputs, gradients, circuits, theory and flow equal to stored official numbers",
-        trained="on fresh sequences of its task, see `train`",
-        reproduced="exact and Monte Carlo risks of GD, debiased GD and ridge",
+        trained="5,000 steps (`train icl --trainer.max-epochs 20`, 2026-11-28): error 0.247 at "
+        "L = 40, debiased GD 0.245; omega +-0.21, mu +-2.16",
+        reproduced="risks of GD, debiased GD, one and two heads and ridge at 5 lengths (4e5 "
+        "sequences) within 0.004",
     )
     settings: ClassVar[type[IclSettings]] = IclSettings
     presets: ClassVar[Mapping[str, Callable[[], IclSettings]]] = {
