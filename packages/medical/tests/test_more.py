@@ -26,7 +26,7 @@ from heed_medical.more import (
     pair_losses,
     small_config,
 )
-from heed_medical.more.attribution import join_words, rollout, tokens_to_samples
+from heed_medical.more.attribution import join_words, rollout, row_of_mean, tokens_to_samples
 from heed_medical.more.batches import (
     Augmentation,
     join,
@@ -295,6 +295,16 @@ def test_rollout():
     found = rollout(maps, [torch.rand_like(m) for m in maps])
     assert torch.allclose(found.sum(dim=1), torch.ones(5))
     assert (found >= 0).all()
+
+
+def test_a_mean_over_tokens_shows_what_they_took_from_others():
+    assert torch.equal(row_of_mean(torch.eye(4)), torch.zeros(4))
+    # all tokens look at the third, and keep ten times as much of themselves
+    total = torch.eye(4) * 10
+    total[:, 2] += 1
+    assert torch.equal(row_of_mean(total), torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    even = row_of_mean(torch.full((4, 4), 0.25))
+    assert torch.allclose(even, torch.full((4,), 0.25))
 
 
 def test_relevance_of_tokens_is_kept_in_samples():

@@ -7,7 +7,7 @@ attention itself in the place of its layer-wise relevance:
     C = A_L ... A_1,
 
 of a scalar S, the cosine of two embeddings. The row of C that S is read from, without the class
-token, is the map.
+token, is the map; a mean over tokens has no such row, see `row_of_mean`.
 """
 
 from __future__ import annotations
@@ -119,14 +119,24 @@ def text_map(
 ) -> tuple[list[str], Float32[np.ndarray, " n"]]:
     """Words and their relevance for the cosine with `target`; pieces of a word are summed.
 
-    The sentence vector is a mean over tokens, so the mean of their rows is the map.
+    The sentence vector is a mean over tokens, so the map is that of `row_of_mean`.
     """
     ids, mask = model.text.tokens([text])
     with torch.enable_grad(), observe(model, "text.*", keep="all", grad=True) as record:
         vector = F.normalize(model.projectors["text"](model.text(ids, mask)), dim=1)
         total = _rolled(record, (vector[0] * target).sum())
-    relevance = _array(total[mask[0]].mean(dim=0))[_array(mask[0]).astype(bool)]
+    relevance = _array(row_of_mean(total[mask[0]][:, mask[0]]))
     return join_words(model.text.words(ids[0][mask[0]].tolist()), relevance)
+
+
+def row_of_mean(total: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+    """The map of a mean over tokens, of C: what tokens took from each of the others, summing to 1.
+
+    What a token keeps of itself is left out, as that of the class token is in other maps: it is
+    nearly the same for all and hides the rest. 0 where nothing was taken.
+    """
+    taken = (total - torch.diag(total.diagonal())).sum(dim=0)
+    return taken / taken.sum().clamp(min=torch.finfo(taken.dtype).tiny)
 
 
 def join_words(

@@ -140,6 +140,7 @@ def retrieval_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[Sc
                         queries, gallery, query_labels=wanted, gallery_labels=wanted, k=k
                     )
                     for k in scores.recall
+                    if findings
                 },
             }
         )
