@@ -22,7 +22,7 @@ from heed_gaze.metrics.sequences import levenshtein, sequence_score
 from heed_gaze.metrics.simplification import Simplification, simplify
 from heed_gaze.metrics.symbols import cluster_centres
 from heed_gaze.metrics.warping import dtw
-from heed_gaze.plots import fit_line
+from heed_gaze.plots import fit_line, numbers_by_place
 from heed_gaze.scanpaths import Scanpath
 
 SIZE = (200, 120)
@@ -236,3 +236,9 @@ def test_lines_are_fitted_by_least_squares():
     x = np.array([1.0, 6.0, 12.0])
     assert fit_line(x, 3.0 - 2.0 * x) == pytest.approx((-2.0, 3.0))
     assert np.isnan(fit_line(x[:1], x[:1])).all()
+
+
+def test_fixations_of_one_place_share_their_numbers():
+    places = [(0.0, 0.0)] * 3 + [(5.0, 1.0)] * 2 + [(0.0, 0.0)]
+    path = Scanpath(image="a", subject="1", xy_px=np.array(places))
+    assert numbers_by_place(path) == {(0.0, 0.0): "1-3, 6", (5.0, 1.0): "4, 5"}

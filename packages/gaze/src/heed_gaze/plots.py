@@ -68,7 +68,7 @@ def draw_scanpath(
         path: Needs a size, or a picture of its own size.
         picture: What was looked at.
         colour: Of marks and saccades.
-        numbers: Whether fixations are numbered from 1.
+        numbers: Whether fixations are numbered from 1; those of one place share a text.
         label: For a legend.
     """
     from matplotlib.patches import Circle
@@ -84,10 +84,12 @@ def draw_scanpath(
         axes.add_patch(
             Circle(place, radius, facecolor=colour, edgecolor="black", alpha=0.75, zorder=5)
         )
-        if numbers and len(path) <= _NUMBERED:
+    if numbers and len(path) <= _NUMBERED:
+        for (left, top), text in numbers_by_place(path).items():
             axes.text(
-                *place,
-                str(index + 1),
+                left,
+                top,
+                text,
                 ha="center",
                 va="center",
                 fontsize=7,
@@ -95,6 +97,28 @@ def draw_scanpath(
                 zorder=6,
                 clip_on=True,
             )
+
+
+def numbers_by_place(path: Scanpath) -> dict[tuple[float, float], str]:
+    """The numbers of the fixations at each place, from 1; runs are joined.
+
+    Example:
+        >>> xy = np.array([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [5.0, 1.0], [0.0, 0.0]])
+        >>> numbers_by_place(Scanpath(image="a", subject="1", xy_px=xy))
+        {(0.0, 0.0): '1-3, 5', (5.0, 1.0): '4'}
+    """
+    runs: dict[tuple[float, float], list[list[int]]] = {}
+    for number, (x, y) in enumerate(path.xy_px.tolist(), start=1):
+        own = runs.setdefault((x, y), [])
+        if own and own[-1][-1] == number - 1:
+            own[-1].append(number)
+        else:
+            own.append([number])
+    return {place: ", ".join(_run_text(run) for run in own) for place, own in runs.items()}
+
+
+def _run_text(run: list[int]) -> str:
+    return f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run))
 
 
 def draw_target(axes: Axes, path: Scanpath) -> None:
