@@ -9,6 +9,7 @@ Without names all cases run, then time and memory of the token mechanisms agains
 
 import argparse
 import json
+import math
 import platform
 import statistics
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from heed_core.attention.connectivity import ConnectivityAttention
 from heed_core.attention.context_mixing import neighborhood_av
 from heed_core.attention.cosformer import CosformerAttention
 from heed_core.attention.delta_rule import DeltaRuleAttention
+from heed_core.attention.diagonal_state import DiagonalStateMixer
 from heed_core.attention.dynamic_mask import DynamicMaskAttention
 from heed_core.attention.enhanced_linear import EnhancedLinearAttention
 from heed_core.attention.gaussian import GaussianAttention
@@ -46,12 +48,21 @@ from heed_core.attention.reduced import ReducedAttention
 from heed_core.attention.relative_conv import RelativeConvAttention
 from heed_core.attention.spectral import SpectralGate
 from heed_core.attention.tensor import tensor_attention
-from heed_core.testing.benchmark import measure
+from heed_core.testing.benchmark import Measurement, measure
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, HEADS = 512, 8
 LENGTHS = (512, 1024, 2048, 4096)
 Modules = Mapping[str, Callable[[], nn.Module]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What ours may take at most, forwards."""
+
+    time: float | None = None
+    """Over that of the second module."""
+    peak_mib: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +72,7 @@ class Case:
     shape: tuple[int, ...]
     modules: Modules
     train: bool = True
+    asked: Asked = Asked()
 
 
 def tokens(length: int, width: int = WIDTH) -> tuple[int, ...]:
@@ -173,6 +185,28 @@ def plain_triples(x: Tensor) -> Tensor:
     return torch.einsum("bhijk,bhjc,bhkc->bhic", weights, x, x)
 
 
+def plain_states(width: int) -> nn.Module:
+    """S4D with all powers of all states at once, and a convolution by transforms."""
+    ours = DiagonalStateMixer(width)
+
+    def call(module: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(module, DiagonalStateMixer)
+        length = x.shape[1]
+        decay = torch.complex(-module.log_decay.exp(), module.frequency)
+        rate = decay * module.log_step.exp()[:, None]
+        first = torch.view_as_complex(module.coefficients) * torch.expm1(rate) / decay
+        powers = (rate[..., None] * torch.arange(length, device=x.device)).exp()
+        response = 2 * torch.einsum("rcm,cml->rcl", first, powers).real
+        frequencies = torch.fft.rfft(x.mT, n=2 * length)[:, None]
+        product = frequencies * torch.fft.rfft(response, n=2 * length)
+        mixed = torch.fft.irfft(product, n=2 * length)[..., :length]
+        mixed = mixed + module.skip[..., None] * x.mT[:, None]
+        answer: Tensor = module.out(F.gelu(mixed).flatten(1, 2).mT)
+        return answer
+
+    return Own(ours, call)
+
+
 def flat(module: nn.Module) -> nn.Module:
     """A token module on a map, channels last."""
     return Own(module, lambda inner, x: inner(x.flatten(1, -2)).view_as(x))
@@ -194,16 +228,16 @@ LONG: Modules = {
     "prob_sparse": partial(ProbSparseAttention, WIDTH, heads=HEADS),
     "linear": partial(LinearAttention, WIDTH, heads=HEADS),
     "delta_rule": partial(DeltaRuleAttention, WIDTH, heads=HEADS),
+    "diagonal_state": partial(DiagonalStateMixer, WIDTH),
     "dynamic_mask": partial(DynamicMaskAttention, WIDTH, heads=HEADS, kv_heads=4, keep=256),
     "mixture_of_heads": partial(MixtureOfHeads, WIDTH, heads=16, shared=4, active=4),
 }
 """Mechanisms of tokens, measured against the length."""
 
 
-def cases() -> dict[str, Case]:
-    """Name -> what is compared."""
-    exact = {"exact attention": full}
-    found = {
+def softmax_cases() -> dict[str, Case]:
+    """Sequences: softmax of queries and keys."""
+    return {
         "multi_head": Case(
             shape=tokens(1024),
             modules={
@@ -218,6 +252,7 @@ def cases() -> dict[str, Case]:
                 "heed, half of 16 heads": LONG["mixture_of_heads"],
                 "all heads": partial(full, WIDTH, 16),
             },
+            asked=Asked(time=0.7),
         ),
         "mixture_of_heads-vision": Case(
             shape=(8, 196, 384),
@@ -233,14 +268,21 @@ def cases() -> dict[str, Case]:
                 "exact, causal": partial(full, causal=True),
             },
             train=False,
+            asked=Asked(time=0.3),
         ),
         "complex": Case(
             shape=tokens(512),
-            modules={"heed": partial(ComplexAttention, WIDTH, heads=HEADS), **exact},
+            modules={
+                "heed": partial(ComplexAttention, WIDTH, heads=HEADS),
+                "exact attention": full,
+            },
         ),
         "relative_conv": Case(
             shape=tokens(512),
-            modules={"heed": partial(RelativeConvAttention, WIDTH, heads=HEADS), **exact},
+            modules={
+                "heed": partial(RelativeConvAttention, WIDTH, heads=HEADS),
+                "exact attention": full,
+            },
         ),
         "reduced": Case(
             shape=tokens(1024, 64),
@@ -249,6 +291,12 @@ def cases() -> dict[str, Case]:
                 "all matrices": partial(ReducedAttention, 64),
             },
         ),
+    }
+
+
+def state_cases() -> dict[str, Case]:
+    """Sequences: recurrences, and attention to pairs."""
+    return {
         "delta_rule": Case(
             shape=tokens(4096, 256),
             modules={
@@ -257,27 +305,46 @@ def cases() -> dict[str, Case]:
             },
             train=False,
         ),
-        "tensor": Case(shape=(1, 4, 512, 16), modules={"heed": partial(Formula, triples)}),
+        "diagonal_state": Case(
+            shape=tokens(2048, 256),
+            modules={
+                "heed": partial(DiagonalStateMixer, 256),
+                "all powers at once": partial(plain_states, 256),
+            },
+        ),
+        "tensor": Case(
+            shape=(1, 4, 512, 16),
+            modules={"heed": partial(Formula, triples)},
+            asked=Asked(peak_mib=300.0),
+        ),
         "tensor-small": Case(
             shape=(1, 4, 96, 16),
             modules={"heed": partial(Formula, triples), "einsum": partial(Formula, plain_triples)},
         ),
     }
-    for mode in ("block", "grid"):
-        found[f"multi_axis-{mode}"] = Case(
+
+
+def grid_cases() -> dict[str, Case]:
+    """Maps."""
+    blocks = {
+        f"multi_axis-{mode}": Case(
             shape=(8, 56, 56, 64),
             modules={
                 "heed": partial(PartitionBlock, 64, heads=2, size=(7, 7), mode=mode),
                 "timm": partial(timm_partition, mode),
             },
+            asked=Asked(time=1.1),
         )
-    found |= {
+        for mode in ("block", "grid")
+    }
+    return blocks | {
         "bilevel": Case(
             shape=(4, 56, 56, 64),
             modules={
                 "heed": partial(BilevelAttention, 64, heads=2, regions=(7, 7), topk=1),
                 "exact attention": grid(partial(full, 64, 2)),
             },
+            asked=Asked(peak_mib=routed_mib((4, 56, 56, 64), regions=49, topk=1)),
         ),
         "axial": Case(
             shape=(2, 64, 64, 128),
@@ -293,6 +360,12 @@ def cases() -> dict[str, Case]:
                 "exact attention": partial(full, 96, 3),
             },
         ),
+    }
+
+
+def mixing_cases() -> dict[str, Case]:
+    """Maps and patches without a softmax of queries and keys, or with part of it."""
+    return {
         "spectral": Case(
             shape=(8, 14, 14, 384),
             modules={
@@ -323,10 +396,23 @@ def cases() -> dict[str, Case]:
             },
         ),
     }
+
+
+def cases() -> dict[str, Case]:
+    """Name -> what is compared."""
+    found = softmax_cases() | state_cases() | grid_cases() | mixing_cases()
     for name, build in LONG.items():
         if name not in found:
-            found[name] = Case(shape=tokens(1024), modules={"heed": build, **exact})
+            modules = {"heed": build, "exact attention": full}
+            found[name] = Case(shape=tokens(1024), modules=modules)
     return found
+
+
+def routed_mib(shape: tuple[int, ...], *, regions: int, topk: int) -> float:
+    """1.5 times inputs and outputs, and the routing: affinities, and routes."""
+    batch = shape[0]
+    routing = 4 * batch * regions**2 + 8 * batch * regions * topk
+    return (1.5 * 2 * 4 * math.prod(shape) + routing) / 2**20
 
 
 def run(name: str, case: Case, rounds: int) -> list[dict[str, object]]:
@@ -340,7 +426,8 @@ def run(name: str, case: Case, rounds: int) -> list[dict[str, object]]:
             calls = {t: partial(forward, m.eval(), x) for t, m in modules.items()}
         else:
             calls = {t: partial(step, m.train(), x) for t, m in modules.items()}
-        for one in measure(calls, rounds=rounds, device=DEVICE):
+        found = measure(calls, rounds=rounds, device=DEVICE)
+        for one in found:
             rows.append(
                 {
                     "mechanism": name,
@@ -350,14 +437,28 @@ def run(name: str, case: Case, rounds: int) -> list[dict[str, object]]:
                     "ms": round(1e3 * one.median_s, 3),
                     "ratio": round(one.ratio, 3),
                     "peak_mib": round(one.peak_mib, 1),
+                    "asked": "",
                 }
             )
+        if what == "forward":
+            rows[0]["asked"] = verdict(case.asked, found)
+        for row in rows[-len(found) :]:
             print(
-                "{mechanism:24} {what:14} {name:28} {ms:9.2f} {ratio:7.2f} {peak_mib:8.1f}".format(
-                    **rows[-1]
-                )
+                "{mechanism:24} {what:14} {name:28} {ms:9.2f} {ratio:7.2f} {peak_mib:8.1f}  "
+                "{asked}".format(**row)
             )
     return rows
+
+
+def verdict(asked: Asked, found: list[Measurement]) -> str:
+    """What was asked of ours and what it takes, in words; empty if nothing was."""
+    said = []
+    if asked.time is not None:
+        share = 1 / found[1].ratio
+        said.append(f"{share:.2f} of {found[1].name}, asked {asked.time:g} at most")
+    if asked.peak_mib is not None:
+        said.append(f"{found[0].peak_mib:.1f} MiB, asked {asked.peak_mib:.1f} at most")
+    return "; ".join(said)
 
 
 @torch.no_grad()
