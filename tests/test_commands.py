@@ -62,6 +62,7 @@ PART = {
     "classical": STREET,
     "msga": "imagesTs/phantom_13_0000.nii.gz",
     "acmil": "h5_files/slide_000.h5",
+    "conditioning": "03-blocking.yaml",
     "ivgn": "images/test0000",
     "medusa": "test/chest_0000.png",
     "medusa-findings": "valid/patient10000",
