@@ -286,7 +286,7 @@ class OatRecipe(Recipe[OatSettings, Scene, OatPrediction]):
         layout=LAYOUT,
         verified="equal to the official network, its stages, gradients and greedy paths on fixed "
         "weights; exact parameter counts of all published variants",
-        trained="on its sample of made shelves; two epochs on 112 photographs of OSIE",
+        trained="on its sample of made shelves; for one epoch on 112 photographs of OSIE",
         reproduced="none: the paper's recordings were not at hand",
     )
     settings: ClassVar[type[OatSettings]] = OatSettings
