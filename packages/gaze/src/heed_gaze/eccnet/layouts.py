@@ -24,6 +24,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from heed_core.errors import InputError
+from heed_gaze.eccnet.arrays import read_numbers
 from heed_gaze.eccnet.attention import MapConfig
 from heed_gaze.eccnet.experiments import (
     EXPERIMENTS,
@@ -315,19 +316,7 @@ def read_cells(path: Path) -> Bool[np.ndarray, "m h w"]:
 @lru_cache(maxsize=2)
 def _read_cells(path: Path, changed: int) -> Bool[np.ndarray, "m h w"]:
     """All trials of an experiment have the same cells; `changed` is when the file was written."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"cannot be read as an array ({str(error).splitlines()[0]})",
-            path=path,
-            remedy="write it with numpy.save",
-        ) from None
-    if not isinstance(array, np.ndarray) or array.ndim != 3 or array.dtype.kind not in "biuf":
-        raise InputError(
-            f"has the shape {getattr(array, 'shape', '?')}, not (cells, height, width) of numbers",
-            path=path,
-        )
+    array = read_numbers(path, ("cells", "height", "width"))
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InputError("holds NaN or infinity", path=path, remedy="use 0 and 255")
     cells = array > 0

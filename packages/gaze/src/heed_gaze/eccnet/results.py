@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_gaze.eccnet.arrays import read_numbers
 from heed_gaze.eccnet.experiments import EXPERIMENTS, Experiment, Task
 from heed_gaze.eccnet.scoring import scored_saccades
 
@@ -173,20 +174,8 @@ def _task_of(path: Path, root: Path) -> tuple[Experiment, Task]:
 
 def _read_array(path: Path) -> list[int]:
     """The index of the fixation that found the target in each trial; -1: not found."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"cannot be read as an array ({str(error).splitlines()[0]})",
-            path=path,
-            remedy="write it with numpy.save",
-        ) from None
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "biuf":
-        raise InputError(
-            f"has the shape {getattr(array, 'shape', '?')}, not (trials, fixations) of numbers",
-            path=path,
-            remedy="give a row per trial, 1 where the target was found",
-        )
+    remedy = "give a row per trial, 1 where the target was found"
+    array = read_numbers(path, ("trials", "fixations"), remedy=remedy)
     hits = (array == 1).sum(axis=1)
     wrong = np.flatnonzero((hits > 1) | ((array != 0) & (array != 1)).any(axis=1))
     if len(array) == 0 or len(wrong):
