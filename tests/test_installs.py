@@ -27,7 +27,7 @@ NEEDS = {
     "heed-neuro-cli": {"heed-core", "heed-runtime", "heed-neuro", "heed-neuro-cli"},
 }
 FOREIGN = {
-    "heed-core": {"lightning", "tyro", "matplotlib", "monai", "nibabel", "transformers", "numpy"},
+    "heed-core": {"lightning", "tyro", "matplotlib", "monai", "nibabel", "transformers"},
     "heed-runtime": {"monai", "nibabel", "pydicom", "transformers", "spconv-cu120", "open3d"},
     "heed-medical": {"lightning", "tyro", "rich", "spconv-cu120", "open3d", "transformers"},
     "heed-medical-cli": {"spconv-cu120", "open3d", "laspy"},
@@ -42,7 +42,11 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 package = importlib.import_module(sys.argv[1])
 for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-    importlib.import_module(module.name)
+    try:
+        importlib.import_module(module.name)
+    except ImportError as error:  # one that names the extra to install
+        if type(error).__name__ != "MissingExtra":
+            raise
     print(module.name)
 """
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import shutil
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from heed_neuro.brain_encoder.made_data import write_made_subject
-from heed_neuro_cli import APP
+from heed_neuro_cli import APP, brain_bench
+from heed_neuro_cli.brain_pictures import draw_surfaces
 from heed_runtime.testing.contract import call
 
 
@@ -140,14 +143,46 @@ def test_damaged_images_stop_a_prediction_or_are_listed(data: Path, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("case", list(brain_bench.FEATURES))
+def test_the_solvers_of_the_benchmark_agree(case: str):
+    pytest.importorskip("himalaya")
+    x, y = (table.double() for table in brain_bench._table(brain_bench.FEATURES[case], targets=30))
+    ours, peer = brain_bench.OurRidge()(x, y), brain_bench.Himalaya()(x, y)
+    assert ours.shape == (x.shape[1], 30)
+    torch.testing.assert_close(ours, peer, rtol=0, atol=1e-6)
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    missing = {one.name: one.missing for one in brain_bench.contenders()}
+    for case in brain_bench.FEATURES:
+        assert missing[f"ridge, {case}"] is None
+        assert missing[f"ridge by himalaya, {case}"] == "himalaya is not installed"
+
+
+def test_flat_maps_that_cannot_be_drawn_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    rows = [{"group": "lh", "r": 0.3, "surface": 20_000}]
+    assert draw_surfaces(rows) == {}
+    assert "none of its vertices is on fsaverage5" in caplog.text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert draw_surfaces(rows) == {}
+    assert "heed-neuro[brains]" in caplog.text
+    caplog.clear()
+    assert draw_surfaces([{"group": "all", "r": 0.3, "surface": None}]) == {}
+    assert caplog.text == ""
+
+
 @pytest.mark.slow
 def test_a_fixed_receptive_field_suffices_for_the_control_task(tmp_path: Path):
     (tmp_path / "data").mkdir()
     write_made_subject(tmp_path / "data", seed=2, task="control")
     found = {}
+    longer = {"transformer": (), "factorised": ("--trainer.max-epochs", 40)}
     for kind in ("transformer", "factorised"):
         words = ("--data", tmp_path / "data", "--out", tmp_path / kind, "--device", "cpu")
-        call(APP, "train", "brain-encoder", *words, "--model.kind", kind)
+        call(APP, "train", "brain-encoder", *words, "--model.kind", kind, *longer[kind])
         found[kind] = call(APP, "evaluate", tmp_path / kind, "--device", "cpu")["metrics"]["r"]
     assert found["factorised"] >= found["transformer"] - 0.05
     assert found["factorised"] > 0.9

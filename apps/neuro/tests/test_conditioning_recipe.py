@@ -126,3 +126,27 @@ def test_the_contenders_of_the_benchmark_agree():
     found = [model(keys, values) for model in able.values()]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
+
+
+def kept_for_backward(trials: int) -> int:
+    """Bytes that the chunked rule keeps for its gradients, each storage counted once."""
+    chunked = next(one for one in delta_contenders() if one.name == "heed, chunked")
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        found = chunked.build()(*(table.requires_grad_() for table in inputs(trials)))
+    found.mean().backward()
+    return sum(kept.values())
+
+
+def test_the_memory_of_the_chunked_rule_is_linear_in_the_trials():
+    half, whole = kept_for_backward(1024), kept_for_backward(2048)
+    assert half > 1024 * 64 * 4  # at least a table of keys
+    assert 1.8 < whole / half < 2.1
+    names = [one.name for one in delta_contenders()]
+    assert "heed, chunked, 2048 trials" in names  # whose peak stands beside that of 4096

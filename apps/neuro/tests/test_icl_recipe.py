@@ -53,6 +53,12 @@ def test_evaluate_compares_with_the_theory_at_each_length(run):
     assert {"circuits", "dynamics", "lengths"} <= names
     assert found["metrics"]["mse_ridge"] < found["metrics"]["mse_debiased_gd"]
     assert abs(found["metrics"]["correlation_with_step"]) <= 1
+    exact = next(rows for name, rows in found["tables"].items() if name.startswith("exact"))
+    for measured, row in zip(found["tables"][title], exact, strict=True):
+        mean, error = map(float, measured["linear_attention"].split(" +- "))
+        assert abs(mean - row["linear_attention"]) < 5 * error
+    assert exact[1]["linear_attention"] == pytest.approx(exact[1]["vanilla_gd"])  # trained here
+    assert exact[0]["linear_attention"] > exact[0]["vanilla_gd"]
     beside = found["tables"]["beside reference"]  # L = 12 has no reference
     assert [row["L"] for row in beside] == [10]
     assert "(0.518)" in beside[0]["debiased_gd"]
@@ -213,7 +219,8 @@ def test_two_heads_of_opposite_signs_beat_one_and_equal_signs_do_not():
     assert pattern.zero_sum < 0.02
     assert 0.17 < pattern.gamma < 0.26
     assert pattern.eta_eff == pytest.approx(0.88, abs=0.05)
-    equal = trained(2, 3000, task=task, signs="equal")
+    # from a start where no omega or mu is near zero: one that is may drift across
+    equal = trained(2, 3000, task=task, signs="equal", seed=3)
     assert error(equal, task) > error(opposite, task) + 0.13
 
 
@@ -275,6 +282,10 @@ def test_softmax_holds_at_longer_contexts_where_linear_attention_does_not():
     far = at_length(task, 80)
     assert error(softmax, far) < 0.7 * error(softmax, task)  # more examples help
     assert error(linear, far) > 2 * error(linear, task)  # a sum over 4 times as many
+    for used in (task, far):
+        assert error(linear, used) == pytest.approx(
+            theory.linear_attention_risk(used, trained=20), rel=0.15
+        )
 
 
 def test_predictions_of_small_heads_agree_with_the_step_and_the_sums_add_up():

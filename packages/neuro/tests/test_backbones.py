@@ -1,5 +1,8 @@
 """Frozen networks from local files: which tokens they give, and what they refuse."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,26 @@ def test_outputs_and_class_tokens(image: Path, dino: Path):
     torch.testing.assert_close(alone[:, 0, 0], wanted[:, 0], rtol=0, atol=1e-5)
 
 
+def test_registers_are_left_out_of_the_map(image: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    config = transformers.Dinov2WithRegistersConfig(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        num_register_tokens=3,
+    )  # fmt: skip
+    model = transformers.Dinov2WithRegistersModel(config).eval()
+    with torch.no_grad():
+        model.embeddings.register_tokens.normal_()
+    model.save_pretrained(tmp_path / "registers")
+    network = build_backbone(BackboneConfig(name="dinov2", weights=tmp_path / "registers"))
+    pixels = network.prepare(image)[None]
+    with torch.no_grad():
+        wanted = model(pixels).last_hidden_state
+    assert wanted.shape[1] == 1 + 3 + 12
+    torch.testing.assert_close(network(pixels).flatten(1, 2), wanted[:, 4:], rtol=0, atol=1e-5)
+    queries = build_backbone(BackboneConfig(name="dinov2_q", weights=tmp_path / "registers"))
+    assert queries(pixels).shape == (1, 4, 3, 12)
+
+
 def test_clip_gives_projected_patches(image: Path, tmp_path: Path):
     torch.manual_seed(0)
     config = transformers.CLIPVisionConfig(
@@ -101,7 +124,7 @@ def test_clip_gives_projected_patches(image: Path, tmp_path: Path):
     torch.testing.assert_close(network(pixels).flatten(1, 2), wanted, rtol=0, atol=1e-5)
     alone = build_backbone(BackboneConfig(name="clip_cls", weights=tmp_path / "clip"))
     torch.testing.assert_close(alone(pixels)[:, 0, 0], output.image_embeds, rtol=0, atol=1e-5)
-    with pytest.raises(InputError, match=r"give the folder of a Dinov2Model|cannot be loaded"):
+    with pytest.raises(InputError, match=r"folder of a clip_vision_model, not of DINOv2"):
         build_backbone(BackboneConfig(name="dinov2", weights=tmp_path / "clip"))
 
 
@@ -130,9 +153,11 @@ def test_resnet_gives_its_last_stage(image: Path, tmp_path: Path):
     with torch.no_grad():
         wanted = model.forward_features(pixels)
     torch.testing.assert_close(found.permute(0, 3, 1, 2), wanted, rtol=0, atol=1e-5)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "no.pt")
-    with pytest.raises(InputError, match="are not the weights of resnet50"):
-        build_backbone(BackboneConfig(name="resnet50", weights=tmp_path / "no.pt"))
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1)
+    for state in ({"a": torch.zeros(1)}, vit.state_dict()):
+        torch.save(state, tmp_path / "no.pt")
+        with pytest.raises(InputError, match="are not the weights of resnet50"):
+            build_backbone(BackboneConfig(name="resnet50", weights=tmp_path / "no.pt"))
 
 
 @pytest.mark.bad_input
@@ -151,3 +176,47 @@ def test_what_cannot_be_loaded_is_told(dino: Path, tmp_path: Path):
     broken.write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(InputError, match=r"broken.png: cannot be read as an image"):
         read_image(broken)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def retype(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": "wide"}))
+
+
+def widen(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": 16}))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("spoil", [cut, retype, widen])
+def test_a_spoilt_folder_is_one_line(
+    spoil: Callable[[Path], None], dino: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(dino, tmp_path / "spoilt"))
+    spoil(folder)
+    with pytest.raises(InputError, match=r"spoilt: cannot be loaded as Dinov2Model") as caught:
+        build_backbone(BackboneConfig(name="dinov2", weights=folder))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # the library's own report is many lines
+
+
+@pytest.mark.bad_input
+def test_an_architecture_that_cannot_be_is_told(tmp_path: Path):
+    pytest.importorskip("timm")
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.zeros(1)}, path)
+    for name, said in (
+        ("vit_nobody", "timm has no network named 'vit_nobody'"),
+        ("resnet18", "resnet18 is no plain vision transformer"),
+        ("vit_tiny_patch16_224", "weights.pt: are not the weights of vit_tiny_patch16_224"),
+    ):
+        with pytest.raises(InputError, match=said):
+            build_backbone(BackboneConfig(name="dinov2", weights=path, architecture=name))
+    with pytest.raises(ValueError, match="architecture has no effect with name='clip'"):
+        BackboneConfig(name="clip", weights=path, architecture="vit_tiny_patch16_224")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,12 @@ from heed_neuro.brain_encoder.regions import FAMILIES, STREAMS, reported
 from heed_neuro.brain_encoder.saliency import read_saliency
 from heed_neuro.brain_encoder.source import FeatureSource
 from heed_neuro.brain_encoder.splits import split_rows
-from heed_neuro.brain_encoder.subject import SURFACE, check_gaps, read_subject
+from heed_neuro.brain_encoder.subject import (
+    SURFACE,
+    check_gaps,
+    read_subject,
+    surface_vertices,
+)
 from heed_neuro.noise_ceiling import noise_ceiling, signal_to_noise
 
 LEFT, RIGHT = 9, 7
@@ -190,6 +196,44 @@ def test_hemispheres_of_the_neutral_layout(made: Path, tmp_path: Path):
         read_subject(tmp_path)
 
 
+def test_counts_of_spikes_are_responses(made: Path, tmp_path: Path):
+    (tmp_path / "images").symlink_to(made / "images")
+    counts = np.arange(24, dtype=np.uint16).reshape(8, 3)
+    np.save(tmp_path / "responses.npy", counts)
+    found = read_subject(tmp_path).responses["train"]["all"].rows([2, 0])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, counts[[2, 0]])
+
+
+@pytest.mark.bad_input
+def test_test_responses_without_images_are_not_passed_over(made: Path, tmp_path: Path):
+    (tmp_path / "images").symlink_to(made / "images")
+    for name in ("responses.npy", "responses_test_repeats.npy"):
+        (tmp_path / name).symlink_to(made / name)
+    with pytest.raises(InputError, match=r"responses_test_repeats.npy: .* no folder test_images"):
+        read_subject(tmp_path)
+    challenge = tmp_path / "challenge"
+    write_challenge(challenge)
+    shutil.rmtree(challenge / "test_split" / "test_images")
+    (challenge / "test_split" / "test_fmri").mkdir()
+    with pytest.raises(InputError, match=r"test_fmri: .* no folder test_images"):
+        read_subject(challenge)
+
+
+@pytest.mark.bad_input
+def test_places_on_another_surface_are_refused(tmp_path: Path):
+    write_challenge(tmp_path)
+    assert surface_vertices(tmp_path, "lh", LEFT).tolist() == list(range(10, 10 + LEFT))
+    path = tmp_path / "roi_masks" / "lh.all-vertices_fsaverage_space.npy"
+    for mask, said in (
+        (np.ones(LEFT, dtype=int), "has 9 vertices where there are 163842"),
+        (np.ones(SURFACE, dtype=int), "marks 163842 vertices where there are 9"),
+    ):
+        np.save(path, mask)
+        with pytest.raises(InputError, match=said):
+            surface_vertices(tmp_path, "lh", LEFT)
+
+
 def test_made_regions_answer_to_what_they_should():
     rng = np.random.default_rng(3)
     images, drive = draw_images(40, rng)
@@ -212,7 +256,7 @@ class Counting(Backbone):
     def __init__(self, patch: int = 4) -> None:
         self.seen, self.stop_at = 0, 10**9
         plain = build_backbone(BackboneConfig(name="pixels", patch=patch))
-        super().__init__(plain.config, plain.network, plain._tokens, multiple=patch, scaled=False)
+        super().__init__(plain.config, plain.network, plain._tokens, multiple=patch)
 
     def prepare(self, path: Path) -> torch.Tensor:
         if self.seen >= self.stop_at:
@@ -261,6 +305,37 @@ def test_a_damaged_cache_is_told(made: Path, tmp_path: Path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="is no manifest of features"):
         cached(tmp_path, network, images)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("spoil", [truncated, Path.unlink, lambda p: np.save(p, np.zeros((5, 2)))])
+def test_an_unfinished_cache_that_is_damaged_is_told(spoil, made: Path, tmp_path: Path):
+    images, network = read_subject(made).images["test"], Counting()
+    network.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, network, images, batch=2)
+    network.stop_at = 10**9
+    spoil(tmp_path / "features.npy")
+    with pytest.raises(InputError, match=r"features.npy: .*; delete the folder"):
+        cached(tmp_path, network, images, batch=2)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "done": 99}))
+    with pytest.raises(InputError, match="is no manifest of features"):
+        cached(tmp_path, network, images)
+
+
+@pytest.mark.bad_input
+def test_a_cache_goes_on_with_images_of_its_size_alone(made: Path, tmp_path: Path):
+    other = tmp_path / "larger.png"
+    Image.new("RGB", (64, 32)).save(other)
+    images = [*read_subject(made).images["train"][:2], other]
+    network = Counting()
+    network.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "cache", network, images, batch=2)
+    network.stop_at = 10**9
+    with pytest.raises(InputError, match=r"larger.png: is of another size than 00000.png"):
+        cached(tmp_path / "cache", network, images, batch=2)
 
 
 def test_a_finished_cache_serves_without_weights(made: Path, tmp_path: Path):

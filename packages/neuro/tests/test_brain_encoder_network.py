@@ -263,6 +263,14 @@ def test_wrong_sizes_are_refused():
         model(features()[:, :2])
     with pytest.raises(ValueError, match="other sizes"):
         model.settle((whole(11), regions[1]))
+    names, everywhere = ("all", "b", "c"), np.ones(4, dtype=bool)
+    one, two = np.eye(4, dtype=bool)[:2]
+    built, given = (
+        Regions(names=names, members=np.stack([everywhere, one, c])) for c in (one, two)
+    )
+    readout = RegionReadout(Group.of("lh", built), 3, "mean")
+    with pytest.raises(ValueError, match="overlap than those"):  # of equal sizes
+        readout.settle(given)
     with pytest.raises(ValueError, match="needs the saliency"):
         small(kind="saliency")[0](features())
     with pytest.raises(ValueError, match="dim must be a multiple"):

@@ -17,7 +17,8 @@ from heed_neuro.brain_encoder.scores import (
     score_vertices,
 )
 from heed_neuro.brain_encoder.solved import Flat, pca_regression, ridge_mean_token
-from heed_neuro.brain_encoder.surface import SURFACE, on_surface
+from heed_neuro.brain_encoder.subject import SURFACE
+from heed_neuro.brain_encoder.surface import COARSE, draw_surface, on_surface
 from heed_neuro.haxby import (
     REST,
     BlockDesign,
@@ -132,6 +133,28 @@ def test_values_find_their_place_on_the_surface():
     assert whole.shape == (SURFACE,)
     assert whole[index].tolist() == [0.1, 0.2, 0.3]
     assert np.isnan(whole).sum() == SURFACE - 3
+    with pytest.raises(ValueError, match="index must be from 0 to 163841"):
+        on_surface(np.ones(1), np.array([SURFACE]))
+    with pytest.raises(ValueError, match=r"index must be of \(2,\) vertices"):
+        on_surface(np.ones(2), index)
+
+
+def test_a_flat_map_shows_the_values_where_they_are():
+    pytest.importorskip("nilearn")
+    index = np.arange(COARSE)
+    colours = []
+    for values in (np.where(index < 5000, 0.8, 0.0), np.where(index < 5000, 0.0, 0.8)):
+        figure = draw_surface(values, index, hemisphere="lh", title="r")
+        (mesh,) = figure.axes[0].collections
+        colours.append(np.asarray(mesh.get_facecolor())[:, :3].mean(axis=1))
+        assert COARSE < len(colours[-1]) < 2 * COARSE - 4  # triangles: a surface that is cut open
+    differ = np.abs(colours[0] - colours[1]) > 0.1
+    assert differ.mean() > 0.9
+    assert np.corrcoef(colours[0], colours[1])[0, 1] < -0.9  # bright where the other is dark
+    with pytest.raises(ValueError, match="index must name a vertex of fsaverage5"):
+        draw_surface(np.full(3, np.nan), np.arange(3), hemisphere="lh")
+    with pytest.raises(ValueError, match="index must name a vertex of fsaverage5"):
+        draw_surface(np.ones(1), np.array([COARSE]), hemisphere="rh")
 
 
 def test_the_rest_are_the_vertices_of_no_region():

@@ -216,6 +216,30 @@ TABLE = {
 sequences; rounded to 3 places)."""
 
 
+def test_linear_attention_is_best_where_it_was_trained_and_rises_beyond():
+    risks = [
+        theory.linear_attention_risk(at_length(TASK, length), trained=40)
+        for length in (20, 40, 80, 160, 320)
+    ]
+    assert risks[1] == pytest.approx(
+        theory.gradient_risk(theory.vanilla_rate(TASK), TASK, debiased=False)
+    )
+    assert risks[0] > risks[1] < risks[2] < risks[3] < risks[4]
+    rate = theory.vanilla_rate(TASK) * 4  # at L = 160, by hand
+    wanted = 1.1 - 2 * rate + rate**2 * (1 + (6 + 0.5) / 160)
+    assert risks[3] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("task", [LinearTask(length=15), LinearTask(length=15, rho=0.5)])
+def test_linear_attention_predicts_with_the_risk_of_its_theory(task):
+    """The predictor is a layer of linear attention that divides by 10, here on 15 examples."""
+    predict = baselines(task, trained=10)["linear_attention"]
+    risks, _ = monte_carlo({"found": predict}, task, samples=40_000, seed=4)
+    wanted = theory.linear_attention_risk(task, trained=10)
+    assert abs(risks["found"].mean - wanted) < 4 * risks["found"].standard_error
+    assert "linear_attention" not in baselines(task)
+
+
 def check_table(length: int, samples: int, allowed: float) -> None:
     predictors = baselines(at_length(TASK, length))
     risks, errors = monte_carlo(predictors, at_length(TASK, length), samples=samples, seed=length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 
 from heed_runtime.recipe import Row
 from heed_runtime.report import COLOURS, new_figure, style
+
+logger = logging.getLogger(__name__)
 
 MOST_QUERIES = 12
 """Maps that one picture shows."""
@@ -64,19 +67,23 @@ def draw_ceiling(rows: Sequence[Row]) -> Figure:
 
 def draw_surfaces(rows: Sequence[Row]) -> dict[str, Figure]:
     """Flat maps of r, where the vertices' places on fsaverage and nilearn are there."""
-    if importlib.util.find_spec("nilearn") is None:
+    placed = [row for row in rows if row["surface"] is not None]
+    if placed and importlib.util.find_spec("nilearn") is None:
+        logger.warning("no flat maps: they need nilearn (pip install 'heed-neuro[brains]')")
         return {}
-    from heed_neuro.brain_encoder.surface import draw_surface
+    from heed_neuro.brain_encoder.surface import COARSE, draw_surface
 
     found = {}
     for group in ("lh", "rh"):
-        own = [row for row in rows if row["group"] == group and row["surface"] is not None]
-        if own:
-            values = np.array([_number(row["r"]) for row in own])
-            index = np.array([int(_number(row["surface"])) for row in own])
+        own = [row for row in placed if row["group"] == group]
+        values = np.array([_number(row["r"]) for row in own])
+        index = np.array([int(_number(row["surface"])) for row in own])
+        if np.isfinite(values[index < COARSE]).any():
             found[f"flat-{group}"] = draw_surface(
                 values, index, hemisphere=group, title=f"r, {group}"
             )
+        elif own:
+            logger.warning("no flat map of %s: none of its vertices is on fsaverage5", group)
     return found
 
 

@@ -109,7 +109,7 @@ def _row(group: str, region: str, snr: np.ndarray, ceiling: np.ndarray, halves: 
 
 def _repeats(path: Path) -> tuple[dict[str, np.ndarray], Mapping[str, Regions]]:
     if path.is_file():
-        found = read_array(path, axes=("images", "repeats", "vertices"), kinds="f")
+        found = read_array(path, axes=("images", "repeats", "vertices"))
         refuse_gaps(path, found)
         repeats, regions = {"all": found}, {}
     else:

@@ -254,7 +254,7 @@ class IclRecipe(Recipe[IclSettings, Any, Any]):
 
     def report(self, settings: IclSettings, rows: Sequence[Row]) -> Report:
         """Risks by length beside GD and ridge, and the pattern of the circuits."""
-        return summarise(rows, task_of(settings))
+        return summarise(rows, task_of(settings), trained=settings.model.fixed_length)
 
     def explain(
         self, settings: IclSettings, module: L.LightningModule, case: NamedSequences

@@ -183,7 +183,8 @@ class IclModule(L.LightningModule):
         return cast(Tensor, self.model(sequences.context_tokens(), sequences.query_tokens()))
 
     def _errors(self, chunk: Chunk) -> ChunkErrors:
-        predictors = {"model": self._predict, **_baselines(chunk.task)}
+        trained = self.settings.model.fixed_length
+        predictors = {"model": self._predict, **_baselines(chunk.task, trained)}
         sequences = chunk.draw().to(self.device)
         errors = squared_errors(predictors, sequences)
         step = predictors[nearest_step(chunk.task)]
@@ -216,7 +217,7 @@ class IclModule(L.LightningModule):
         for group in case.groups:
             check_sizes(group, self.settings, case.name)
             task = at_length(self.task, group.x.shape[1])
-            predictors = {"model": self._predict, **_baselines(task)}
+            predictors = {"model": self._predict, **_baselines(task, None)}
             group = group.to(self.device)
             with torch.no_grad():
                 rows = {name: one(group).cpu().numpy() for name, one in predictors.items()}
@@ -229,8 +230,8 @@ class IclModule(L.LightningModule):
 
 
 @lru_cache(maxsize=64)
-def _baselines(task: LinearTask) -> dict[str, Any]:
-    return baselines(task)
+def _baselines(task: LinearTask, trained: int | None) -> dict[str, Any]:
+    return baselines(task, trained=trained)
 
 
 def check_sizes(group: Sequences, settings: IclSettings, name: str) -> None:

@@ -22,6 +22,7 @@ NAMES = {
     "debiased_preconditioned": "debiased preconditioned step",
     "two_head": "two heads (theory)",
     "one_head": "best one head",
+    "linear_attention": "linear attention (theory)",
     "ridge": "ridge (Bayes)",
     "model": "model",
 }
@@ -112,6 +113,7 @@ def _endings(stages: Stages) -> list[tuple[int, str]]:
 
 def draw_lengths(risks: Mapping[str, Mapping[int, tuple[float, float]]], *, trained: int) -> Figure:
     """The risk of each predictor against the length of the context, with error bars of 2 s.e."""
+    own_colours = {"model": "black", "zero": "0.6"}  # the palette has six others
     with style():
         figure = new_figure(width_in=6.8, height_in=4.4)
         axes = figure.add_subplot()
@@ -125,7 +127,7 @@ def draw_lengths(risks: Mapping[str, Mapping[int, tuple[float, float]]], *, trai
                 means,
                 yerr=errors,
                 label=NAMES.get(name, name),
-                color="black" if is_model else COLOURS[index % (len(COLOURS) - 1)],
+                color=own_colours.get(name, COLOURS[index % (len(COLOURS) - 1)]),
                 linewidth=2.4 if is_model else 1.2,
                 marker="o" if is_model else ".",
                 linestyle="-" if is_model else "--",

@@ -73,8 +73,14 @@ def rows_of_chunk(found: ChunkErrors) -> list[Row]:
     return rows
 
 
-def summarise(rows: Sequence[Row], task: LinearTask) -> Report:
-    """The table of risks by length, the pattern, and the plots."""
+def summarise(rows: Sequence[Row], task: LinearTask, *, trained: int) -> Report:
+    """The table of risks by length, the pattern, and the plots.
+
+    Args:
+        rows: Of all chunks.
+        task: What the model is evaluated on.
+        trained: The length of the contexts that it was trained on.
+    """
     risks, paired = _risks(rows)
     pattern = _pattern(rows, task.dim)
     own = risks["model"][task.length if task.length in risks["model"] else min(risks["model"])]
@@ -90,7 +96,7 @@ def summarise(rows: Sequence[Row], task: LinearTask) -> Report:
     if course is not None:
         plots["dynamics"] = draw_dynamics(course, _theory(course, task))
     if len(risks["model"]) > 1:
-        plots["lengths"] = draw_lengths(risks, trained=task.length)
+        plots["lengths"] = draw_lengths(risks, trained=trained)
     return Report(
         metrics=metrics,
         tables=[
@@ -102,7 +108,11 @@ def summarise(rows: Sequence[Row], task: LinearTask) -> Report:
                 rows=[{"L": length, "model": r} for length, r in sorted(alike.items())],
             ),
             Table(title="heads", rows=_heads(pattern)),
-            *([Table(title="exact", rows=_exact(risks, task))] if not task.supports else []),
+            *(
+                [Table(title="exact", rows=_exact(risks, task, trained))]
+                if not task.supports
+                else []
+            ),
         ],
         plots=plots,
     )
@@ -185,7 +195,7 @@ def _heads(pattern: Pattern) -> list[Row]:
     ]
 
 
-def _exact(risks: Risks, task: LinearTask) -> list[Row]:
+def _exact(risks: Risks, task: LinearTask, trained: int) -> list[Row]:
     """What theory says, by length, to hold against the table."""
     from heed_neuro.icl.risks import at_length
 
@@ -203,6 +213,7 @@ def _exact(risks: Risks, task: LinearTask) -> list[Row]:
                 "best_step": theory.preconditioned_risk(
                     theory.preconditioner(here, debiased=True), here, debiased=True
                 ),
+                "linear_attention": theory.linear_attention_risk(here, trained=trained),
                 "eta*": theory.debiased_rate(here),
                 "bayes_high_dim": (
                     theory.high_dimensional_bayes_risk(task.dim / length, task.noise_variance)

@@ -10,7 +10,8 @@
 | pixels | the pixels of each patch (a control, and for made data) | none |
 
 A folder is one of the transformers library (`config.json` and its weights); a file is a state dict
-for the timm library (or, of DINOv2, the authors' own). Nothing is downloaded.
+for the timm library (or, of DINOv2, the authors' own). Nothing is downloaded. DINOv2 with registers
+is DINOv2 too: the registers are left out of the map.
 
 Images are scaled by ImageNet's mean and standard deviation and padded with zeros, right and below,
 to a multiple of the patch; CLIP's are resized to 224. Attention of these networks is theirs: it has
@@ -20,7 +21,9 @@ no sites.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -42,6 +45,9 @@ Name = Literal[
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_SIZE = 224
 EXTRA = "heed-neuro[backbones]"
+DINOV2_BASE = "vit_base_patch14_dinov2"
+_DINOV2_FOLDERS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+"""Type in config.json -> class of the transformers library."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class BackboneConfig:
     """A folder of the transformers library, or a state dict; none for random_q and pixels."""
     layer: int = 1
     """Of DINOv2: which block, counted from the last one."""
-    architecture: str = "vit_base_patch14_dinov2"
+    architecture: str = DINOV2_BASE
     """timm's name of the network that a DINOv2 state dict belongs to."""
     patch: int = 14
     """Of pixels: side of a patch."""
@@ -66,6 +72,8 @@ class BackboneConfig:
             raise ValueError(f"layer and patch must be at least 1, got {self.layer}, {self.patch}")
         if self.layer != 1 and not self.name.startswith(("dinov2", "random")):
             raise ValueError(f"layer has no effect with name={self.name!r}")
+        if self.architecture != DINOV2_BASE and not self.name.startswith("dinov2"):
+            raise ValueError(f"architecture has no effect with name={self.name!r}")
 
 
 class Backbone(nn.Module):
@@ -87,11 +95,10 @@ class Backbone(nn.Module):
         *,
         multiple: int = 1,
         size: int | None = None,
-        scaled: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.network, self._tokens = config, network.eval(), tokens
-        self.multiple, self.size, self.scaled = multiple, size, scaled
+        self.multiple, self.size = multiple, size
         self.requires_grad_(False)
 
     @property
@@ -103,7 +110,7 @@ class Backbone(nn.Module):
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         found: dict[str, str | int] = {"name": self.config.name, "layer": self.config.layer}
         if self.config.name == "pixels":
-            return {**found, "patch": self.config.patch}
+            return {**found, "patch": self.config.patch, "scaled": "imagenet"}
         return {**found, "weights": digest.hexdigest()[:16]}
 
     def prepare(self, path: Path) -> Float[Tensor, "3 h w"]:
@@ -116,9 +123,8 @@ class Backbone(nn.Module):
         if self.size is not None:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0).permute(2, 0, 1)
-        if self.scaled:
-            mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-            pixels = (pixels - mean) / std
+        mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+        pixels = (pixels - mean) / std
         below, right = (-pixels.shape[1] % self.multiple, -pixels.shape[2] % self.multiple)
         return F.pad(pixels, (0, right, 0, below))
 
@@ -174,8 +180,9 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     if config.name.startswith("resnet50"):
         return _resnet(config)
     if config.weights.is_dir():
-        return _vision_transformer(config, _pretrained("Dinov2Model", config.weights))
-    return _timm_transformer(config, _timm(config.architecture, config.weights))
+        kind = _dinov2_class(config.weights)
+        return _vision_transformer(config, _pretrained(kind, config.weights))
+    return _timm_transformer(config, _timm_dinov2(config.architecture, config.weights))
 
 
 def _pixels(config: BackboneConfig) -> Backbone:
@@ -185,7 +192,7 @@ def _pixels(config: BackboneConfig) -> Backbone:
         cut = F.pixel_unshuffle(images, side)  # (b, 3 side^2, h, w)
         return cut.permute(0, 2, 3, 1).contiguous()
 
-    return Backbone(config, nn.Identity(), tokens, multiple=side, scaled=False)
+    return Backbone(config, nn.Identity(), tokens, multiple=side)
 
 
 def _random_transformer() -> nn.Module:
@@ -248,7 +255,8 @@ def _clip(config: BackboneConfig) -> Backbone:
 
 def _resnet(config: BackboneConfig) -> Backbone:
     assert config.weights is not None
-    network = _timm("resnet50", config.weights)
+    network = _library("timm").create_model("resnet50", pretrained=False, num_classes=0)
+    _fill(network, read_state(config.weights), "resnet50", config.weights)
 
     def tokens(images: Tensor) -> Tensor:
         stage = cast(Tensor, network.forward_features(images)).permute(0, 2, 3, 1)
@@ -299,6 +307,21 @@ def _library(name: str) -> Any:
         raise MissingExtra(name, EXTRA) from None
 
 
+def _dinov2_class(folder: Path) -> str:
+    """Which class of the transformers library a folder of DINOv2 is for."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "Dinov2Model"  # what is wrong with the folder is told when it is loaded
+    if found not in _DINOV2_FOLDERS:
+        raise InputError(
+            f"is the folder of a {found}, not of DINOv2",
+            path=folder,
+            remedy=f"give the folder of a {' or '.join(_DINOV2_FOLDERS.values())}",
+        )
+    return _DINOV2_FOLDERS[found]
+
+
 def _pretrained(kind: str, folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -306,16 +329,17 @@ def _pretrained(kind: str, folder: Path) -> Any:
         )
     transformers = _library("transformers")
     try:
-        network, report = getattr(transformers, kind).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        with _quiet(transformers):
+            network, report = getattr(transformers, kind).from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # the library lets anything escape from a damaged folder
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise InputError(
             f"cannot be loaded as {kind} ({reason})",
             path=folder,
             remedy="give the folder of this network with model.safetensors",
-        ) from None
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"has no weights for {missing[0]} ({len(missing)} in all)",
@@ -325,16 +349,42 @@ def _pretrained(kind: str, folder: Path) -> Any:
     return network
 
 
-def _timm(architecture: str, path: Path) -> Any:
-    timm = _library("timm")
-    state = read_state(path)
-    transformer = "patch_embed.proj.weight" in state or architecture.startswith("vit")
-    options = {"dynamic_img_size": True} if transformer else {}
-    network = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
-    if transformer:
-        from timm.models.vision_transformer import checkpoint_filter_fn
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keep the library's reports of loading, which are many lines, off the terminal."""
+    logging = transformers.utils.logging
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
-        state = checkpoint_filter_fn(state, network)
+
+def _timm_dinov2(architecture: str, path: Path) -> Any:
+    timm = _library("timm")
+    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+
+    state = read_state(path)
+    remedy = "correct --data.backbone.architecture"
+    if not timm.is_model(architecture):
+        raise InputError(f"timm has no network named {architecture!r}", remedy=remedy)
+    try:
+        network = timm.create_model(
+            architecture, pretrained=False, num_classes=0, dynamic_img_size=True
+        )
+    except TypeError:  # a network that knows no such option
+        network = None
+    if not isinstance(network, VisionTransformer):
+        raise InputError(f"{architecture} is no plain vision transformer", remedy=remedy)
+    _fill(network, checkpoint_filter_fn(state, network), architecture, path)
+    return network
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], architecture: str, path: Path) -> None:
     kept = {n: t for n, t in state.items() if not n.startswith(("fc.", "head.", "mask_token"))}
     try:
         network.load_state_dict(kept)
@@ -345,4 +395,3 @@ def _timm(architecture: str, path: Path) -> Any:
             path=path,
             remedy="give its state dict, or name the network in --data.backbone.architecture",
         ) from None
-    return network

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -107,18 +107,7 @@ def open_table(folder: Path) -> np.ndarray:
             path=folder,
             remedy="run features again: it goes on",
         )
-    path = folder / TABLE
-    try:
-        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"is damaged ({str(error).splitlines()[0]})", path=path, remedy="delete the folder"
-        ) from None
-    if table.ndim != 4 or len(table) != total:
-        raise InputError(
-            f"has the shape {table.shape} for {total} images", path=path, remedy="delete the folder"
-        )
-    return table
+    return _load_table(folder / TABLE, total, "r")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -132,11 +121,33 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if {"backbone", "images", "done"} <= set(found) and isinstance(found["done"], int):
+        if {"backbone", "images", "done"} <= set(found) and _counts(found):
             return dict(found)
     except (ValueError, TypeError):
         pass
     raise InputError("is no manifest of features", path=path, remedy="delete the folder")
+
+
+def _counts(manifest: dict[str, Any]) -> bool:
+    images, done = manifest["images"], manifest["done"]
+    return isinstance(images, list) and type(done) is int and 0 <= done <= len(images)
+
+
+def _load_table(path: Path, images: int, mode: Literal["r", "r+"]) -> np.ndarray:
+    try:
+        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        if mode == "r+":  # checked above: numpy would fill a file that is too short with zeros
+            table = np.load(path, mmap_mode="r+", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        reason = str(error).splitlines()[0] if path.is_file() else "it is missing"
+        raise InputError(f"is damaged ({reason})", path=path, remedy="delete the folder") from None
+    if table.ndim != 4 or len(table) != images:
+        raise InputError(
+            f"has the shape {table.shape} for {images} images",
+            path=path,
+            remedy="delete the folder",
+        )
+    return table
 
 
 def content_hash(path: Path) -> str:
@@ -185,18 +196,20 @@ def _extend(
     except OSError as error:
         reason = (error.strerror or "cannot be written").lower()
         raise InputError(reason, path=folder, remedy="choose another --data.cache") from None
-    table: np.memmap[Any, Any] | None = None
+    table = _load_table(folder / TABLE, len(images), "r+") if done else None
     for part in _batches(backbone, images, *how, start=done):
         if table is None:
-            shape = (len(images), *part.shape[1:])
             table = np.lib.format.open_memmap(
-                folder / TABLE,
-                mode="r+" if done else "w+",
-                dtype=None if done else np.float16,
-                shape=None if done else shape,
+                folder / TABLE, mode="w+", dtype=np.float16, shape=(len(images), *part.shape[1:])
+            )
+        if part.shape[1:] != table.shape[1:]:
+            raise InputError(
+                f"is of another size than {images[0].name}",
+                path=images[done],
+                remedy="bring all images to one size",
             )
         table[done : done + len(part)] = part
-        table.flush()
+        cast("np.memmap[Any, Any]", table).flush()
         done += len(part)
         _write(folder / MANIFEST, {**manifest, "done": done})
         if progress is not None:

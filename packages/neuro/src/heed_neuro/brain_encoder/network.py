@@ -162,10 +162,11 @@ class RegionReadout(nn.Module):
         """Take the masks of a brain.
 
         Raises:
-            ValueError: They are not of the sizes that this was built for.
+            ValueError: They are not of the sizes and the overlap that this was built for.
         """
-        if Group.of(self.group.name, regions).counts != self.group.counts:
-            raise ValueError("the regions are of other sizes than those of this group")
+        found = Group.of(self.group.name, regions)
+        if (found.counts, found.overlap) != (self.group.counts, self.group.overlap):
+            raise ValueError("the regions are of other sizes or overlap than those of this group")
         vertex, place = places(regions)
         self.vertex.copy_(torch.from_numpy(vertex))
         self.place.copy_(torch.from_numpy(place))

@@ -31,12 +31,18 @@ _DEAD = (f"{_LAYER}self_attn.", f"{_LAYER}norm2.", "transformer.memory_proj.", "
 _ATTENTION = f"{_LAYER}multihead_attn."
 
 
-def from_official(state: dict[str, Tensor], groups: tuple[str, ...]) -> dict[str, Tensor]:
+def from_official(
+    state: dict[str, Tensor], groups: tuple[str, ...], *, path: Path | None = None
+) -> dict[str, Tensor]:
     """Rename a state dict.
 
     Args:
         state: The authors' names -> tensors.
         groups: Our groups in order; their read-outs are named `lh_embed`, `rh_embed`.
+        path: The file to name in errors.
+
+    Raises:
+        InputError: A tensor that the official encoder does not have.
     """
     result: dict[str, Tensor] = {}
     attention: dict[str, Tensor] = {}
@@ -54,6 +60,7 @@ def from_official(state: dict[str, Tensor], groups: tuple[str, ...]) -> dict[str
         else:
             raise InputError(
                 f"{name!r} is no weight of the official brain encoder",
+                path=path,
                 remedy="give the state dict of its class brain_encoder",
             )
     renamed = attention_from_torch(attention)
@@ -70,7 +77,7 @@ def load_official(model: BrainEncoder, path: Path) -> None:
         InputError: Not a weights file, or not the weights of this network.
     """
     names = tuple(group.name for group in model.config.groups)
-    found = from_official(read_state(path), names)
+    found = from_official(read_state(path), names, path=path)
     own = model.state_dict()
     masks = ("vertex", "place", "weight")
     buffers = {

@@ -7,7 +7,7 @@ tells them apart. Responses stay on disk (memory-mapped); `rows` reads some.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,7 @@ neutral, any recording
   rois.json                     {region: [vertex, ...]}, or {group: {region: [vertex, ...]}}"""
 
 Split = Literal["train", "test"]
+_SURFACE = {"vertices": SURFACE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def check_gaps(subject: Subject) -> None:
 def _open(path: Path, images: int, vertices: int | None, *, repeats: bool = False) -> Responses:
     axes = ("images", "repeats", "vertices") if repeats else ("images", "vertices")
     lengths = {"images": images} | ({} if vertices is None else {"vertices": vertices})
-    return Responses(path=path, values=read_array(path, axes=axes, kinds="f", lengths=lengths))
+    return Responses(path=path, values=read_array(path, axes=axes, lengths=lengths))
 
 
 def _algonauts(root: Path) -> Subject:
@@ -140,7 +141,8 @@ def _algonauts(root: Path) -> Subject:
     }
     responses: dict[str, dict[str, Responses]] = {"train": train}
     measured = root / "test_split" / "test_fmri"
-    if measured.is_dir() and "test" in images:
+    if measured.is_dir():
+        _need_images(measured, test, images)
         responses["test"] = {
             g: _open(measured / f"{g}_test_fmri.npy", len(images["test"]), train[g].vertices)
             for g in groups
@@ -199,7 +201,7 @@ def surface_vertices(root: Path, hemisphere: str, vertices: int) -> np.ndarray |
     path = root / "roi_masks" / f"{hemisphere}.all-vertices_fsaverage_space.npy"
     if not path.is_file():
         return None
-    mask = np.asarray(read_array(path, axes=("vertices",), kinds="fiub")) > 0
+    mask = np.asarray(read_array(path, axes=("vertices",), kinds="fiub", lengths=_SURFACE)) > 0
     if int(mask.sum()) != vertices:
         raise InputError(
             f"marks {int(mask.sum())} vertices where there are {vertices}",
@@ -211,7 +213,7 @@ def surface_vertices(root: Path, hemisphere: str, vertices: int) -> np.ndarray |
 
 def read_ceiling(path: Path, vertices: int) -> Float[np.ndarray, " v"]:
     """Read a noise ceiling, shares in [0, 1] (or per cent, as some releases have them)."""
-    found = read_array(path, axes=("vertices",), kinds="f", lengths={"vertices": vertices})
+    found = read_array(path, axes=("vertices",), lengths={"vertices": vertices})
     values = np.nan_to_num(np.asarray(found, dtype=np.float64))
     if values.max(initial=0.0) > 1.0:
         values = values / 100.0
@@ -237,8 +239,11 @@ def _neutral(root: Path) -> Subject:
     count = len(images["train"])
     train = {g: _open(root / f"responses{suffix[g]}.npy", count, None) for g in groups}
     responses: dict[str, dict[str, Responses]] = {"train": train}
-    if (root / "test_images").is_dir():
-        images["test"] = find_images(root / "test_images")
+    test = root / "test_images"
+    for path in root.glob("responses_test*.npy"):
+        _need_images(path, test, {"test"} if test.is_dir() else ())
+    if test.is_dir():
+        images["test"] = find_images(test)
         found = _neutral_test(root, suffix, len(images["test"]), train)
         if found:
             responses["test"] = found
@@ -256,6 +261,15 @@ def _neutral(root: Path) -> Subject:
         regions=regions,
         ceilings=_from_repeats(responses.get("test", {})) | ceilings,
     )
+
+
+def _need_images(path: Path, folder: Path, splits: Container[str]) -> None:
+    if "test" not in splits:
+        raise InputError(
+            f"holds test responses, but there is no folder {folder.name} of their images",
+            path=path,
+            remedy=f"add {folder}, or move the responses elsewhere",
+        )
 
 
 def _neutral_test(

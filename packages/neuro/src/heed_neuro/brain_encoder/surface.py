@@ -29,10 +29,15 @@ def on_surface(
 
     Args:
         values: One per vertex of the challenge.
-        index: Where these lie on fsaverage, increasing.
+        index: Where these lie on fsaverage.
+
+    Raises:
+        ValueError: Not a place on fsaverage for each value.
     """
     if values.shape != index.shape:
         raise ValueError(f"index must be of {values.shape} vertices, got {index.shape}")
+    if len(index) and not (index.min() >= 0 and index.max() < SURFACE):
+        raise ValueError(f"index must be from 0 to {SURFACE - 1}")
     whole = np.full(SURFACE, np.nan)
     whole[index] = values
     return whole
@@ -50,9 +55,22 @@ def draw_surface(
 ) -> Figure:
     """Draw the values of one hemisphere.
 
+    Args:
+        values: One per vertex of the challenge; NaN where it is undefined.
+        index: Where these lie on fsaverage.
+        hemisphere: Left or right.
+        mesh: The cortex cut and laid flat, or blown up.
+        title: Above the map.
+        low: Where the colours begin.
+        high: Where they end. None: the 99th percentile.
+
     Raises:
         MissingExtra: nilearn is not installed.
+        ValueError: No vertex of the mesh has a value.
     """
+    coarse = on_surface(values, index)[:COARSE]
+    if not np.isfinite(coarse).any():
+        raise ValueError(f"index must name a vertex of fsaverage5 (below {COARSE}) with a value")
     try:
         from nilearn import datasets, plotting  # type: ignore[import-untyped]
     except ImportError:
@@ -62,7 +80,6 @@ def draw_surface(
     meshes = datasets.fetch_surf_fsaverage("fsaverage5")
     side = "left" if hemisphere == "lh" else "right"
     shape = "flat" if mesh == "flat" else "infl"
-    coarse = on_surface(values, index)[:COARSE]
     top = float(np.nanquantile(coarse, 0.99)) if high is None else high
     figure = plotting.plot_surf(
         meshes[f"{shape}_{side}"],

@@ -122,8 +122,8 @@ def set_signs(model: InContextRegressor, signs: Signs) -> None:
     flips. In stage I of the training they come to agree, to the one or the other, and heads that
     then have the same sign keep it: two such heads end as one head (3 of 6 seeds; 2^(1-H) for H
     heads). "opposite" makes the signs of heads alternate, "equal" all positive, with mu as omega,
-    so that stage I has nothing to decide. Both keep the size of every weight; "any" changes
-    nothing.
+    so that stage I has nothing to decide; an omega or mu that starts near zero may still drift
+    across it. Both keep the size of every weight; "any" changes nothing.
     """
     if signs == "any":
         return

@@ -33,13 +33,21 @@ class Risk:
     standard_error: float
 
 
-def baselines(task: LinearTask, *, gamma: float = GAMMA) -> dict[str, Predictor]:
+def baselines(
+    task: LinearTask, *, gamma: float = GAMMA, trained: int | None = None
+) -> dict[str, Predictor]:
     """What a model is compared with on a task, each with the best rate for its d, L and sigma^2.
 
     One output, Sigma = I: zero, one step of plain and of debiased gradient descent, two heads of
     +-gamma, the best head of omega = 1/sqrt d, and ridge, which is the Bayes predictor. Sigma not
     I: the steps also with their best matrices. Several outputs: zero, steps on each output's own
     coordinates, and the Bayes predictor.
+
+    Args:
+        task: What the predictors are the best for.
+        gamma: |omega| of the two heads.
+        trained: Also add the best linear attention for contexts of this length, which is not the
+            best for others: it divides by this length, whatever the task's.
     """
     found: dict[str, Predictor] = {"zero": lambda s: torch.zeros_like(_like_answer(s))}
     rates = {kind: _rates(task, debiased=kind == "debiased_gd") for kind in _STEPS}
@@ -54,6 +62,8 @@ def baselines(task: LinearTask, *, gamma: float = GAMMA) -> dict[str, Predictor]
         found["two_head"] = _heads([gamma, -gamma], [mu, -mu])
         omega = task.dim**-0.5
         found["one_head"] = _heads([omega], [best_scale(task, _heads([omega], [1.0]))])
+    if trained is not None:
+        found["linear_attention"] = _linear_attention(at_length(task, trained))
     found["ridge"] = lambda s: ridge(s, task)
     return found
 
@@ -187,6 +197,15 @@ def _step(task: LinearTask, rates: tuple[float, ...], *, debiased: bool) -> Pred
 def _preconditioned(task: LinearTask, *, debiased: bool) -> Predictor:
     omega = theory.preconditioner(task, debiased=debiased)
     return lambda s: preconditioned_step(s, task, omega, debiased=debiased)
+
+
+def _linear_attention(task: LinearTask) -> Predictor:
+    """The best plain step at the task's length L0, divided by L0 at every length."""
+    if task.supports or task.isotropic:
+        step = _step(task, _rates(task, debiased=False), debiased=False)
+    else:
+        step = _preconditioned(task, debiased=False)
+    return lambda s: step(s) * (s.x.shape[1] / task.length)
 
 
 def _heads(omega: list[float], mu: list[float]) -> Predictor:

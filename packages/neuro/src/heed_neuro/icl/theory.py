@@ -8,6 +8,8 @@ answer's noise sigma^2.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float
 
@@ -108,6 +110,22 @@ def gradient_risk(rate: float, task: LinearTask, *, debiased: bool) -> float:
     1 + s2 - 2 eta (L-1)/L + eta^2 ((L-1)(L+d) + s2 d (L-1))/L^2, smallest exactly at eta*.
     """
     return preconditioned_risk(rate * np.eye(task.dim), task, debiased=debiased)
+
+
+def linear_attention_risk(task: LinearTask, *, trained: int) -> float:
+    """The exact risk, at the task's L, of the best linear attention for contexts of another length.
+
+    Linear attention divides by the length that it was trained at, L0, whatever the context's. At L0
+    the best layer is one plain step with the best matrix; at L it is the same step L / L0 times as
+    large. For Sigma = I: 1 + s2 - 2 e + e^2 (1 + (d + 1 + s2 d)/L), e = eta(L0) L / L0, which rises
+    with L once L > L0, without bound.
+
+    Args:
+        task: With the length at which the layer is used.
+        trained: L0.
+    """
+    step = preconditioner(replace(task, length=trained), debiased=False) * task.length / trained
+    return preconditioned_risk(step, task, debiased=False)
 
 
 def zero_risk(task: LinearTask) -> float:

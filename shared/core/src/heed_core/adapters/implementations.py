@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+from heed_core.errors import MissingExtra
+
+try:
+    from transformers import PreTrainedModel
+except ModuleNotFoundError as missing:
+    raise MissingExtra("transformers", "heed-core[transformers]") from missing
+
 from transformers.cache_utils import StaticLayer
 
 Phase = Literal["prefill", "decode"]
