@@ -13,6 +13,7 @@ from PIL import Image
 
 from heed_gaze.eccnet.experiments import EXPERIMENTS
 from heed_gaze.eccnet.layouts import write_stimuli
+from heed_gaze.eccnet.sample import write_sample_array
 from heed_gaze_cli import APP
 from heed_gaze_cli.eccnet_scoring import report_searches
 from heed_runtime.testing.contract import call
@@ -116,6 +117,9 @@ def test_a_single_picture_is_searched(run, tmp_path):
         ("trials.csv", b"trial,set_size\n1,-3\n", "row 2: needs the columns"),
         ("trials.csv", b"trial,set_size\n1,6\n", "has no row for the trial 2"),
         ("trials.csv", b"", "has no row for the trial 1"),
+        ("viewers.csv", b"image,subject,index,x,y\n1.png,a,0,5,nan\n", "y is nan"),
+        ("viewers.csv", b"image,subject,index,x,y\n99.png,a,0,5,5\n", "is no picture of stimuli"),
+        ("viewers.json", b"{}", "holds no scanpaths that are known"),
     ],
 )
 def test_broken_files_are_named_in_one_line(run, tmp_path, name, content, said):
@@ -185,6 +189,33 @@ def test_searches_of_a_natural_set_are_compared_with_viewers(run, tmp_path):
     scores = {row["score"]: row for row in found["scores"]}
     assert scores["scanmatch"]["human"] > 0.9
     assert 0 <= scores["scanmatch"]["predicted"] <= 1
+
+
+def test_viewers_beside_the_pictures_are_evaluated(run, tmp_path):
+    root = write_sample_array(tmp_path, seed=0, trials=3, viewers=3)
+    (counts, *_) = call(APP, "check", "eccnet", root)["counts"]
+    assert counts["scanpaths of viewers"] == 9
+    found = call(
+        APP, "evaluate", run, "--data", root, "--device", "cpu", "--data.searcher", "pixel-match",
+        "--data.most-trials", "9",
+    )  # fmt: skip
+    people, chance = found["metrics"]["scanmatch_human"], found["metrics"]["scanmatch_random"]
+    assert chance < people < 1
+    assert chance < found["metrics"]["scanmatch"] < 1
+    rows = {row["searcher"]: row for row in found["tables"]["searches"]}
+    assert list(rows) == ["model", "viewers", "chance"]
+    # The pixels of the target match it alone; made viewers look at others too, chance at any.
+    assert rows["model"]["found"] == rows["viewers"]["found"] == 1
+    assert rows["model"]["mean_saccades_when_found"] == 1
+    assert 1 < rows["viewers"]["mean_saccades_when_found"] <= 6
+    assert rows["viewers"]["trials"] == 9
+    assert 0 < rows["chance"]["found"] < 0.4
+    assert rows["model"]["area"] > rows["viewers"]["area"] > rows["chance"]["area"]
+    assert 0 == rows["viewers"]["mismatch"] < rows["model"]["mismatch"] < rows["chance"]["mismatch"]
+    scores = {row["score"]: row for row in found["tables"]["likeness to viewers"]}
+    assert scores["scanmatch"]["viewers"] == pytest.approx(people)
+    assert scores["scanmatch"]["eccNET (paper)"] == 0.412
+    assert (run / "evaluation" / "test" / "viewers.png").is_file()
 
 
 def test_masks_of_a_single_picture_that_do_not_fit(run, tmp_path):

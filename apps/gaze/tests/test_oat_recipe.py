@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
+from heed_gaze.oat.decoding import decode_greedy
+from heed_gaze.oat.network import NO_TARGET
 from heed_gaze.oat.sample import SampleOptions, write_sample
 from heed_gaze.oat.workbooks import COLUMNS
 from heed_gaze_cli import APP
+from heed_gaze_cli.oat import RECIPE, VALIDATION_DRAWS
 from heed_gaze_cli.oat_scoring import CHANCE, GREEDY, HUMAN, MULTI, ORDER
+from heed_gaze_cli.oat_settings import small
 from heed_runtime.testing.contract import call
 
 SAMPLE = SampleOptions(layouts=8, targets=2, viewers=3, cell_px=(24, 18))
@@ -110,6 +115,36 @@ def test_free_viewing_and_files_without_a_target(run: Path, data: Path, tmp_path
         # What is left of each step's probability is that of padding.
         assert (arrays["choice"].sum(axis=1) + arrays["stop"] <= 1 + 1e-5).all()
         np.testing.assert_allclose(arrays["decoder_attention"].sum(axis=-1), 1, rtol=1e-4)
+
+
+def test_weights_are_chosen_by_delta_in_search_and_by_the_loss_in_free_viewing(
+    run: Path, data: Path, tmp_path: Path
+):
+    def without_targets(document: dict) -> None:
+        for trial in document["trials"]:
+            trial.pop("target")
+
+    free = tmp_path / "run"
+    call(
+        APP, "train", "oat", "--data", broken(data, tmp_path / "free", without_targets),
+        "--out", free, *TINY,
+    )  # fmt: skip
+    searched, viewed = (json.loads((one / "metrics.json").read_text()) for one in (run, free))
+    searched, viewed = (one.get("metrics", one) for one in (searched, viewed))
+    assert searched["val/criterion"] == searched["val/delta"] != searched["val/loss"]
+    assert viewed["val/criterion"] == viewed["val/loss"] != viewed["val/delta"]
+
+
+def test_validation_draws_paths_where_nothing_is_searched(data: Path):
+    settings = replace(small(), model=replace(small().model, encoder_depth=1, decoder_depth=1))
+    cases = RECIPE.cases(settings, data, "val")
+    scenes = [cases[0], replace(cases[0], target=NO_TARGET)]
+    module = RECIPE.module(settings, RECIPE.model(settings).eval())
+    searched, viewed = module._validation_paths(scenes, module.memory(scenes))
+    greedy = decode_greedy(module.model, module.memory(scenes[:1]), max_len=module.max_len)[0]
+    assert [path.tolist() for path in searched] == [list(greedy.objects)]
+    assert len(viewed) == VALIDATION_DRAWS
+    assert len({path.tobytes() for path in viewed}) > 1
 
 
 Edit = Callable[[dict], object]

@@ -127,6 +127,11 @@ def test_an_empty_folder(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_split_that_does_not_exist(made: Path):
+    line = refusal("evaluate", made / "run", "--data", made / "data", "--split", "nosuch")
+    assert "has no split 'nosuch'; use train, val, test" in line
+
+
 def test_classes_without_curbs(data: Path, tmp_path: Path):
     words = ["--data", data, "--out", tmp_path / "run", "--data.labels", "semantic-kitti", *QUICK]
     line = refusal("train", "curbnet", *words)
@@ -245,6 +250,7 @@ def test_classes_cannot_be_changed_after_training(made: Path, tmp_path: Path):
         (("--data.map-origin", "95,0"), "latitude"),
         (("--data.curves.eps-m", "0"), "eps_m"),
         (("--data.tolerances-m", "-1"), "tolerances"),
+        (("--data.no-clean", "--data.revert", "others"), "revert"),
     ],
 )
 def test_settings_without_sense_are_refused(

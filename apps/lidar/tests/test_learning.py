@@ -6,6 +6,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from heed_lidar.scenes.files import write_scenes
@@ -19,6 +20,15 @@ def scores(*words: object) -> dict[str, float]:
         code = APP.call([*(str(word) for word in words), "--json", "--quiet"])
     assert code == 0, err.getvalue()
     return json.loads(out.getvalue()).get("metrics", {})
+
+
+def explained_heights(run: Path, data: Path, out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of slices above the road, and how much the curb logit falls where each is flattened."""
+    scans = sorted((data / "sequences" / "11" / "velodyne").glob("*.bin"))[:4]
+    scores("explain", run, *scans, "--out", out)
+    found = [np.load(out / f"{scan.stem}.npz") for scan in scans]
+    falls = np.mean([each["height_logit_fall"] for each in found], axis=0)
+    return found[0]["height_edges_m"], falls
 
 
 @pytest.mark.slow  # about ten minutes of one core
@@ -38,3 +48,6 @@ def test_a_network_beats_the_detector_and_looks_at_the_step(tmp_path: Path):
     assert learnt["curb_f1"] > classical["curb_f1"] + 0.2
     assert learnt["curb_f1"] > 0.5
     assert without_steps["curb_recall"] < 0.2
+    edges, falls = explained_heights(network, streets, tmp_path / "why")
+    at_road_level = (edges[:-1] >= 0) & (edges[1:] <= 0.2)
+    assert falls[at_road_level].sum() > np.abs(falls[edges[:-1] >= 0.3]).sum()

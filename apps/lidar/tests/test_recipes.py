@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from heed_core.errors import InputError
 from heed_lidar.clouds.reading import read_cloud
 from heed_lidar.curbnet import CurbNetConfig
 from heed_lidar.cylinder3d import Cylinder3dConfig
@@ -32,7 +33,8 @@ from heed_lidar_cli.explaining import (
     occlusion,
     pyramid_shares,
 )
-from heed_lidar_cli.prediction import finish
+from heed_lidar_cli.prediction import StreetPrediction, finish
+from heed_lidar_cli.scoring import score
 from heed_lidar_cli.settings import NetworkData, NetworkTraining, StreetData
 from heed_lidar_cli.street import cosine_to_a_hundredth, prepare, scattered
 from heed_runtime.recipe import Recipe
@@ -209,8 +211,34 @@ def test_curb_points_on_no_curve_become_their_second_class(data: Path):
     assert prediction.curbs
     kept = finish(scan, scores, dataclasses.replace(settings, clean=False))
     assert kept.classes[far] == 1
+    others = finish(scan, scores, dataclasses.replace(settings, revert="others"))
+    assert others.classes[far] == 4
+    assert (others.classes == 1).sum() == (prediction.classes == 1).sum()
+    known = ("ignore=0:0#000000", "curb=3:3#00ff00", "road=40:40#ff00ff")
+    without = dataclasses.replace(settings, revert="others", classes=known)
+    with pytest.raises(InputError, match="no class 'others'"):
+        finish(scan, scores[:, :3], without)
     hit = ((prediction.classes == 1) & (scan.classes == 1)).sum()
     assert hit > 0.6 * (scan.classes == 1).sum()
+
+
+def test_distances_are_measured_in_the_plane_or_in_space(data: Path):
+    """A wall above a curb is at the curb in the plane alone."""
+    settings = StreetData()
+    scan = load_scan(find_scans(data, settings, "train")[0], settings)
+    xyz = np.array([[5.0, 3.0, -1.6], [5.0, 3.0, 1.0]])
+    truth, found = np.array([1, 4]), np.array([4, 1])
+    above = dataclasses.replace(scan.cloud, xyz=xyz, rows=np.arange(2), intensity=None, ring=None)
+    case = dataclasses.replace(scan, cloud=above, classes=truth)
+    zeros = np.zeros(2, dtype=np.float32)
+    said = StreetPrediction(
+        name="0", scan=case, classes=found, first=found, curb_score=zeros, curbs=()
+    )
+    hits = {
+        distance: score(said, StreetData(distance=distance))[-1]["curb hit 0.2"]
+        for distance in ("xy", "xyz")
+    }
+    assert hits == {"xy": 1, "xyz": 0}
 
 
 def test_predict_writes_a_label_for_every_row_and_what_else_is_asked_for(
@@ -442,6 +470,9 @@ def test_bench_names_its_contenders_and_stages(monkeypatch: pytest.MonkeyPatch):
     names = [row["name"] for row in found["rows"]]
     assert names[0] == "heed, auto"
     assert "heed, torch" in names
+    assert (
+        "48.3 ms" in {row["name"]: row["why"] for row in found["missing"]}["the paper's, RTX 3090"]
+    )
     stages = [row["stage"] for row in found["stages"]]
     assert stages == ["voxels", "point features", "rulebooks", "convolutions", "curb lines"]
     assert call("bench", "classical", *words)["rows"][0]["ms"] > 0

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -64,14 +65,17 @@ def train(system: str, data: Path, out: Path, *flags: object) -> tuple[object, .
     return ("train", system, "--data", data, "--out", out, *STEP, *TINY[system], *flags)
 
 
+def planned(system: str, data: Path) -> Any:
+    """The settings that a training on these data has."""
+    options = importlib.import_module("heed_runtime.commands.train").Options
+    parsed = parse(APP, "train", options, "", [system, *TINY[system]])
+    return APP.recipe(system).plan(parsed.settings, data)
+
+
 def make_run(system: str, data: Path, out: Path) -> None:
     """A run as `train` leaves it, of a model that has not learnt."""
-    recipe = APP.recipe(system)
-    words = ["train", system, *TINY[system]]
-    options = importlib.import_module("heed_runtime.commands.train").Options
-    parsed = parse(APP, "train", options, "", words[1:])
-    settings = recipe.plan(parsed.settings, data)
-    run = Run.create(out, system=system, settings=settings, command=words)
+    recipe, settings = APP.recipe(system), planned(system, data)
+    run = Run.create(out, system=system, settings=settings, command=["train", system])
     run.save_model(recipe.model(settings))
     run.update_environment({"data": {"path": str(data)}})
 
@@ -230,8 +234,12 @@ def test_an_id_with_a_space_is_an_id(copied: Callable[[str], Path]):
 
 
 @pytest.mark.parametrize("system", ["medusa", "ivgn", "more", "acmil"])
-def test_a_patient_in_two_splits_is_told(copied: Callable[[str], Path], system: str):
+def test_a_patient_in_two_splits_is_told(
+    copied: Callable[[str], Path], system: str, caplog: pytest.LogCaptureFixture
+):
     data = copied(system)
+    planned(system, data)
+    assert "in several splits" not in caplog.text
     if system == "medusa":
         first = (data / "train_COVIDx_phantom.txt").read_text().split()[0:2]
         path = data / "test_COVIDx_phantom.txt"
@@ -252,6 +260,16 @@ def test_a_patient_in_two_splits_is_told(copied: Callable[[str], Path], system: 
     code, out, err = spoken(APP, "check", system, data)
     assert code == (1 if system in ("medusa", "more") else 0), err
     assert "is in the splits" in " ".join((out + err).split())
+    planned(system, data)
+    assert f"{data}: 1 patients are in several splits (" in caplog.text
+
+
+@pytest.mark.parametrize("system", list(TINY))
+def test_a_split_that_is_none_is_refused(made: Path, system: str):
+    words = ("evaluate", made / f"{system}-run", "--split", "dev", "--device", "cpu")
+    line = refusal(APP, *words)
+    assert "split" in line
+    assert "dev" in line
 
 
 def test_lines_of_covidx_that_are_short_or_have_another_label(
@@ -355,6 +373,16 @@ def test_broken_lists_of_bags(
     data = copied("acmil")
     (data / name).write_text(text)
     assert said in refusal(APP, *train("acmil", data, tmp_path / "run"))
+
+
+def test_a_class_without_a_training_bag_is_refused(copied: Callable[[str], Path], tmp_path: Path):
+    data = copied("acmil")
+    edit(data / "labels.csv", "slide_011,b", "slide_011,c")
+    line = refusal(APP, *train("acmil", data, tmp_path / "run"))
+    assert "has no training bag of the class c; the training bags have the labels a, b" in line
+    code, out, err = spoken(APP, "check", "acmil", data)
+    assert code == 1
+    assert "the label c is in the training split" in " ".join((out + err).split())
 
 
 # IVGN

@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from heed_core.errors import InputError
 from heed_medical.bags.files import read_bag
 from heed_medical.bags.listing import find_inputs, list_bags
 from heed_medical.bags.settings import BagData
@@ -328,6 +330,65 @@ def test_verbs_of_more_refuse_runs_of_others(made: Path, tmp_path: Path):
     (run / "config.yaml").write_text("system: acmil\n")
     for verb in ("zero-shot", "probe"):
         assert "acmil" in refusal(APP, verb, run)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("retrieve", "--text", "Edema", "--among", "none"), "none: does not exist"),
+        (("retrieve", "--text", " ", "--among", "DATA"), "--text ' ' is empty"),
+        (("retrieve", "--text", "Edema", "--among", "DATA", "--k", "0"), "k must be at least 1"),
+        (("retrieve", "--text", "Edema", "--among", "DATA", "--save-index", "a.npy"),
+         "save_index must be a .safetensors"),
+        (("retrieve", "DATA/manifest.csv", "--among", "DATA/ecgs", "--to", "xray"),
+         "holds no embeddings of xray (ecg)"),
+        (("retrieve", "TMP/broken.png", "--among", "DATA"), "broken.png: "),
+        (("zero-shot", "--split", "tset"), "has no study of the split 'tset'"),
+        (("zero-shot", "--data", "none"), "none: no such file or folder"),
+        (("zero-shot", "--data.prompts", "Odema=Edema"), "prompts must be of the findings"),
+        (("zero-shot", "--data.labels", "Odema"), "has no column 'Odema'"),
+        (("zero-shot", "--out", "TMP/there.csv"), "there.csv: is there already"),
+        (("probe", "--embed", "xray", "xray"), "embed must be one or more different"),
+        (("probe", "--penalties", "-1"), "penalties must be numbers of at least 0"),
+        (("probe", "--penalties", "nan"), "penalties must be numbers of at least 0"),
+        (("probe", "--embed", "xray", "--out", "TMP/probe.csv"), "probe.npz: is there already"),
+    ],
+)  # fmt: skip
+def test_what_the_verbs_of_more_refuse(
+    made: Path, tmp_path: Path, words: tuple[str, ...], said: str
+):
+    for name in ("broken.png", "there.csv", "probe.npz"):
+        (tmp_path / name).write_text("nothing")
+    data, folder = str(made / "data"), str(tmp_path)
+    verb, *flags = (word.replace("DATA", data).replace("TMP", folder) for word in words)
+    assert said in refusal(APP, verb, made / "run", *flags, "--device", "cpu")
+    assert (tmp_path / "there.csv").read_text() == "nothing"
+
+
+def test_verbs_of_more_need_the_towers_that_they_use(made: Path, tmp_path: Path):
+    """A run without reports can neither be asked with words nor probed on them."""
+    recipe = APP.recipe("more")
+    start = recipe.presets["small"]()
+    data = replace(start.data, modalities=("xray", "ecg"))
+    tower = replace(start.model.tower, depth=1)
+    model = replace(start.model, tower=tower)
+    settings = recipe.plan(replace(start, data=data, model=model), made / "data")
+    run = Run.create(tmp_path / "run", system="more", settings=settings, command=["train"])
+    run.save_model(recipe.model(settings))
+    run.update_environment({"data": {"path": str(made / "data")}})
+    words = ("--device", "cpu")
+    assert "no text tower" in refusal(APP, "zero-shot", run.path, *words)
+    assert "no tower of text" in refusal(APP, "probe", run.path, "--embed", "text", *words)
+    ask = ("retrieve", run.path, "--text", "Edema", "--among", made / "data" / "ecgs")
+    assert "no text tower" in refusal(APP, *ask, *words)
+
+
+def test_prompts_of_unknown_findings_are_refused_at_training(made: Path):
+    recipe = APP.recipe("more")
+    start = recipe.presets["small"]()
+    data = replace(start.data, prompts=("Odema=fluid",))
+    with pytest.raises(InputError, match=r"no finding 'Odema', which --data.prompts names"):
+        recipe.plan(replace(start, data=data), made / "data")
 
 
 def test_a_penalty_is_chosen_by_the_validation():

@@ -96,6 +96,9 @@ def few(data: Path, path: Path) -> Path:
 def test_several_findings_are_learnt_at_once(tmp_path: Path):
     data = sample("medusa-findings", tmp_path / "data")
     run = trained("medusa-findings", data, tmp_path / "run")
-    assert scores(run)["macro_auc"] > 0.9
-    rows = json.loads((run / "evaluation" / "test" / "metrics.json").read_text())
-    assert rows["n"] == 40
+    assert scores(run)["macro_auc"] > 0.8
+    folder = run / "evaluation" / "test"
+    assert json.loads((folder / "metrics.json").read_text())["n"] == 40
+    with (folder / "findings.csv").open() as stream:
+        found = {row["finding"]: float(row["auc"]) for row in csv.DictReader(stream)}
+    assert min(found["Cardiomegaly"], found["Support Devices"]) > 0.95

@@ -97,6 +97,67 @@ def test_the_surround_is_the_same_everywhere(retina, size, background):
                 assert torch.allclose(found, wanted, atol=2e-5 * float(wanted.abs().max()))
 
 
+def test_only_what_is_drawn_is_computed():
+    """A small item on background, at the border too, and a picture without any."""
+    torch.manual_seed(0)
+    net = EccNet(EccNetConfig(widths=(3, 4, 5, 6, 7), retina=RetinaConfig(px_per_degree=10))).eval()
+    for conv in net.modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            torch.nn.init.normal_(conv.bias)
+    height, width, background = 90, 260, 27
+    windows = WindowFeatures(net, 2 * (height + 64), background)
+    rng = np.random.default_rng(0)
+    sizes, looked = [], 0
+    net.blocks[0].relu1.register_forward_hook(lambda *of: sizes.append(of[2].shape[2:]))
+    for rows, columns in (
+        (slice(40, 60), slice(100, 130)),
+        (slice(0, 9), slice(0, 4)),
+        (None,) * 2,
+    ):
+        image = np.full((height, width, 3), background, dtype=np.uint8)
+        if rows is not None:
+            image[rows, columns] = rng.integers(0, 256, image[rows, columns].shape)
+        padded = Padded.around(image, half=windows.side // 2, background=background)
+        with torch.inference_mode():
+            for fixation in ((45, 130), (0, 0), (89, 259)):
+                wanted = windows.whole(padded, fixation)
+                sizes.clear()
+                for ours, whole in zip(windows.at(padded, fixation), wanted, strict=True):
+                    assert torch.allclose(ours, whole, atol=2e-5 * float(whole.abs().max()))
+                assert all(max(size) < 0.5 * windows.side for size in sizes[-1:])
+                looked += len(sizes)
+    # The empty window, the item thrice, the corner twice: it is out of one window.
+    assert looked == 6
+
+
+def test_what_a_shift_by_four_pixels_leaves_alike_is_kept():
+    torch.manual_seed(0)
+    net = EccNet(EccNetConfig(widths=(3, 4, 5, 6, 7), retina=RetinaConfig(px_per_degree=10))).eval()
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    fresh, kept = (WindowFeatures(net, 288, 255) for _ in range(2))
+    looks = []
+    net.blocks[0].relu1.register_forward_hook(lambda *_: looks.append(1))
+    counts = []
+    with torch.inference_mode():
+        for fixation in ((40, 40), (44, 32), (45, 32), (41, 40)):
+            padded = Padded.around(image, half=144, background=255)
+            fresh.forget()
+            wanted = fresh.at(padded, fixation)
+            looks.clear()
+            assert all(map(torch.equal, kept.at(padded, fixation), wanted))
+            counts.append(len(looks))
+        image[10:20, 10:20] = 255  # a picture that changes is looked at again
+        padded = Padded.around(image, half=144, background=255)
+        looks.clear()
+        for ours, whole in zip(
+            kept.at(padded, (40, 40)), fresh.whole(padded, (40, 40)), strict=True
+        ):
+            assert torch.allclose(ours, whole, atol=2e-5 * float(whole.abs().max()))
+    assert counts == [2, 0, 1, 0]  # the first one sees the empty window too
+    assert len(looks) == 2
+
+
 class Oracle:
     """Attends to the target."""
 

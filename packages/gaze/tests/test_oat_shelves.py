@@ -1,6 +1,7 @@
 """Layouts and trials: files of every format, splits, crops, baselines and the table of scores."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from heed_gaze.oat.shelves import Layout, Shelves, Trial, even_boxes, reading_or
 from heed_gaze.oat.splits import SplitOptions, split_trials
 from heed_gaze.oat.workbooks import COLUMNS, SHELVES
 
+STI = os.environ.get("HEED_STI")
+"""A folder with the published Amazon.json of the Search Target Inference data."""
 PLAIN = ImportOptions()
 SMALL = SampleOptions(layouts=8, targets=2, viewers=3, cell_px=(24, 18))
 
@@ -169,6 +172,19 @@ def test_amazon_has_a_record_per_picture_and_viewer(tmp_path: Path):
     kept = read_shelves(tmp_path, PLAIN)
     assert len(kept.trials) == 17
     assert "1 of 18 scanpaths" in kept.notes[1]
+
+
+@pytest.mark.skipif(STI is None, reason="set HEED_STI to a folder that holds STI's Amazon.json")
+def test_the_published_amazon_file_has_its_counts():
+    every = read_shelves(Path(str(STI)), ImportOptions(longest_sd=None)).trials
+    lengths = np.array([len(trial.objects) for trial in every])
+    assert (len(every), lengths.min(), lengths.max()) == (600, 2, 91)
+    assert lengths.mean() == pytest.approx(14.47, abs=0.005)
+    assert lengths.std() == pytest.approx(13.53, abs=0.005)
+    kept = read_shelves(Path(str(STI)), PLAIN).trials
+    assert len(kept) == 585
+    assert np.mean([len(trial.objects) for trial in kept]) == pytest.approx(12.89, abs=0.005)
+    assert all(((trial.objects >= 0) & (trial.objects < 84)).all() for trial in every)
 
 
 def test_cells_of_amazon_come_from_the_masks(tmp_path: Path):

@@ -140,6 +140,23 @@ def test_a_scan_alone_is_a_scan_in_a_batch(network):
             )
 
 
+@pytest.mark.parametrize("network", ["cylinder3d", "curbnet"], indirect=True)
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_grid_that_wraps_has_no_seam(network, wraps):
+    """Turning a scan by the coarsest cell moves its classes along and changes none of them.
+
+    The strides 3 and 5 of the third network know no such turn.
+    """
+    network.grid = CylindricalGrid(shape=(24, 32, 16), wrap_phi=wraps)
+    points, index = scans(1)
+    turned = index.clone()
+    turned[:, 2] = (turned[:, 2] + 16) % 32
+    with torch.no_grad():
+        straight, moved = (network(points, where).point_logits for where in (index, turned))
+    known = slice(1, None)  # the ignored class is at -inf
+    assert torch.allclose(moved[:, known], straight[:, known], atol=1e-4) == wraps
+
+
 def test_points_of_a_voxel_share_their_class_and_none_is_ignored(network):
     features, index = scans()
     index[:, 1:] //= 4

@@ -69,6 +69,13 @@ def test_features_of_points_outside_are_not_clipped():
     assert features[0, 8] == 0.0  # no remission
 
 
+def test_features_of_absurd_points_are_finite():
+    xyz = np.array([[1e30, 1.0, -1.7], [1e300, -1e300, 1e300], [4.0, -1e40, 0.0]])
+    features, index = voxelise(xyz, None, GRID)
+    assert np.isfinite(features).all()
+    assert index.tolist() == [[479, 179, 11], [479, 134, 31], [479, 89, 20]]
+
+
 def test_points_outside_may_be_dropped():
     xyz = np.array([[60.0, 0, 0], [5.0, 1, 0], [5.0, 1, 3]])
     grid = CylindricalGrid(out_of_range="drop")
@@ -103,6 +110,17 @@ def test_points_are_treated_one_by_one():
         np.testing.assert_array_equal(one[order], other)
 
 
+def test_a_wrapped_circle_has_cells_of_one_size_and_no_gap():
+    grid = CylindricalGrid(shape=(24, 18, 8), wrap_phi=True)
+    assert grid.cell[1] == pytest.approx(2 * math.pi / 18)
+    phi = np.radians([-180.0, -170.0, 170.0, 180.0])
+    xyz = np.stack([3 * np.cos(phi), 3 * np.sin(phi), np.zeros(4)], axis=1)
+    xyz[0, 1] = -0.0
+    features, index = voxelise(xyz, None, grid)
+    assert index[:, 1].tolist() == [0, 0, 17, 17]
+    np.testing.assert_allclose(features[:, 1], np.radians([-10, 0, 0, 10]), atol=1e-6)
+
+
 @pytest.mark.bad_input
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"xyz must be .*\(4, 2\)"):
@@ -115,6 +133,8 @@ def test_bad_arguments_are_named():
         CylindricalGrid(low=(0.0, -1.0, 2.0))
     with pytest.raises(ValueError, match="clip or drop, got 'wrap'"):
         CylindricalGrid(out_of_range="wrap")
+    with pytest.raises(ValueError, match="wrap_phi needs phi to span 2 pi"):
+        CylindricalGrid(low=(0.0, -1.0, -4.0), wrap_phi=True)
 
 
 def loop_labels(classes, voxels, count):

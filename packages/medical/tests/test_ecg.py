@@ -23,11 +23,16 @@ def beats(rate_hz: int, *, seconds: float = 10.0) -> np.ndarray:
 
 
 def write(
-    folder: Path, leads: np.ndarray, *, names: tuple[str, ...] = LEADS, unit: str = "mV"
+    folder: Path,
+    leads: np.ndarray,
+    *,
+    names: tuple[str, ...] = LEADS,
+    unit: str = "mV",
+    rate_hz: int = 100,
 ) -> Path:
     steps = {"mV": 1e3, "uV": 1.0, "V": 1e6}[unit]
     return write_record(
-        folder / "rec", leads, rate_hz=100, names=names, unit=unit, steps_per_unit=steps
+        folder / "rec", leads, rate_hz=rate_hz, names=names, unit=unit, steps_per_unit=steps
     )
 
 
@@ -50,6 +55,18 @@ def test_order_case_and_further_signals_change_nothing(tmp_path: Path):
     other = read_ecg(write(tmp_path / "b", mixed, names=names))
     assert np.array_equal(plain.leads_mv, other.leads_mv)
     assert np.abs(plain.leads_mv - leads).max() <= 0.0005 + 1e-9
+
+
+def test_frank_leads_and_1000_hz_of_ptb_are_taken(tmp_path: Path):
+    """Records of the PTB diagnostic database: lower-case names, vx, vy and vz behind the twelve."""
+    leads = beats(1000)
+    names = (*(lead.lower() for lead in LEADS), "vx", "vy", "vz")
+    found = read_ecg(write(tmp_path, np.concatenate([leads, leads[:3]]), names=names, rate_hz=1000))
+    assert found.rate_hz == 1000
+    prepared = prepare_ecg(found)
+    error = np.abs(prepared - prepare_ecg(Ecg(leads_mv=beats(100), rate_hz=100.0)))[:, 30:-30]
+    assert prepared.shape == (12, 1000)
+    assert error.max() < 0.03
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("uV", 1e3), ("V", 1e-3)])

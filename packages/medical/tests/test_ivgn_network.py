@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -326,6 +327,40 @@ def test_one_beam_is_greedy():
             break
     found = beam_search(table_step(table), batch=1, beam=1, most=6).tokens[0].tolist()
     assert found == tokens + [0] * (6 - len(tokens))
+
+
+def repeats(past: list[int], word: int) -> int:
+    """How often the last two words of a past were followed by a word, one place after another."""
+    return sum(past[i : i + 3] == [*past[-2:], word] for i in range(len(past) - 2))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_repeated_trigrams_are_penalised_as_often_as_they_occurred(seed):
+    """Greedy by hand, with a model that would write the same three words again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    table = 4 * torch.randn(5, 5, generator=generator)
+    table[:, 0] = -9.0
+    chances = table.log_softmax(-1).double()
+    words: list[int] = []
+    score = 0.0
+    for _ in range(30):
+        row = chances[words[-1] if words else 0].clone()
+        for word in range(5):
+            row[word] -= 2 * math.log(2) * repeats(words, word)
+        score += float(row.max())
+        words.append(int(row.argmax()))
+    options = {"batch": 1, "most": 30, "beam": 1}
+    found = beam_search(lambda last, _: chances[last], trigram_penalty=2 * math.log(2), **options)
+    assert found.tokens[0].tolist() == words
+    assert found.scores.item() == pytest.approx(score)
+    plain = beam_search(lambda last, _: chances[last], **options).tokens[0].tolist()
+    assert most_repeated(words) < most_repeated(plain)
+    with pytest.raises(ValueError, match="trigram_penalty"):
+        beam_search(lambda last, _: chances[last], trigram_penalty=-1.0, **options)
+
+
+def most_repeated(words: list[int]) -> int:
+    return max(Counter(zip(words, words[1:], words[2:], strict=False)).values())
 
 
 def test_of_equal_scores_the_lowest_word_wins():

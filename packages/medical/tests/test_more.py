@@ -128,6 +128,11 @@ def test_missing_ecgs_count_only_where_they_are():
     rows["ecg"][3] = 100.0
     again = pair_losses(rows, valid, 0.1)
     assert all(torch.equal(found[pair], again[pair]) for pair in found)
+    swapped = pair_losses({**rows, "text": rows["xray"], "xray": rows["text"]}, valid, 0.1)
+    assert torch.allclose(swapped["text", "xray"], found["text", "xray"])
+    there, back = (info_nce(rows[a], rows[b], 0.1) for a, b in (("text", "xray"), ("xray", "text")))
+    assert torch.allclose(found["text", "xray"], (there + back) / 2)
+    assert not torch.allclose(there, back)
     both = pair_losses({n: rows[n] for n in ("xray", "ecg")}, valid, 0.1)
     assert set(both) == {("xray", "ecg")}
     with pytest.raises(ValueError, match="two modalities"):

@@ -175,6 +175,14 @@ def test_a_label_outside_the_classes_is_named(table: Path):
     assert "row 6" in " ".join(check_pictures(data, table).problems)
 
 
+def test_a_column_that_is_there_twice_is_named(table: Path):
+    """Without this, the last of them would count."""
+    path = table / "labels.csv"
+    path.write_text(path.read_text().replace("kind", "label", 1))
+    with pytest.raises(InputError, match=r"labels\.csv: has the column 'label' twice"):
+        find_pictures(table, PictureData(), "train")
+
+
 def test_a_patient_in_two_splits_is_a_problem(table: Path):
     edit(table, 8, patient="q0")
     found = check_pictures(PictureData(), table)

@@ -238,7 +238,7 @@ def test_empty_split_and_wrong_split(tmp_path):
     root = write_pairs(tmp_path, ["a"], table=table)
     with pytest.raises(InputError, match=r"no cases in the split test \(train 1, val 0, test 0\)"):
         find_cases(root, SegmentationData(), "test")
-    with pytest.raises(ValueError, match="split must be one of"):
+    with pytest.raises(InputError, match="has no split 'tset'; use train, val, test"):
         find_cases(root, SegmentationData(), "tset")
 
 

@@ -133,10 +133,14 @@ def test_values_find_their_place_on_the_surface():
     assert whole.shape == (SURFACE,)
     assert whole[index].tolist() == [0.1, 0.2, 0.3]
     assert np.isnan(whole).sum() == SURFACE - 3
+
+
+@pytest.mark.bad_input
+def test_values_need_a_place_each_on_the_surface():
     with pytest.raises(ValueError, match="index must be from 0 to 163841"):
         on_surface(np.ones(1), np.array([SURFACE]))
     with pytest.raises(ValueError, match=r"index must be of \(2,\) vertices"):
-        on_surface(np.ones(2), index)
+        on_surface(np.ones(2), np.array([2, 5, 163_000]))
 
 
 def test_a_flat_map_shows_the_values_where_they_are():

@@ -34,7 +34,7 @@ EVERYDAY = everyday()
 
 
 def marks(clause: Clause) -> list[pytest.MarkDecorator]:
-    if clause.name == "wrong-shape":
+    if clause.name in ("wrong-shape", "wrong-type"):
         return [pytest.mark.bad_input]
     if not clause.compiles:
         return []

@@ -8,9 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from heed_core.attention.context_mixing import neighborhood_av
 from heed_core.attention.tensor import tensor_attention
 from heed_core.dispatch import UnsupportedBackend
-from heed_core.kernels.gather_attention import gather_attention, gathered_softmax, why_not
+from heed_core.kernels.gather_attention import (
+    gather_attention,
+    gathered_softmax,
+    gathered_softmax_backward,
+    why_not,
+)
 from heed_core.kernels.neighborhood import why_not as why_not_neighbours
-from heed_core.kernels.neighborhood import window_sum
+from heed_core.kernels.neighborhood import window_sum, window_sum_backward
+from heed_core.kernels.pair_softmax import pair_softmax, pair_softmax_backward
 from heed_core.kernels.pair_softmax import why_not as why_not_pairs
 
 UTILS = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -90,6 +96,28 @@ def test_the_operators_are_good_ones(blocks: int) -> None:
     torch.autograd.gradcheck(lambda w, v: window_sum(w, v, 3, False), (weights, value))
 
 
+def test_strided_inputs_give_the_layout_that_the_operators_promise() -> None:
+    """Heads are usually views of tokens; compiled code relies on the strides of a fake."""
+
+    def heads(*shape: int) -> Tensor:
+        return torch.randn(shape).transpose(1, 2).contiguous().transpose(1, 2)
+
+    pairs = *(heads(2, 3, n, 4) for n in (5, 6, 7, 6, 7)), None, None, False, False, 0.5, False
+    index = torch.randint(0, 9, (2, 2, 3, 7))
+    gathered = heads(2, 4, 3, 5, 6), heads(2, 2, 9, 6), heads(2, 2, 9, 4), index, None, None
+    windows = heads(2, 3, 5, 6, 9), heads(2, 3, 5, 6, 4), 3, False
+    for forward, backward, given in (
+        (pair_softmax, pair_softmax_backward, pairs),
+        (gathered_softmax, gathered_softmax_backward, (*gathered, 0.5, False)),
+        (window_sum, window_sum_backward, windows),
+    ):
+        found = forward(*given)
+        outputs = found if isinstance(found, tuple) else ()
+        grad = heads(*(outputs[0] if outputs else found).shape)
+        for op, arguments in ((forward, given), (backward, (grad, *outputs, *given))):
+            torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that one tensor has."""
 
@@ -133,6 +161,8 @@ def test_wrong_arguments_are_named() -> None:
             gather_attention(**{**given, name: wrong})
     with pytest.raises(TypeError, match="kept must be boolean"):
         gather_attention(**{**given, "kept": given["kept"].float()})
+    with pytest.raises(TypeError, match="index must hold int64"):
+        gather_attention(**{**given, "index": given["index"].int()})
     with pytest.raises(UnsupportedBackend, match="Triton needs a CUDA device"):
         gather_attention(**given, impl="triton")
     with pytest.raises(ValueError, match="impl must be one of"):
@@ -151,7 +181,8 @@ def test_kernels_say_what_they_cannot_run() -> None:
 
 
 @pytest.mark.compile
-def test_the_operators_compile_and_export_in_one_graph() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_operators_compile_and_export_in_one_graph(backend: str) -> None:
     class All(torch.nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor, index: Tensor) -> Tensor:
             gathered = gather_attention(query, key, value, index)
@@ -165,7 +196,7 @@ def test_the_operators_compile_and_export_in_one_graph() -> None:
     rows = [given[name].detach().float() for name in ("query", "key", "value")]
     rows = [*(x.requires_grad_() for x in rows), given["index"]]
     wanted = All()(*rows)
-    found = torch.compile(All(), fullgraph=True)(*rows)
+    found = torch.compile(All(), fullgraph=True, backend=backend)(*rows)
     torch.testing.assert_close(found, wanted)
     for one, other in zip(
         torch.autograd.grad(found.sum(), rows[:3]),

@@ -4,6 +4,26 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from heed_core.kernels import (
+    chunk_scan,
+    chunk_scan_triton,
+    gather_attention_triton,
+    neighborhood_triton,
+    pair_softmax_triton,
+)
+
+LEAST_SHARED = 99 * 1024
+"""Bytes of shared memory that a program may have on any GPU of compute capability 8."""
 
 CHUNK_SCAN = """
     from heed_core.attention.delta_rule import delta_rule, gated_delta_rule
@@ -106,14 +126,91 @@ FRAME = """
 """
 
 
-def test_kernels_give_what_torch_gives() -> None:
+PARTS = (CHUNK_SCAN, NEIGHBOURS, GATHERED, PAIRS)
+
+
+def run(device: str, **environment: str) -> None:
     """In a process of its own: Triton settles on import whether it interprets."""
-    parts = [FRAME, CHUNK_SCAN, NEIGHBOURS, GATHERED, PAIRS, 'print("equal")']
+    put = f'torch.set_default_device("{device}")'
+    script = [textwrap.dedent(part) for part in (FRAME, put, *PARTS, 'print("equal")')]
     finished = subprocess.run(
-        [sys.executable, "-c", "\n".join(textwrap.dedent(part) for part in parts)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-c", "\n".join(script)],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert finished.stdout.strip() == "equal", finished.stderr[-2000:]
+
+
+def test_kernels_give_what_torch_gives() -> None:
+    run("cpu", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_kernels_give_what_torch_gives() -> None:
+    run("cuda")
+
+
+KINDS = {torch.float32: "*fp32", torch.int64: "*i64", torch.bool: "*i1"}
+
+
+class Compiled:
+    """Stands for a kernel: compiles it for a GPU with what it would be launched with."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel, self.shared = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *given: object, **options: object) -> None:
+        names = self.kernel.arg_names
+        constants = {name: options.pop(name) for name in names if name in options}
+        signature = dict.fromkeys(names, "constexpr")
+        for name, value in zip(names, given, strict=False):
+            plain = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = KINDS[value.dtype] if isinstance(value, Tensor) else plain
+        places = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=places)
+        found = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        assert "cubin" in found.asm
+        self.shared.append(found.metadata.shared)
+
+
+@pytest.mark.slow
+def test_kernels_compile_and_fit_on_a_gpu(monkeypatch, tmp_path) -> None:
+    """Without one: machine code of compute capability 8.0, launched by our own code."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = []
+    for module in (gather_attention_triton, neighborhood_triton, pair_softmax_triton):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            kernels.append(Compiled(getattr(module, name)))
+            monkeypatch.setattr(module, name, kernels[-1])
+    kernels.append(Compiled(chunk_scan_triton.scan_kernel))
+    monkeypatch.setattr(chunk_scan, "_kernel", lambda: kernels[-1])
+
+    rows = [torch.zeros(1, 1, 2, 32, width) for width in (32, 32, 32, 32, 32)]
+    start = torch.zeros(1, 1, 32, 32)
+    chunk_scan._launch(chunk_scan._Chunks(*rows, torch.zeros(1, 1, 2, 32), start))
+
+    weights, value = torch.zeros(1, 1, 9, 40, 9), torch.zeros(1, 1, 9, 40, 64)
+    neighborhood_triton.launch_sum(weights, value, 3)
+    neighborhood_triton.launch_backward(value, weights, value, 3)
+
+    query, key = torch.zeros(1, 2, 3, 64, 64), torch.zeros(1, 1, 90, 64)
+    index = torch.zeros(1, 1, 3, 40, dtype=torch.int64)
+    given = query, key, key, index, torch.zeros(1, 1, 3, 64, 40, dtype=torch.bool), key[..., 0], 0.1
+    output, sums = gather_attention_triton.launch_forward(*given)
+    gather_attention_triton.launch_backward(output, output, sums, *given)
+
+    row, mask = torch.zeros(1, 2, 40, 16), torch.zeros(1, 1, 1, 40, dtype=torch.bool)
+    triples = *[row] * 5, mask, mask, True, True, 0.1
+    output, sums = pair_softmax_triton.launch_forward(*triples)
+    pair_softmax_triton.launch_backward(output, output, sums, *triples)
+
+    assert len(kernels) == 8
+    for kernel in kernels:
+        assert kernel.shared, kernel.kernel.__name__
+        assert max(kernel.shared) <= LEAST_SHARED, (kernel.kernel.__name__, kernel.shared)

@@ -27,6 +27,7 @@ from heed_gaze.eccnet.pictures import (
     picture_root,
     write_sample_pictures,
 )
+from heed_gaze.eccnet.sample import write_sample_array
 from heed_gaze.eccnet.search import (
     ChanceSearcher,
     EccNetSearcher,
@@ -248,9 +249,10 @@ class EccNetRecipe(Recipe[EccNetSettings, Case, Prediction]):
     )
 
     def sample(self, out: Path, *, seed: int) -> None:
-        """Items as pictures to classify, and a few trials of the six experiments."""
+        """Items as pictures to classify, a few trials of the experiments, an array with viewers."""
         write_sample_pictures(out / "images", seed=seed)
         write_stimuli(out, seed=seed, trials=SAMPLE_TRIALS)
+        write_sample_array(out, seed=seed)
 
     def check(self, settings: EccNetSettings, root: Path) -> Check:
         """Read every scene and every picture."""
@@ -440,13 +442,18 @@ def _pictures(
 
 def _check_scenes(scenes: RuledTrials, counts: list[Row], problems: list[str]) -> None:
     found: dict[str, int] = {}
+    paths: dict[str, int] = {}
     for index in range(len(scenes)):
         try:
             trial = scenes[index]
             found[trial.task] = found.get(trial.task, 0) + 1
+            paths[trial.task] = paths.get(trial.task, 0) + len(trial.viewers)
         except InputError as error:
             problems.append(str(error))
-    counts += [{"task": name, "trials or pictures": count} for name, count in found.items()]
+    counts += [
+        {"task": name, "trials or pictures": count, "scanpaths of viewers": paths[name]}
+        for name, count in found.items()
+    ]
 
 
 def _check_pictures(

@@ -101,6 +101,7 @@ class Fixation(nn.Module):
             self.windows = WindowFeatures(self.network, side, self.rules.background)
         pixels = image.cpu().numpy().astype(np.uint8)
         padded = Padded.around(pixels, half=side // 2, background=self.rules.background)
+        self.windows.forget()  # each call is the first look at a picture
         see = self.windows.at if self.reuse else self.windows.whole
         middle = (self.scene.size[0] // 2, self.scene.size[1] // 2)
         return see(padded, middle)[-1]
@@ -172,6 +173,7 @@ def stages(config: EccNetConfig, device: torch.device) -> Mapping[str, Callable[
     allowed = np.asarray(np.any(scene.cells, axis=0))
 
     def see() -> object:
+        looker.windows.forget()
         with torch.inference_mode():
             return looker.windows.at(padded, middle)
 

@@ -20,6 +20,12 @@ from heed_gaze.eccnet.scoring import (
 )
 from heed_gaze.plots import draw_performance, draw_search_slopes
 from heed_gaze_cli.eccnet_settings import PicturePrediction, SearchPrediction
+from heed_gaze_cli.eccnet_viewers import (
+    draw_beside_viewers,
+    metrics_of,
+    tables_of,
+    viewer_columns,
+)
 from heed_runtime.recipe import Report, Row, Table
 from heed_runtime.report import new_figure, style
 
@@ -39,6 +45,7 @@ def search_row(prediction: SearchPrediction) -> Row:
         "found_at": found.found_at,
         "fixations": len(found.fixations),
         "most": trial.rules.max_fixations - 1,
+        **viewer_columns(prediction),
     }
 
 
@@ -69,7 +76,7 @@ def report_pictures(rows: Sequence[Row], names: Sequence[str]) -> Report:
 
 
 def report_searches(rows: Sequence[Row]) -> Report:
-    """The paper's table, as far as there are trials of its experiments."""
+    """The paper's table as far as there are its experiments; other searches beside viewers."""
     trials: dict[str, tuple[list[int], list[float]]] = {}
     for row in rows:
         if row["set_size"] is not None:
@@ -88,9 +95,10 @@ def report_searches(rows: Sequence[Row]) -> Report:
         metrics |= scored.metrics
         tables += scored.tables
         plots |= scored.plots
-    others = _other_rows([row for row in rows if row["set_size"] is None])
-    if others:
-        tables.append(Table(title="searches without set sizes", rows=others))
+    if (beside := draw_beside_viewers(rows)) is not None:
+        plots["viewers"] = beside
+    metrics |= metrics_of(rows)
+    tables += tables_of(rows)
     return Report(metrics=metrics, tables=tables, plots=plots)
 
 
@@ -188,20 +196,6 @@ def _task_rows(
             row["se_ms"] = score.standard_error_ms[index]
             table.append(row)
     return table
-
-
-def _other_rows(rows: Sequence[Row]) -> list[Row]:
-    names = dict.fromkeys(str(row["task"]) for row in rows)
-    groups = {name: [row for row in rows if row["task"] == name] for name in names}
-    return [
-        {
-            "task": name or "pictures",
-            "trials": len(group),
-            "found": float(np.mean([row["found_at"] is not None for row in group])),
-            "mean_saccades_when_found": _mean_found(group),
-        }
-        for name, group in groups.items()
-    ]
 
 
 def _draw_performance(rows: Sequence[Row]) -> Figure:

@@ -19,6 +19,7 @@ LAYOUT = """\
 search:    TASK/stimuli/<i>.png, TASK/target/<i>.png, TASK/gt/<i>.png (white = target)
            gt_mask.npy in or above TASK: candidate cells (m, h, w); absent: search everywhere
            TASK/trials.csv: trial, set_size
+           TASK/viewers.csv (.json, .mat, folder): people's scanpaths, to be compared with
            curvature/, lightning_dir/, intersection/, categorization/ are the six experiments,
            waldo/, naturaldesign/, objectarray/ the natural sets
 pictures:  [images/]train/CLASS/*.png, val/CLASS/*.png [, test/CLASS/*.png]

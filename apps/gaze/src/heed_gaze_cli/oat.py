@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from heed_core.errors import InputError
 from heed_core.sites import observe
-from heed_gaze.metrics.behaviour import BEHAVIOUR
+from heed_gaze.metrics.behaviour import BEHAVIOUR, behaviours, delta
 from heed_gaze.metrics.sequences import sequence_score
 from heed_gaze.oat.decoding import (
     decode_beam,
@@ -24,7 +25,7 @@ from heed_gaze.oat.decoding import (
 )
 from heed_gaze.oat.files import read_shelves
 from heed_gaze.oat.losses import scanpath_loss
-from heed_gaze.oat.network import Memory, Oat, OatConfig
+from heed_gaze.oat.network import NO_TARGET, Memory, Oat, OatConfig
 from heed_gaze.oat.pictures import (
     Sample,
     TrialBatch,
@@ -40,7 +41,6 @@ from heed_gaze.oat.weights import load_official
 from heed_gaze.scanpaths import write_scanpaths
 from heed_gaze_cli import oat_bench
 from heed_gaze_cli.oat_cases import (
-    OatData,
     Scene,
     SceneSet,
     TrainingTrials,
@@ -50,6 +50,7 @@ from heed_gaze_cli.oat_cases import (
 )
 from heed_gaze_cli.oat_pictures import draw_path, draw_steps
 from heed_gaze_cli.oat_scoring import OatPrediction, make_report, score_scene
+from heed_gaze_cli.oat_settings import LAYOUT, OatSettings, paper, small
 from heed_runtime import distributed
 from heed_runtime.recipe import (
     Card,
@@ -62,72 +63,14 @@ from heed_runtime.recipe import (
     Row,
 )
 from heed_runtime.report import save_figure
-from heed_runtime.settings import TrainerSettings
 
 VALIDATED_TOGETHER = 16
 """Scenes whose paths are decoded in one batch."""
 
-LAYOUT = """\
-neutral       shelves.json                 layouts (image, boxes, rows, cols) and trials
-              (layout, target, subject, objects or x and y); pictures beside it
-STI           Amazon.json, images/*.jpg    binarymask/14x6-*.jpg where there are masks
-spreadsheets  *.xlsx, Question/*.png       ID, Target, Question, Choice, X, Y, T_Package, Sub_ID
-OSIE          fixations.mat or .json       objects/*.png or boxes.csv, or an even grid
-COCO-Search18 *.json, images/              the target is the object that overlaps bbox most
-FixaTons, neutral scanpath CSV             free viewing over an even grid
-pictures      *.png, *.jpg                 predict and explain: --data.grid, --data.target
+logger = logging.getLogger(__name__)
 
-Splits: as the file says, else 80/10/10 of all trials at random; --data.split.rule layout, target
-        or combination tests on what training does not see."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OatTraining:
-    """The optimiser, and what training starts from."""
-
-    learning_rate: float = 1e-4
-    """Of Adam; constant."""
-    weights: Path | None = None
-    """An official checkpoint to start from."""
-    position_table: Path | None = None
-    """The checkpoint's own position table (.npy, rows x channels, without zero rows)."""
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.position_table is not None and self.weights is None:
-            raise ValueError("position_table has no effect without weights")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OatSettings:
-    """All settings of OAT."""
-
-    model: OatConfig = field(default_factory=OatConfig)
-    data: OatData = field(default_factory=OatData)
-    training: OatTraining = field(default_factory=OatTraining)
-    trainer: TrainerSettings = field(default_factory=TrainerSettings)
-
-    def __post_init__(self) -> None:
-        if self.data.natural_size and not self.model.spp:
-            raise ValueError("data.natural_size needs model.spp of 2, 3 or 4")
-
-
-def small() -> OatSettings:
-    """OAT for a laptop: small crops, two layers of 96 channels each side."""
-    return OatSettings(
-        model=OatConfig(
-            dim=96, hidden=192, encoder_depth=2, decoder_depth=2, crop=(45, 30), dropout=0.1
-        ),
-        data=OatData(samples=20),
-        training=OatTraining(learning_rate=1e-3),
-        trainer=TrainerSettings(max_epochs=40, batch=16, clip=1.0, patience=15),
-    )
-
-
-def paper() -> OatSettings:
-    """OAT as published: 512 channels, 4 + 4 layers, 20 trials of each shelf per step."""
-    return OatSettings(trainer=TrainerSettings(max_epochs=500, batch=20, clip=1.0, patience=30))
+VALIDATION_DRAWS = 8
+"""Paths per scene that validation draws in free viewing."""
 
 
 class OatModule(L.LightningModule):
@@ -155,7 +98,11 @@ class OatModule(L.LightningModule):
             self._validate()
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, sequence score and delta over all trials of all processes."""
+        """Log loss, sequence score and delta over all trials of all processes.
+
+        The weights are chosen by delta, as in the paper; where nothing is searched, by the loss:
+        there paths differ so much that their mean behaviour says little of what is looked at.
+        """
         if self._waiting:
             self._validate()
         found = [row for part in distributed.gather(self._validated) for row in part]
@@ -165,12 +112,13 @@ class OatModule(L.LightningModule):
         rows = np.array(found)
         trials = rows[:, 0]
         means = (rows[:, 1:] * trials[:, None]).sum(axis=0) / trials.sum()
-        mine, theirs = means[2 : 2 + len(BEHAVIOUR)], means[2 + len(BEHAVIOUR) :]
-        used = theirs != 0
-        delta = float((np.abs(mine - theirs)[used] / theirs[used]).mean())
-        self.log("val/loss", float(means[0]))
-        self.log("val/ss", float(means[1]), prog_bar=True)
-        self.log("val/delta", delta, prog_bar=True)
+        loss, alike, searched, *behaviour = means.tolist()
+        mine, theirs = np.array(behaviour).reshape(2, len(BEHAVIOUR))
+        difference, _ = delta(mine, theirs)
+        self.log("val/loss", loss)
+        self.log("val/ss", alike, prog_bar=True)
+        self.log("val/delta", difference, prog_bar=True)
+        self.log("val/criterion", difference if searched else loss)
 
     def predict_step(self, cases: list[Scene], _: int) -> list[OatPrediction]:
         """Scanpaths of scenes; of labelled ones all that their scores need."""
@@ -213,22 +161,37 @@ class OatModule(L.LightningModule):
         return scanpath_loss(logits, batch.wanted, batch.group)
 
     def _validate(self) -> None:
-        """Decode the waiting scenes greedily, and compare them with their viewers."""
-        from heed_gaze.metrics.behaviour import behaviours
-
+        """Decode the waiting scenes, and compare the paths with those of their viewers."""
         scenes, self._waiting = self._waiting, []
         memory = self.memory(scenes)
-        decoded = decode_greedy(self.model, memory, max_len=self.max_len)
-        for number, (scene, path) in enumerate(zip(scenes, decoded, strict=True)):
-            viewers, own = scene.paths, np.array(path.objects)
+        decoded = self._validation_paths(scenes, memory)
+        for number, (scene, paths) in enumerate(zip(scenes, decoded, strict=True)):
+            viewers = scene.paths
             alone = memory.rows(torch.tensor([number], device=self.device))
             chances = torch.cat(self.probabilities(alone, viewers))
-            alike = sequence_score([own] * len(viewers), viewers)
+            alike = [sequence_score([path] * len(viewers), viewers).mean() for path in paths]
             human = behaviours(viewers, [scene.target] * len(viewers)).mean(axis=0)
-            mine = behaviours([own], [scene.target])[0]
+            mine = behaviours(paths, [scene.target] * len(paths)).mean(axis=0)
             loss = float(-chances.clamp(min=1e-12).log().mean())
-            values = (float(len(viewers)), loss, float(np.mean(alike)), *mine, *human)
+            searched = scene.target != NO_TARGET
+            values = (len(viewers), loss, float(np.mean(alike)), searched, *mine, *human)
             self._validated.append(tuple(float(value) for value in values))
+
+    def _validation_paths(self, scenes: Sequence[Scene], memory: Memory) -> list[list[np.ndarray]]:
+        """The greedy path of each scene, as in the paper; in free viewing drawn ones.
+
+        There the likeliest next object is the one that is looked at, so that a greedy path stays.
+        """
+        found = [[path] for path in decode_greedy(self.model, memory, max_len=self.max_len)]
+        free = [number for number, scene in enumerate(scenes) if scene.target == NO_TARGET]
+        if free:
+            drawn = decode_samples(
+                self.model, memory.rows(torch.tensor(free, device=self.device)),
+                max_len=self.max_len, samples=VALIDATION_DRAWS, seed=self.settings.trainer.seed,
+            )  # fmt: skip
+            for number, paths in zip(free, drawn, strict=True):
+                found[number] = paths
+        return [[np.array(path.objects) for path in paths] for paths in found]
 
     def _predict(self, scene: Scene) -> OatPrediction:
         data = self.settings.data
@@ -291,7 +254,7 @@ class OatRecipe(Recipe[OatSettings, Scene, OatPrediction]):
     )
     settings: ClassVar[type[OatSettings]] = OatSettings
     presets: ClassVar[Mapping[str, Callable[[], OatSettings]]] = {"small": small, "paper": paper}
-    monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/delta", "min")
+    monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/criterion", "min")
     changeable: ClassVar[tuple[str, ...]] = (
         "data.on_error",
         "data.grid",
@@ -377,12 +340,20 @@ class OatRecipe(Recipe[OatSettings, Scene, OatPrediction]):
 
     def inputs(self, settings: OatSettings, paths: Sequence[Path]) -> SceneSet:
         """The scenes in files, folders and pictures."""
-        return given_scenes(
+        scenes = given_scenes(
             paths,
             settings.data,
             crop=settings.model.crop,
             table_rows=settings.model.table_rows,
         )
+        if settings.data.decode == "greedy" and any(
+            group[0].target == NO_TARGET for group in scenes.groups
+        ):
+            logger.warning(
+                "without a target the likeliest next object is often the one that is looked at: "
+                "greedy paths stay; draw paths with --data.decode sample, or give --data.target"
+            )
+        return scenes
 
     def model(self, settings: OatSettings) -> Oat:
         """The network."""

@@ -73,13 +73,16 @@ def contenders(
     def contender(name: str, make: Callable[[], nn.Module]) -> Contender:
         return Contender(name=name, build=make, inputs=partial(inputs, grid), loss=Tensor.mean)
 
-    missing = None if importlib.util.find_spec("spconv") else "spconv is not installed"
+    installed = importlib.util.find_spec("spconv") is not None
+    missing = None if installed else "spconv is not installed"
+    if grid.wrap_phi:
+        missing = "its convolutions do not go round a circle"
     peer = contender("spconv, a rulebook per layer", partial(on_spconv, build, settings))
     return [
         *(
             contender(f"heed, {backend}", partial(on_backend, build, backend))
             for backend in get_args(BackendName)
-            if missing is None or backend != "spconv"
+            if installed or backend != "spconv"
         ),
         replace(peer, missing=missing),
     ]
@@ -152,7 +155,7 @@ def stages(
     coords, voxel_of_point, _ = unique_voxels(batch.index, grid.shape)
     features = network.points(batch.points, voxel_of_point, len(coords))
     cache = Recorded()
-    voxels = SparseTensor(features, coords, grid.shape, 1, cache=cache)
+    voxels = SparseTensor(features, coords, grid.shape, 1, cache=cache, circular=grid.circular)
     network.segment(voxels)
     asked = list(dict.fromkeys(cache.asked))
     curb = scan.raw == CURB_RAW
@@ -164,7 +167,7 @@ def stages(
         return found
 
     def rulebooks() -> RulebookCache:
-        fresh = SparseTensor(features, coords, grid.shape, 1).cache
+        fresh = SparseTensor(features, coords, grid.shape, 1, circular=grid.circular).cache
         for kind, level, window in asked:
             getattr(fresh, kind)(level, window)
         return fresh

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from heed_core.errors import InputError
 from heed_lidar.classical import ClassicalConfig, detect_curbs
 from heed_lidar.scans import Scan
-from heed_lidar_cli.prediction import CURB, StreetPrediction, curb_class
+from heed_lidar_cli.prediction import CURB, OTHERS, StreetPrediction, curb_class
 from heed_lidar_cli.scoring import Counts
 from heed_lidar_cli.settings import StreetData, settle
 from heed_lidar_cli.street import LAYOUT, Scans, StreetRecipe, StreetSettings
@@ -24,8 +24,6 @@ from heed_runtime import distributed
 from heed_runtime.errors import UsageError
 from heed_runtime.recipe import Card, Contender, Explanation, Exportable
 from heed_runtime.settings import TrainerSettings
-
-OTHERS = "others"
 
 
 @dataclass(frozen=True, kw_only=True)

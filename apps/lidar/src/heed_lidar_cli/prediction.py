@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int64
 
+from heed_core.errors import InputError
 from heed_lidar.clouds.ply import write_ply
 from heed_lidar.curves import Curb, fit_curbs, revert_dropped
 from heed_lidar.drawing import write_png
@@ -19,7 +20,7 @@ from heed_lidar.scans import Scan, raw_by_row
 from heed_lidar.settings import to_file_frame
 from heed_lidar_cli.settings import NetworkData, Output, StreetData
 
-CURB = "curb"
+CURB, OTHERS = "curb", "others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,29 @@ def finish(
         fit = fit_curbs(scan.cloud.xyz[rows], score[rows], data.curves)
         curbs = fit.curbs
         if data.clean:
-            classes = revert_dropped(first, rows[~fit.kept], scores=probabilities, curb=curb)
+            classes = _reverted(first, rows[~fit.kept], probabilities, curb=curb, data=data)
     return StreetPrediction(
         name=scan.name, scan=scan, classes=classes, first=first, curb_score=score, curbs=curbs
     )
+
+
+def _reverted(
+    first: Int64[np.ndarray, " n"],
+    dropped: Int64[np.ndarray, " m"],
+    probabilities: Float[np.ndarray, "n c"],
+    *,
+    curb: int,
+    data: NetworkData,
+) -> Int64[np.ndarray, " n"]:
+    if data.revert == "second":
+        return revert_dropped(first, dropped, scores=probabilities, curb=curb)
+    names = data.label_map.names
+    if OTHERS not in names:
+        raise InputError(
+            f"the labels {data.labels!r} have no class {OTHERS!r} ({', '.join(names)})",
+            remedy="use --data.revert second",
+        )
+    return revert_dropped(first, dropped, others=names.index(OTHERS))
 
 
 def write_files(prediction: StreetPrediction, out: Path, data: StreetData) -> list[Path]:

@@ -115,7 +115,7 @@ def row_of(
         tolerances: None: those of the settings.
     """
     reach = data.tolerances_m if tolerances is None else tolerances
-    settings = CurbScoring(region="all", tolerances_m=reach)
+    settings = CurbScoring(region="all", tolerances_m=reach, distance=data.distance)
     rows = score_scan(name, xyz, truth, found, data.label_map.names, settings=settings, curbs=curbs)
     return [{"output": output, **row} for row in rows]
 

@@ -19,7 +19,8 @@ OUTPUTS: tuple[Output, ...] = ("label", "ply", "csv", "geojson", "birds-eye", "v
 CHANGEABLE = tuple(
     f"data.{name}"
     for name in (
-        *("layout", "on_error", "labels_folder", "train", "val", "test", "roi", "tolerances_m"),
+        *("layout", "on_error", "labels_folder", "train", "val", "test"),
+        *("roi", "tolerances_m", "distance"),
         *("columns", "intensity_scale", "keep_zeros", "origin", "topic", "xy_transform", "z_shift"),
         *("write", "map_origin"),
     )
@@ -34,6 +35,8 @@ class StreetData(LidarData):
 
     tolerances_m: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2)
     """Distances at which a curb point still counts as found; 0 is the strict score."""
+    distance: Literal["xy", "xyz"] = "xy"
+    """Whether these distances are measured in the plane or in space."""
     write: tuple[Output, ...] = OUTPUTS
     """What predict writes of each scan. label: a class per row of the file; ply: coloured points;
     csv, geojson, osm: curbs as lines; birds-eye, view: pictures from above and in perspective."""
@@ -70,7 +73,14 @@ class NetworkData(StreetData):
 
     curves: CurbFitting = field(default_factory=CurbFitting)
     clean: bool = True
-    """Give curb points that lie on no curve their second most probable class."""
+    """Give another class to curb points that lie on no curve."""
+    revert: Literal["second", "others"] = "second"
+    """Which one. second: their second most probable class; others: the class of that name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.revert != "second" and not self.clean:
+            raise ValueError("revert has no effect without clean")
 
 
 @dataclass(frozen=True, kw_only=True)

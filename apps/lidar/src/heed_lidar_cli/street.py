@@ -324,7 +324,12 @@ class StreetRecipe(Recipe[SettingsT, Scan, StreetPrediction]):
 class NetworkRecipe(StreetRecipe[NetworkSettingsT]):
     """The part of a recipe that networks of cylindrical voxels share."""
 
-    changeable: ClassVar[tuple[str, ...]] = (*CHANGEABLE, "data.curves", "data.clean")
+    changeable: ClassVar[tuple[str, ...]] = (
+        *CHANGEABLE,
+        "data.curves",
+        "data.clean",
+        "data.revert",
+    )
 
     def plan(self, settings: NetworkSettingsT, root: Path) -> NetworkSettingsT:
         """Take the classes from the label map and count them in the training labels."""
@@ -440,7 +445,8 @@ class VoxelProgram(nn.Module):
             voxels: Number of the scan (0), rho, phi and z; each occupied voxel once.
         """
         features = self.network.points(points, voxel_of_point, voxels.shape[0])
-        x = SparseTensor(features, voxels, self.network.grid.shape, 1)
+        grid = self.network.grid
+        x = SparseTensor(features, voxels, grid.shape, 1, circular=grid.circular)
         logits: Tensor = self.network.segment(x).features
         return logits
 

@@ -24,7 +24,7 @@ from heed_medical.bags.checking import check_data
 from heed_medical.bags.data import BagBatch, BagSet, pad_bags, plan_data, thin_out
 from heed_medical.bags.files import read_bag
 from heed_medical.bags.heatmap import find_thumbnail
-from heed_medical.bags.listing import find_bags, find_inputs
+from heed_medical.bags.listing import find_bags, find_inputs, list_bags
 from heed_medical.bags.metrics import (
     bootstrap_intervals,
     classification_scores,
@@ -36,6 +36,7 @@ from heed_medical.bags.metrics import (
 from heed_medical.bags.prediction import BagPrediction, write_prediction
 from heed_medical.bags.sample import write_sample
 from heed_medical.bags.settings import BagData
+from heed_medical.bags.splits import patients_in_two_splits
 from heed_medical.slides.writing import write_features
 from heed_medical_cli.bag_pictures import (
     draw_concentration,
@@ -43,6 +44,7 @@ from heed_medical_cli.bag_pictures import (
     draw_heatmaps,
     draw_roc,
 )
+from heed_medical_cli.leaks import warn_of_leaks
 from heed_runtime import distributed
 from heed_runtime.recipe import (
     Card,
@@ -263,6 +265,7 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
     def plan(self, settings: AcmilSettings, root: Path) -> AcmilSettings:
         """Take classes and channels from the data."""
         data = plan_data(settings.data, root)
+        warn_of_leaks(root, patients_in_two_splits(list_bags(root, data).files))
         assert data.in_dim is not None
         model = replace(settings.model, classes=len(data.classes), in_dim=data.in_dim)
         return replace(settings, model=model, data=data)

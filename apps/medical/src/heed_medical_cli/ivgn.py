@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from heed_core import observe
 from heed_medical.ivgn import Ivgn, IvgnConfig, load_backbone, report_loss
 from heed_medical.pictures.reading import read_grey, resize_grey
-from heed_medical.reports.checking import check_reports
+from heed_medical.reports.checking import check_reports, patients_in_two_splits
 from heed_medical.reports.data import (
     ReportBatch,
     ReportCase,
@@ -38,6 +38,7 @@ from heed_medical.reports.metrics import bleu, cider, rouge_l
 from heed_medical.reports.phantoms import write_studies
 from heed_medical.reports.settings import ReportData
 from heed_medical.reports.words import Vocabulary
+from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.report_pictures import draw_scores, draw_words
 from heed_runtime import distributed
 from heed_runtime.recipe import (
@@ -137,7 +138,7 @@ def small() -> IvgnSettings:
         training=IvgnTraining(
             learning_rate=4e-3, extractor_learning_rate=4e-3, weight_decay=0.0, step=24
         ),
-        trainer=TrainerSettings(max_epochs=30, batch=16, validate_every=5),
+        trainer=TrainerSettings(max_epochs=40, batch=16, validate_every=5),
     )
 
 
@@ -172,7 +173,7 @@ class IvgnPrediction:
     reliance: tuple[float, ...]
     """How much each word relied on the pictures."""
     log_probability: float
-    """Of the whole report, its end included."""
+    """Of the whole report, its end included, less penalties for repetition."""
     references: tuple[str, str] | None
     """Of protocol r2gen and of protocol full; None: there is none."""
 
@@ -282,7 +283,10 @@ class IvgnModule(L.LightningModule):
     def _write(self, cases: list[ReportCase], *, beam: int) -> list[IvgnPrediction]:
         images, views = (x.to(self.device) for x in to_images(cases))
         memory = self.model.encode(images, views)
-        tokens, scores = self.model.write(memory, beam=beam, most=self.settings.data.most_words)
+        data = self.settings.data
+        tokens, scores = self.model.write(
+            memory, beam=beam, most=data.most_words, trigram_penalty=data.trigram_penalty
+        )
         inputs = torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], dim=1)
         reliance = self.model.decode(inputs, memory).reliance.float().tolist()
         found = []
@@ -331,8 +335,8 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
     monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/bleu_4", "max")
     changeable: ClassVar[tuple[str, ...]] = (
         "data.on_error", "data.layout", "data.annotation", "data.images", "data.sections",
-        "data.lone", "data.pictures", "data.beam", "data.protocol", "data.write",
-        "data.truth_findings", "data.found_findings", "data.meteor_jar",
+        "data.lone", "data.pictures", "data.beam", "data.trigram_penalty", "data.protocol",
+        "data.write", "data.truth_findings", "data.found_findings", "data.meteor_jar",
     )  # fmt: skip
 
     def sample(self, out: Path, *, seed: int) -> None:
@@ -347,6 +351,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
     def plan(self, settings: IvgnSettings, root: Path) -> IvgnSettings:
         """Take the layout and the vocabulary from the data."""
         data = plan_reports(settings.data, root)
+        warn_of_leaks(root, patients_in_two_splits(list_studies(root, data).studies))
         model = replace(settings.model, words=len(data.vocabulary))
         return replace(settings, model=model, data=data)
 

@@ -37,9 +37,12 @@ from heed_medical.medusa.inputs import (
 )
 from heed_medical.medusa.phantoms import write_chests
 from heed_medical.pictures.checking import check_pictures
+from heed_medical.pictures.layouts import list_pictures
+from heed_medical.pictures.listers import splits_of_patients
 from heed_medical.pictures.planning import plan_pictures
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical_cli.classification_plots import draw_plots
+from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.medusa_parts import (
     PictureModule,
     PictureRecipe,
@@ -257,6 +260,7 @@ class MedusaRecipe(PictureRecipe[MedusaSettings, MedusaPrediction]):
     def plan(self, settings: MedusaSettings, root: Path) -> MedusaSettings:
         """Take the layout and the classes from the data."""
         data = plan_pictures(settings.data, root)
+        warn_of_leaks(root, splits_of_patients(list_pictures(root, data).pictures))
         weights = settings.training.class_weights
         if weights and len(weights) != len(data.classes):
             raise InputError(

@@ -38,10 +38,14 @@ from heed_medical.more.studies import (
     find_inputs,
     find_studies,
     introduced,
+    list_studies,
     plan_studies,
+    subject_names,
+    subjects_in_two_splits,
 )
 from heed_medical.more.text import folder_config
 from heed_medical.more.weights import load_official
+from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.more_parts import (
     Embedder,
     Embedders,
@@ -92,6 +96,8 @@ class MoreTraining(TowerTraining):
     same_is_negative: bool = False
     """Whether studies of the same subject or with the same report are wrong answers for each other,
     as in the released code."""
+    one_per_subject: bool = True
+    """Whether a batch holds one study of a subject at most; not so in the released code."""
     weights: Path | None = None
     """A checkpoint of the released code to start from."""
     text_folder: Path | None = None
@@ -368,6 +374,7 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
     def plan(self, settings: MoreSettings, root: Path) -> MoreSettings:
         """Take modalities and findings from the data, the text tower's sizes from its folder."""
         data = plan_studies(settings.data, root)
+        warn_of_leaks(root, subjects_in_two_splits(list_studies(root, data).studies))
         model = replace(settings.model, modalities=data.modalities)
         if settings.training.text_folder is not None:
             text = folder_config(settings.training.text_folder, model.text)
@@ -376,13 +383,20 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
 
     def train_data(self, settings: MoreSettings, root: Path) -> StudySet:
         """The training studies."""
-        files = find_studies(root, settings.data, "train")
         wanted = set(settings.model.modalities)
-        return StudySet(
-            [file for file in files if len(wanted & set(file.modalities)) > 1],
-            settings.data,
-            settings.model,
-        )
+        files = [
+            file
+            for file in find_studies(root, settings.data, "train")
+            if len(wanted & set(file.modalities)) > 1
+        ]
+        apart = subject_names(files) if settings.training.one_per_subject else []
+        if len(set(apart)) == 1:
+            raise InputError(
+                "has training studies of one subject alone, and a batch holds one of a subject",
+                path=root,
+                remedy="--training.no-one-per-subject",
+            )
+        return StudySet(files, settings.data, settings.model, apart)
 
     def augment(
         self, settings: MoreSettings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,17 @@ def embed(
     if not found.results:
         raise InputError("none of the studies can be read", remedy="see the lines above")
     return found.results, found.skipped
+
+
+def refuse_existing(files: Iterable[Path | None], *, overwrite: bool) -> None:
+    """Do not write over files that are there, unless that is wanted.
+
+    Raises:
+        InputError: One is there.
+    """
+    for path in files:
+        if path is not None and path.exists() and not overwrite:
+            raise InputError("is there already", path=path, remedy="add --overwrite to replace it")
 
 
 def skipped_table(lines: Sequence[str]) -> list[Table]:

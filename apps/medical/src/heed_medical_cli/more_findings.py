@@ -28,9 +28,12 @@ from heed_medical.more.studies import (
     StudySet,
     find_inputs,
     find_studies,
+    list_studies,
+    subjects_in_two_splits,
 )
 from heed_medical_cli.findings_recipe import FindingBatch, FindingsModule, FindingsRecipe
 from heed_medical_cli.findings_report import named
+from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.more import LAYOUT, MoreSettings
 from heed_medical_cli.more import RECIPE as PRETRAINING
 from heed_medical_cli.more_parts import (
@@ -216,6 +219,7 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
             before = pretrained(settings.training.start_from)
             model = replace(model, more=before.model)
             data = replace(data, equalise=before.data.equalise, ecg_part=before.data.ecg_part)
+        warn_of_leaks(root, subjects_in_two_splits(list_studies(root, data).studies))
         train = find_studies(root, data, "train")
         there = {name for study in train for name in study.modalities}
         inputs = tuple(name for name in model.inputs if name in there)

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from heed_medical.msga import Msga, MsgaConfig, load_backbone, load_official, msga_loss
 from heed_medical.segmentation.augmentation import SliceAugmentation, augment
 from heed_medical.segmentation.cases import SegmentationCase
-from heed_medical.segmentation.layouts import find_cases
+from heed_medical.segmentation.layouts import find_cases, list_cases
 from heed_medical.segmentation.phantoms import write_sample
 from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import SegmentationPrediction, predict_volume
 from heed_medical.segmentation.settings import SegmentationData
 from heed_medical.segmentation.slices import SliceData, SliceSample
+from heed_medical.segmentation.splits import patients_in_two_splits
 from heed_medical_cli.attention_maps import attention_maps
+from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.pictures import draw_attention
 from heed_medical_cli.segmentation_recipe import SegmentationRecipe, mean_dice
 from heed_runtime.recipe import Card, Contender, Explanation, Exportable
@@ -180,7 +182,7 @@ class MsgaRecipe(SegmentationRecipe[MsgaSettings]):
         paper="Sinha & Dolz, IEEE JBHI 2020, arXiv 1906.02849",
         layout=LAYOUT,
         verified="equal to the official network on fixed weights; 103,556,063 parameters",
-        trained="hippocampus MR (MSD): Dice 0.80 on 20 test volumes, preset small, 4 epochs",
+        trained="hippocampus MR (MSD): Dice 0.81 on 20 test volumes, preset small, 5 epochs",
         reproduced="none: the paper's CHAOS test labels are not public",
         notice="research use only: not a medical device",
     )
@@ -195,6 +197,7 @@ class MsgaRecipe(SegmentationRecipe[MsgaSettings]):
     def plan(self, settings: MsgaSettings, root: Path) -> MsgaSettings:
         """Take classes, channels, slicing direction and slice size from the data."""
         data = plan_data(settings.data, root)
+        warn_of_leaks(root, patients_in_two_splits(list_cases(root, data).cases))
         channels = data.input_channels or settings.model.in_channels
         zoom = settings.model.zoom
         if zoom is None:

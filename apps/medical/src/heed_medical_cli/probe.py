@@ -19,7 +19,7 @@ from heed_medical.classification.findings import Findings, summarise_findings
 from heed_medical.classification.metrics import Summary
 from heed_medical.more.prediction import StudyPrediction
 from heed_medical.more.probes import LinearProbe, choose_probe
-from heed_medical_cli.more_embeddings import embed, open_more, skipped_table
+from heed_medical_cli.more_embeddings import embed, open_more, refuse_existing, skipped_table
 from heed_runtime.errors import UsageError
 from heed_runtime.files import atomic_write, write_csv
 from heed_runtime.options import Flag, OptionalPath
@@ -55,8 +55,8 @@ class Options(UseOptions):
     def __post_init__(self) -> None:
         if not self.embed or len(set(self.embed)) < len(self.embed):
             raise ValueError(f"embed must be one or more different modalities, got {self.embed}")
-        if not self.penalties or min(self.penalties) < 0:
-            raise ValueError(f"penalties must be one or more numbers, got {self.penalties}")
+        if not self.penalties or not all(0 <= p < float("inf") for p in self.penalties):
+            raise ValueError(f"penalties must be numbers of at least 0, got {self.penalties}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,9 @@ def run(app: App, options: Options, settings: Any) -> Result:
         InputError: A split or a finding is missing.
         UsageError: The model does not have a modality.
     """
-    if options.out is not None and options.out.exists() and not options.overwrite:
-        raise InputError("is there already", path=options.out, remedy="add --overwrite")
+    out = options.out
+    beside = None if out is None else out.with_suffix(".npz")
+    refuse_existing([out, beside], overwrite=options.overwrite)
     trained = open_more(app, options, settings)
     if lacking := set(options.embed) - set(trained.settings.model.modalities):
         raise UsageError(f"{options.run} has no tower of {', '.join(sorted(lacking))}")

@@ -21,7 +21,13 @@ from heed_medical.more.network import MODALITIES, More
 from heed_medical.more.prediction import StudyPrediction
 from heed_medical.more.retrieval import EmbeddingIndex, index_of
 from heed_medical.more.studies import introduced
-from heed_medical_cli.more_embeddings import embed, is_index, open_more, skipped_table
+from heed_medical_cli.more_embeddings import (
+    embed,
+    is_index,
+    open_more,
+    refuse_existing,
+    skipped_table,
+)
 from heed_runtime import engine
 from heed_runtime.files import atomic_write, write_csv
 from heed_runtime.options import Flag, OptionalPath
@@ -72,9 +78,7 @@ def run(app: App, options: Options, settings: Any) -> Result:
     Raises:
         InputError: Something cannot be read, or the index is of another model.
     """
-    for path in (options.save_index, options.out):
-        if path is not None and path.exists() and not options.overwrite:
-            raise InputError("is there already", path=path, remedy="add --overwrite to replace it")
+    refuse_existing([options.save_index, options.out], overwrite=options.overwrite)
     trained = open_more(app, options, settings)
     index, skipped = _index(trained, options)
     rows: list[Row] = []

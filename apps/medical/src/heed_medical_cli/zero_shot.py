@@ -19,7 +19,7 @@ from heed_medical.more.prediction import (
     score_row,
     zero_shot_rows,
 )
-from heed_medical_cli.more_embeddings import embed, open_more, skipped_table
+from heed_medical_cli.more_embeddings import embed, open_more, refuse_existing, skipped_table
 from heed_runtime.files import write_csv
 from heed_runtime.options import Flag, OptionalPath
 from heed_runtime.recipe import Row, Table
@@ -42,6 +42,8 @@ class Options(UseOptions):
     """Each study counts for its first finding alone, as in the released script."""
     out: OptionalPath = None
     """Also write labels and cosines of each study to this csv."""
+    overwrite: Flag = False
+    """Replace this file."""
 
 
 def run(app: App, options: Options, settings: Any) -> Result:
@@ -50,6 +52,7 @@ def run(app: App, options: Options, settings: Any) -> Result:
     Raises:
         InputError: There is no study with a finding, or no text tower.
     """
+    refuse_existing([options.out], overwrite=options.overwrite)
     trained = open_more(app, options, settings)
     if "text" not in trained.settings.model.modalities:
         raise InputError("has no text tower to ask with", path=trained.run.path)

@@ -13,8 +13,8 @@ the features is that of published weights.
 
 Polar coordinates are computed in the precision of `xyz` (published arrays are float32, which moves
 two of 100,000 points to the next cell), everything behind them in float64, and the features are
-rounded to float32 at the end. phi = -pi and phi = pi are not neighbours, as
-sparse convolutions do not wrap around.
+rounded to float32 at the end. phi = -pi and phi = pi are not neighbours, as published, unless the
+grid is told to wrap: then `shape` cells fill the circle and convolutions go round it.
 """
 
 import math
@@ -29,6 +29,7 @@ from torch import Tensor
 
 OutOfRange = Literal["clip", "drop"]
 POINT_FEATURES = 9
+_FURTHEST_M = 1e6  # what lies beyond is no measurement, and would not be finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class CylindricalGrid:
     out_of_range: OutOfRange = "clip"
     """What happens to points outside: clip moves them to the nearest border cell, as published;
     drop leaves them without a class."""
+    wrap_phi: bool = False
+    """Let the last cells along phi be neighbours of the first. Published weights know no such
+    neighbours."""
 
     def __post_init__(self) -> None:
         """Refuse what has no cells, naming the setting."""
@@ -54,12 +58,22 @@ class CylindricalGrid:
         if self.out_of_range not in get_args(OutOfRange):
             allowed = " or ".join(get_args(OutOfRange))
             raise ValueError(f"out_of_range must be {allowed}, got {self.out_of_range!r}")
+        turn = self.high[1] - self.low[1]
+        if self.wrap_phi and not math.isclose(turn, 2 * math.pi, abs_tol=1e-6):
+            raise ValueError(f"wrap_phi needs phi to span 2 pi, got {turn:.6g}")
 
     @property
     def cell(self) -> Float64[np.ndarray, "3"]:
         """Size of a cell in metres, radians and metres."""
-        size: np.ndarray = np.subtract(self.high, self.low) / np.subtract(self.shape, 1)
+        rho, phi, z = self.shape
+        steps = (rho - 1, phi if self.wrap_phi else phi - 1, z - 1)
+        size: np.ndarray = np.subtract(self.high, self.low) / steps
         return size
+
+    @property
+    def circular(self) -> tuple[int, ...]:
+        """The axes of the cells that are circles, as `SparseTensor` takes them."""
+        return (1,) if self.wrap_phi else ()
 
     def inside(self, xyz: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, " n"]:
         """Which points lie within the bounds, bounds included."""
@@ -101,8 +115,11 @@ def voxelise(
         xyz = xyz[inside]
         intensity = None if intensity is None else intensity[inside]
     low, high, cell = np.asarray(grid.low), np.asarray(grid.high), grid.cell
+    xyz = np.clip(xyz, -_FURTHEST_M, _FURTHEST_M)
     polar = to_polar(xyz).astype(np.float64, copy=False)
     index = np.floor((np.clip(polar, low, high) - low) / cell)
+    if grid.wrap_phi:  # phi = pi is the end of the last cell
+        index[:, 1] = np.minimum(index[:, 1], grid.shape[1] - 1)
     features = np.zeros((len(xyz), POINT_FEATURES), np.float32)
     features[:, :3] = polar - ((index + 0.5) * cell + low)
     features[:, 3:6] = polar

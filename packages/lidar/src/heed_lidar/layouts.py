@@ -199,7 +199,8 @@ def find_scans(root: Path, data: LidarData, split: str) -> list[ScanFile]:
         split: train, val or test.
 
     Raises:
-        InputError: As `list_scans`; a scan without its labels; no labelled scan in this split.
+        InputError: As `list_scans`; another name of a split; a scan without its labels; no labelled
+            scan in this split.
     """
     return find_split(root, data, split)[0]
 
@@ -207,7 +208,7 @@ def find_scans(root: Path, data: LidarData, split: str) -> list[ScanFile]:
 def find_split(root: Path, data: LidarData, split: str) -> tuple[list[ScanFile], tuple[str, ...]]:
     """As `find_scans`, and a line for each scan that was left out because it has no labels."""
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise InputError(f"has no split {split!r}", path=root, remedy=f"use {', '.join(SPLITS)}")
     listing = list_scans(root, data)
     problems = listing.problems_of(split)
     if problems and data.on_error == "stop":

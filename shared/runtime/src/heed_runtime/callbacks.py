@@ -344,6 +344,38 @@ class Keeper(L.Callback):
                 self.run.save_model(module.model)  # type: ignore[arg-type]
 
 
+class Pace(L.Callback):
+    """How long the training steps took, with the loading and saving between them.
+
+    Validation does not count.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count."""
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count a step and the loading of its batch."""
+        now = time.monotonic()
+        self.seconds += now - self._since
+        self._since = now
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew behind a validation within an epoch."""
+        self._since = time.monotonic()
+
+
 class Bar(L.Callback):
     """Tells the terminal how far the training is."""
 

@@ -12,6 +12,7 @@ import functools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from heed_core.errors import InputError
 from heed_runtime import distributed
-from heed_runtime.errors import UsageError
+from heed_runtime.draws import Batches, Draw, Draws, global_batch
 
 if TYPE_CHECKING:
     from heed_runtime.recipe import Recipe, SizedData
@@ -32,20 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OnError = Literal["stop", "skip"]
-_ORDER, _SAMPLE = 0, 1  # spawn keys: order and augmentation draw from unrelated streams
-
-
-class Draw(NamedTuple):
-    """One training sample to be made: which, and the stream of its random numbers."""
-
-    item: int
-    seed: int
-    epoch: int
-
-    def generator(self) -> np.random.Generator:
-        """The random numbers of this sample in this epoch."""
-        key = (_SAMPLE, self.epoch, self.item)
-        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
 
 
 class Fault(NamedTuple):
@@ -95,62 +82,6 @@ class Skipped:
         """Note what a data set left out by itself when it was made."""
         lines: Sequence[str] = getattr(data, "skipped", ())
         self.meet([Fault(number - len(lines), line) for number, line in enumerate(lines)])
-
-
-class Draws(Sampler[Draw]):
-    """The draws of one process in one epoch; at a step all processes together draw one batch.
-
-    Args:
-        size: Samples in the data set.
-        batch: Samples per step over all processes.
-        seed: With the epoch, gives the order.
-        rank: This process.
-        world: Processes.
-    """
-
-    def __init__(self, size: int, *, batch: int, seed: int, rank: int, world: int) -> None:
-        self.size, self.batch, self.seed, self.rank, self.world = size, batch, seed, rank, world
-        self.epoch, self.first_step = 0, 0
-
-    @property
-    def steps(self) -> int:
-        """Whole batches in an epoch; the samples left over differ from epoch to epoch."""
-        return self.size // self.batch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Go to an epoch, counted from 0."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.steps * (self.batch // self.world)
-
-    def __iter__(self) -> Iterator[Draw]:
-        key = (_ORDER, self.epoch)
-        rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-        order = rng.permutation(self.size)
-        share = self.batch // self.world
-        for step in range(self.first_step, self.steps):
-            start = step * self.batch + self.rank * share
-            for index in order[start : start + share]:
-                yield Draw(int(index), self.seed, self.epoch)
-
-
-class _Batches(Sampler[list[Draw]]):
-    """Groups draws into the batches of one process."""
-
-    def __init__(self, draws: Draws) -> None:
-        self.draws = draws
-
-    def __len__(self) -> int:
-        return self.draws.steps - self.draws.first_step
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        share, batch = self.draws.batch // self.draws.world, []
-        for draw in self.draws:
-            batch.append(draw)
-            if len(batch) == share:
-                yield batch
-                batch = []
 
 
 class _Samples(Dataset[Loaded]):
@@ -218,6 +149,8 @@ class TrainLoader:
 
     def __init__(self, loader: DataLoader[Loaded], draws: Draws, skipped: Skipped) -> None:
         self.sampler, self.skipped = draws, skipped
+        self.waited_s = 0.0
+        """How long the training has waited for batches."""
         self._loader, self._start, self._given = loader, 0, 0
 
     def __len__(self) -> int:
@@ -227,7 +160,14 @@ class TrainLoader:
         # A generator: the epoch is set after `iter` and before the first batch is asked for.
         start, self._start = self._start, 0
         self.sampler.first_step, self._given = start, start
-        for batch, faults in self._loader:
+        batches = iter(self._loader)
+        while True:
+            asked = time.monotonic()
+            loaded = next(batches, None)
+            self.waited_s += time.monotonic() - asked
+            if loaded is None:
+                return
+            batch, faults = loaded
             self._agree(faults)
             if batch is None:
                 raise InputError(
@@ -346,33 +286,6 @@ def shard(size: int, *, rank: int, world: int) -> range:
     return range(rank, size, world)
 
 
-def global_batch(size: int, *, batch: int, world: int) -> int:
-    """The batch that a data set of `size` samples can fill, shared evenly by the processes.
-
-    Raises:
-        InputError: There are fewer samples than processes.
-        UsageError: The processes cannot share the batch evenly.
-    """
-    if batch % world:
-        raise UsageError(f"batch must be a multiple of the {world} processes, got {batch}")
-    if size >= batch:
-        return batch
-    if size < world:
-        raise InputError(
-            f"{size} training samples cannot be shared by {world} processes",
-            remedy="add data or use fewer processes",
-        )
-    smaller = size // world * world
-    if distributed.rank() == 0:
-        logger.warning(
-            "the data set has %d training samples, fewer than batch=%d: the batch is %d",
-            size,
-            batch,
-            smaller,
-        )
-    return smaller
-
-
 class Data(L.LightningDataModule):
     """The training samples and validation cases of a recipe, or the cases of a prediction.
 
@@ -398,6 +311,7 @@ class Data(L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         on_error: OnError = settings.data.on_error
         self.skipped = {name: Skipped(on_error) for name in ("train", "val", "predict")}
+        self.pass_over_training: TrainLoader | None = None
         self.pass_over_cases: CaseLoader | None = None
 
     def train_dataloader(self) -> TrainLoader:
@@ -408,23 +322,30 @@ class Data(L.LightningDataModule):
         world = distributed.world()
         if len(data) == 0:
             raise InputError("holds no training samples", path=self.root)
+        apart: Sequence[str] = getattr(data, "apart", ())
+        if apart:
+            most, what = len(set(apart)), "groups of training samples that share no batch"
+        else:
+            most, what = len(data), "training samples"
         draws = Draws(
             len(data),
-            batch=global_batch(len(data), batch=trainer.batch, world=world),
+            batch=global_batch(most, batch=trainer.batch, world=world, what=what),
             seed=trainer.seed,
             rank=distributed.rank() if world > 1 else 0,
             world=world,
+            apart=apart,
         )
         skipped = self.skipped["train"]
         skipped.take_over(data)
         samples = _Samples(data, self.recipe.augment(self.config), skipped.on_error)
         loader = DataLoader(
             samples,
-            batch_sampler=_Batches(draws),
+            batch_sampler=Batches(draws),
             collate_fn=_Collate(self.recipe.collate),
             **self._loading(),
         )
-        return TrainLoader(loader, draws, skipped)
+        self.pass_over_training = TrainLoader(loader, draws, skipped)
+        return self.pass_over_training
 
     def val_dataloader(self) -> CaseLoader:
         """Each validation case once, shared by the processes."""

@@ -33,6 +33,7 @@ from heed_runtime.callbacks import (
     Bar,
     Interrupted,
     Keeper,
+    Pace,
     Reseed,
     Signals,
     model_weights,
@@ -61,6 +62,11 @@ class Fitted:
     """The row of the weights that were kept."""
     epochs: int
     steps: int
+    seconds: float
+    """That the steps of this call took in this process, with loading and without validation."""
+    waiting: float | None
+    """The share of it that was spent waiting for data; on a GPU, which works on meanwhile, the
+    most that it can have cost. None: there was no step."""
     skipped: Mapping[str, Sequence[str]]
     """Part of the data -> what was skipped there."""
 
@@ -105,7 +111,7 @@ def fit(
     module = recipe.module(run.settings, model)
     data = Data(recipe, run.settings, root=root)
     signals = Signals(at_once=False)
-    keeper = Keeper(recipe, run, signals)
+    keeper, pace = Keeper(recipe, run, signals), Pace()
     resume = _resumable(keeper.last)
     with _silence(), signals.caught(), distributed.first_speaks():
         try:
@@ -113,7 +119,7 @@ def fit(
                 trainer = build_trainer(
                     settings,
                     folder=run.path,
-                    callbacks=[Reseed(settings.seed), keeper, Bar(progress, settings)],
+                    callbacks=[Reseed(settings.seed), keeper, Bar(progress, settings), pace],
                 )
                 trainer.fit(module, datamodule=data, ckpt_path=keeper.last if resume else None)
                 row = _close(trainer, module, data, keeper)
@@ -123,8 +129,14 @@ def fit(
                 raise SystemExit(0) from None
             raise KeyboardInterrupt from None
     skipped = _gathered({name: part.faults for name, part in data.skipped.items() if part.faults})
+    loader = data.pass_over_training
     return Fitted(
-        metrics=row, epochs=trainer.current_epoch, steps=trainer.global_step, skipped=skipped
+        metrics=row,
+        epochs=trainer.current_epoch,
+        steps=trainer.global_step,
+        seconds=pace.seconds,
+        waiting=loader.waited_s / pace.seconds if loader and pace.seconds else None,
+        skipped=skipped,
     )
 
 

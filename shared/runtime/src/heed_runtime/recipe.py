@@ -168,7 +168,8 @@ class SizedData(Protocol):
     A data set that reads its files when it is made may have an attribute `skipped`: a line for each
     one that it left out because the user chose `on_error="skip"`. One of small cases may have
     `read_ahead`: how many to read while one is predicted. One that knows the names of its cases
-    before it reads them may have `names`, in order: then `predict --resume` reads none twice.
+    before it reads them may have `names`, in order: then `predict --resume` reads none twice. One
+    of training samples may have `apart`, a name for each: no batch holds two of the same name.
     """
 
     def __len__(self) -> int: ...

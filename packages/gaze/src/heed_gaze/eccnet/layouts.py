@@ -6,6 +6,7 @@
     gt_mask.npy             in or above TASK: candidate cells (m, h, w), 0 or 255; may be absent
     TASK/trials.csv         trial, set_size; absent: blocks of equal length, where the task is one
                             of the six experiments
+    TASK/viewers.csv        people's scanpaths (also .json, .mat, a folder); may be absent
 
 A task is any folder with `stimuli` and `target`. The six experiments of the paper and its three
 natural sets are known by their names and searched by their own rules.
@@ -34,6 +35,8 @@ from heed_gaze.eccnet.experiments import (
     make_displays,
 )
 from heed_gaze.eccnet.search import Scene, SearchConfig
+from heed_gaze.eccnet.viewers import find_viewers, viewers_of
+from heed_gaze.scanpaths import Scanpath
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SCENES, TARGETS, TRUTHS, CELLS, TRIALS = "stimuli", "target", "gt", "gt_mask.npy", "trials.csv"
@@ -49,6 +52,8 @@ class NaturalSet:
     """Side that targets are brought to."""
     inhibition: int
     max_fixations: int
+    scanmatch: tuple[float, float, float]
+    """Published: of people among each other, of eccNET and of IVSN with people."""
 
     @property
     def rules(self) -> SearchConfig:
@@ -60,9 +65,15 @@ class NaturalSet:
 
 
 NATURAL = {
-    "waldo": NaturalSet(size=(736, 896), target=32, inhibition=64, max_fixations=81),
-    "naturaldesign": NaturalSet(size=(736, 896), target=32, inhibition=64, max_fixations=66),
-    "objectarray": NaturalSet(size=(544, 544), target=64, inhibition=45, max_fixations=7),
+    "waldo": NaturalSet(
+        size=(736, 896), target=32, inhibition=64, max_fixations=81, scanmatch=(0.352, 0.313, 0.287)
+    ),
+    "naturaldesign": NaturalSet(
+        size=(736, 896), target=32, inhibition=64, max_fixations=66, scanmatch=(0.395, 0.311, 0.313)
+    ),
+    "objectarray": NaturalSet(
+        size=(544, 544), target=64, inhibition=45, max_fixations=7, scanmatch=(0.441, 0.412, 0.404)
+    ),
 }
 """The paper's natural sets, by the name of their folder in small letters. The array has six places
 around the middle; the grey of the surround is our choice."""
@@ -80,6 +91,10 @@ class TrialFile:
     truth: Path | None
     cells: Path | None
     set_size: int | None
+    viewers: Path | None = None
+    """Scanpaths of people who searched the pictures of the task."""
+    pictures: tuple[str, ...] = ()
+    """Stems of all pictures of the task."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,6 +107,8 @@ class Trial:
     rules: SearchConfig
     set_size: int | None
     path: Path
+    viewers: tuple[Scanpath, ...] = ()
+    """People who searched it, in pixels of the scene."""
 
 
 def find_tasks(root: Path) -> list[Path]:
@@ -133,6 +150,7 @@ def _trials_of(folder: Path, task: str) -> Iterator[TrialFile]:
     cells = next(
         (p / CELLS for p in (folder, *list(folder.parents)[:2]) if (p / CELLS).is_file()), None
     )
+    viewers, stems = find_viewers(folder), tuple(scenes)
     for stem, path in scenes.items():
         if stem not in targets:
             raise InputError(
@@ -148,6 +166,8 @@ def _trials_of(folder: Path, task: str) -> Iterator[TrialFile]:
             truth=truths.get(stem),
             cells=cells,
             set_size=sizes.get(stem),
+            viewers=viewers,
+            pictures=stems,
         )
 
 
@@ -248,6 +268,9 @@ def read_trial(file: TrialFile, *, background: int | None = None) -> Trial:
         count = 37 if cells is None else len(cells) + 1
         rules = SearchConfig(max_fixations=count, background=grey)
     scene = Scene(name=str(file.scene), image=image, target=target, truth=truth, cells=cells)
+    viewers: tuple[Scanpath, ...] = ()
+    if file.viewers is not None:
+        viewers = viewers_of(file.viewers, file.scene, size=scene.size, others=file.pictures)
     return Trial(
         name=file.name,
         task=file.task,
@@ -255,6 +278,7 @@ def read_trial(file: TrialFile, *, background: int | None = None) -> Trial:
         rules=rules,
         set_size=file.set_size,
         path=file.scene,
+        viewers=viewers,
     )
 
 

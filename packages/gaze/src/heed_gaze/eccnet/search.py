@@ -12,7 +12,7 @@ maximum; here places that are not allowed cannot win even where all allowed ones
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -303,11 +303,39 @@ class _State:
             self.found_at = len(self.fixations) - 1
 
     def _square(self) -> tuple[slice, slice]:
-        side = self.config.inhibition
-        rows, columns = (
-            slice(max(at - side // 2, 0), at - side // 2 + side) for at in self.fixation
-        )
-        return rows, columns
+        return _square(self.fixation, self.config.inhibition)
+
+
+def first_found(
+    scene: Scene, fixations: Int64[np.ndarray, "n 2"], config: SearchConfig
+) -> int | None:
+    """Index of the first of anybody's fixations that finds the target; None: there is none.
+
+    Args:
+        scene: With the target's place, else nothing is found.
+        fixations: Rows and columns, also off the picture.
+        config: Its `inhibition` is the side of the square that is looked at.
+    """
+    if scene.truth is None:
+        return None
+    for number, (row, column) in enumerate(fixations.tolist()):
+        if scene.truth[_square((row, column), config.inhibition)].any():
+            return number
+    return None
+
+
+def square_around(at: int | Int64[np.ndarray, " n"], side: int) -> tuple[Any, Any]:
+    """First and one past the last pixel along an axis of the square around a fixation."""
+    first = at - side // 2
+    return first, first + side
+
+
+def _square(fixation: tuple[int, int], side: int) -> tuple[slice, slice]:
+    rows, columns = (
+        slice(max(first, 0), max(last, 0))
+        for first, last in (square_around(at, side) for at in fixation)
+    )
+    return rows, columns
 
 
 def _reach(size: tuple[int, int], fixation: tuple[int, int]) -> Bool[np.ndarray, "h w"]:

@@ -349,7 +349,9 @@ class CylindricalNetwork(nn.Module):
             batch_size = int(index[:, 0].max()) + 1 if len(index) else 1
         coords, voxel_of_point, _ = unique_voxels(index, self.grid.shape)
         features = self.points(points, voxel_of_point, coords.shape[0])
-        voxels = SparseTensor(features, coords, self.grid.shape, batch_size)
+        voxels = SparseTensor(
+            features, coords, self.grid.shape, batch_size, circular=self.grid.circular
+        )
         return VoxelLogits(
             logits=self.segment(voxels).features,
             coords=voxels.coords,

@@ -36,6 +36,11 @@ def check_data(data: BagData, root: Path) -> DataCheck:
         return DataCheck(counts=(), problems=(str(error),), warnings=())
     problems, warnings = list(listing.problems), list(listing.warnings)
     if not data.classes:
+        trained = {file.label for file in listing.files if file.split == "train"}
+        problems += [
+            f"{root}: no bag with the label {label} is in the training split"
+            for label in sorted({str(f.label) for f in listing.files if f.label not in trained})
+        ]
         data = replace(data, classes=tuple(sorted({str(f.label) for f in listing.files})))
     bags = BagSet(listing.files, replace(data, cache_mb=0))
     sizes: dict[str, int] = {}

@@ -105,7 +105,7 @@ def plan_data(data: BagData, root: Path) -> BagData:
     """Settle classes, channels and scaling from the data.
 
     Raises:
-        InputError: There are no bags, or only one class.
+        InputError: There are no bags, only one class, or a class without a training bag.
     """
     if not data.classes:
         labels = {str(file.label) for file in list_bags(root, data).files}
@@ -117,7 +117,16 @@ def plan_data(data: BagData, root: Path) -> BagData:
             )
         numbers = all(label.isdigit() for label in labels)
         data = replace(data, classes=tuple(sorted(labels, key=int if numbers else str)))
-    train = BagSet(find_bags(root, data, "train"), replace(data, cache_mb=0))
+    files = find_bags(root, data, "train")
+    trained = {class_of(file, data) for file in files}
+    if absent := [n for k, n in enumerate(data.class_names) if k not in trained]:
+        known = sorted({str(file.label) for file in files})
+        raise InputError(
+            f"has no training bag of the class {absent[0]}",
+            path=root,
+            remedy=f"the training bags have the labels {', '.join(known[:12])}",
+        )
+    train = BagSet(files, replace(data, cache_mb=0))
     if data.in_dim is None:
         data = replace(data, in_dim=_first(train).features.shape[1])
     if data.standardise and not data.feature_mean:

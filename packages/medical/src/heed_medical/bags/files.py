@@ -174,8 +174,9 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
 
 def _read_numpy(path: Path) -> Mapping[str, Any]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        return dict(loaded) if path.suffix.lower() == ".npz" else {"features": loaded}
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return dict(loaded) if path.suffix.lower() == ".npz" else {"features": loaded}
     except Exception as error:  # a zip or numpy fault of any kind
         reason = str(error).partition("\n")[0][:120]
         raise InputError(f"cannot be read ({reason})", path=path, remedy=_READ_AGAIN) from None

@@ -20,7 +20,7 @@ class Decoded(NamedTuple):
     tokens: Int64[Tensor, "b t"]
     """Filled with `end` behind its end."""
     scores: Float[Tensor, " b"]
-    """Sum of the log-probabilities of its tokens, its end included."""
+    """Sum of the log-probabilities of its tokens, its end included, less penalties."""
 
 
 @torch.no_grad()
@@ -31,6 +31,7 @@ def beam_search(
     beam: int,
     most: int,
     end: int = 0,
+    trigram_penalty: float = 0.0,
     device: torch.device | str | None = None,
 ) -> Decoded:
     """The most probable sequence that a beam finds.
@@ -46,6 +47,8 @@ def beam_search(
         beam: Beams per sample.
         most: Tokens at most.
         end: The token that begins and ends a sequence.
+        trigram_penalty: Taken off the log-probability of a word for each time that it has already
+            followed the same two words. R2Gen takes 2 ln 2 in greedy decoding, nothing with beams.
         device: Where the rows are.
 
     Example:
@@ -56,6 +59,8 @@ def beam_search(
     for name, count in (("batch", batch), ("beam", beam), ("most", most)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+    if trigram_penalty < 0:
+        raise ValueError(f"trigram_penalty must not be negative, got {trigram_penalty}")
     first = torch.arange(batch, device=device)[:, None] * beam
     last = torch.full((batch * beam,), end, device=device)
     parents = torch.arange(batch * beam, device=device)
@@ -67,7 +72,10 @@ def beam_search(
     for place in range(most):
         chances = step(last, parents).double()
         width = chances.shape[1]
-        total = (sums[:, :, None] + chances.view(batch, beam, width)).flatten(1)
+        scores = sums[:, :, None] + chances.view(batch, beam, width)
+        if trigram_penalty and place > 2:
+            scores = scores - trigram_penalty * count_repeats(tokens[:, :, :place], width)
+        total = scores.flatten(1)
         ranked = total.sort(dim=1, descending=True, stable=True)
         sums, chosen = ranked.values[:, :beam], ranked.indices[:, :beam]
         origin, word = chosen // width, chosen % width
@@ -84,3 +92,15 @@ def beam_search(
             break
         parents, last = (first + origin).flatten(), word.flatten()
     return Decoded(best, record)
+
+
+def count_repeats(tokens: Int64[Tensor, "b k t"], words: int) -> Float[Tensor, "b k words"]:
+    """How often each word has followed a row's last two tokens within the row.
+
+    Example:
+        >>> count_repeats(torch.tensor([[[1, 2, 3, 1, 2]]]), 4)
+        tensor([[[0., 0., 0., 1.]]], dtype=torch.float64)
+    """
+    same = (tokens[..., :-2] == tokens[..., -2:-1]) & (tokens[..., 1:-1] == tokens[..., -1:])
+    counts = torch.zeros(*tokens.shape[:2], words, dtype=torch.float64, device=tokens.device)
+    return counts.scatter_add_(2, tokens[..., 2:], same.double())

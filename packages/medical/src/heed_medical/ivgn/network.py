@@ -217,6 +217,7 @@ class Ivgn(nn.Module):
         *,
         beam: int = 3,
         most: int = 60,
+        trigram_penalty: float = 0.0,
         use_cache: bool = True,
     ) -> Decoded:
         """Write reports by beam search.
@@ -226,20 +227,38 @@ class Ivgn(nn.Module):
             views: As of the call.
             beam: Beams; 1 is greedy.
             most: Words at most, the end included.
+            trigram_penalty: Of a word that repeats what followed the same two words, as of
+                `beam_search`.
             use_cache: False computes all words anew at every step: the same, slower.
         """
-        return self.write(self.encode(images, views), beam=beam, most=most, use_cache=use_cache)
+        memory = self.encode(images, views)
+        return self.write(
+            memory, beam=beam, most=most, trigram_penalty=trigram_penalty, use_cache=use_cache
+        )
 
     @torch.no_grad()
     def write(
-        self, memory: Memory, *, beam: int = 3, most: int = 60, use_cache: bool = True
+        self,
+        memory: Memory,
+        *,
+        beam: int = 3,
+        most: int = 60,
+        trigram_penalty: float = 0.0,
+        use_cache: bool = True,
     ) -> Decoded:
         """As `generate`, from images that are encoded already."""
         batch = len(memory.tokens)
         mask = None if memory.mask is None else memory.mask.repeat_interleave(beam, dim=0)
         rows = Memory(memory.tokens.repeat_interleave(beam, dim=0), mask, memory.grid)
         step = _CachedStep(self, rows, most) if use_cache else _WholeStep(self, rows)
-        return beam_search(step, batch=batch, beam=beam, most=most, device=memory.tokens.device)
+        return beam_search(
+            step,
+            batch=batch,
+            beam=beam,
+            most=most,
+            trigram_penalty=trigram_penalty,
+            device=memory.tokens.device,
+        )
 
 
 class _CachedStep:

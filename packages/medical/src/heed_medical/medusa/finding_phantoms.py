@@ -31,7 +31,8 @@ def make_picture(
         device: Whether a bright line runs down the chest.
         side: Height and width in pixels.
     """
-    picture = np.array(make_chest(rng, positive=shadow, side=side).picture)
+    chest = make_chest(rng, positive=shadow, shadows=int(shadow), side=side)
+    picture = np.array(chest.picture)
     y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
     if heart:
         where = (0.05 + rng.uniform(-0.05, 0.05), 0.35 + rng.uniform(-0.05, 0.05))

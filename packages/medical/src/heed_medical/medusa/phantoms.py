@@ -16,7 +16,6 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 CLASSES = ("negative", "positive")
 _SOURCES = ("clinic-a", "clinic-b")
-_SHADOWS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,15 @@ class ChestPhantom:
     positive: bool
 
 
-def make_chest(rng: np.random.Generator, *, positive: bool, side: int = 96) -> ChestPhantom:
+def make_chest(
+    rng: np.random.Generator, *, positive: bool, shadows: int = 2, side: int = 96
+) -> ChestPhantom:
     """Draw one chest.
 
     Args:
         rng: Source of every choice.
-        positive: Whether a shadow lies in a lung.
+        positive: Whether the first shadow lies in a lung.
+        shadows: How many there are, wherever they lie.
         side: Height and width in pixels, at least 32.
     """
     if side < 32:
@@ -53,7 +55,7 @@ def make_chest(rng: np.random.Generator, *, positive: bool, side: int = 96) -> C
     picture = np.where(lungs, 0.2 + 0.05 * np.clip(ribs, 0, 1), picture)
     picture[np.abs(x) < 0.07] += 0.12  # spine
     picture = ndimage.gaussian_filter(picture, side / 128)
-    picture += _shadows(rng, lungs, trunk, positive=positive)
+    picture += _shadows(rng, lungs, trunk, shadows, positive=positive)
     return ChestPhantom(picture=_expose(rng, picture), lungs=lungs, positive=positive)
 
 
@@ -87,6 +89,7 @@ def _shadows(
     rng: np.random.Generator,
     lungs: Bool[np.ndarray, "h w"],
     trunk: Bool[np.ndarray, "h w"],
+    count: int,
     *,
     positive: bool,
 ) -> Float64[np.ndarray, "h w"]:
@@ -96,7 +99,7 @@ def _shadows(
     clear = ndimage.distance_transform_edt(~lungs)
     added = np.zeros((side, side))
     y, x = np.mgrid[:side, :side]
-    for number in range(_SHADOWS):
+    for number in range(count):
         radius = side * rng.uniform(0.05, 0.08)
         inside = positive and number == 0
         in_lung, elsewhere = depth >= min(radius, 0.8 * depth.max()), (clear >= radius) & trunk

@@ -6,11 +6,13 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from heed_core.errors import InputError, MissingExtra
+from heed_medical.more.network import MODALITIES
 
 LARGE = 20_000
 """Rows from which faiss searches, where it is installed."""
@@ -49,10 +51,18 @@ class EmbeddingIndex:
 
         try:
             with safe_open(path, "numpy") as file:
-                names = json.loads((file.metadata() or {})[_NAMES])
+                names = dict(json.loads((file.metadata() or {})[_NAMES]))
                 vectors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"is no index of embeddings ({error})", path=path) from None
+        for key, rows in vectors.items():
+            _check(rows, key, path, axes=2)
+            if len(names.get(key, ())) != len(rows):
+                raise InputError(
+                    f"is no index of embeddings ({len(rows)} vectors of {key!r} have "
+                    f"{len(names.get(key, ()))} names)",
+                    path=path,
+                )
         return cls(vectors=vectors, names=names)
 
     @classmethod
@@ -61,11 +71,19 @@ class EmbeddingIndex:
         names: dict[str, list[str]] = {}
         for path in sorted(folder.rglob("*.npz")):
             try:
-                with np.load(path, allow_pickle=False) as arrays:
+                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     found = {key: arrays[key] for key in arrays.files}
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError, BadZipFile) as error:
                 raise InputError(f"is no file of embeddings ({error})", path=path) from None
             for key, vector in found.items():
+                _check(vector, key, path, axes=1)
+                if key in rows and len(vector) != len(rows[key][0]):
+                    raise InputError(
+                        f"has {len(vector)} channels of {key!r}, {names[key][0]}.npz has "
+                        f"{len(rows[key][0])}",
+                        path=path,
+                        remedy="give a folder that one run wrote",
+                    )
                 rows.setdefault(key, []).append(vector)
                 name = path.relative_to(folder).with_suffix("").as_posix()
                 names.setdefault(key, []).append(name)
@@ -97,6 +115,16 @@ class EmbeddingIndex:
         cosines = queries @ rows.T
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(cosines, best, axis=1), best
+
+
+def _check(array: np.ndarray, key: str, path: Path, *, axes: int) -> None:
+    """Refuse what is no embedding, such as the arrays that explain writes."""
+    if key not in MODALITIES or array.ndim != axes or array.dtype.kind != "f":
+        raise InputError(
+            f"is no file of embeddings ({key!r} is {array.dtype} of shape {array.shape})", path=path
+        )
+    if not np.isfinite(array).all():
+        raise InputError(f"has embeddings of {key!r} that are not finite", path=path)
 
 
 def index_of(

@@ -82,6 +82,15 @@ class MoreData:
             finding, equals, text = prompt.partition("=")
             if not finding.strip() or not equals or not text.strip():
                 raise ValueError(f"prompts must be FINDING=TEXT, got {prompt!r}")
+        if self.labels and (unknown := self.asked - set(self.labels)):
+            raise ValueError(
+                f"prompts must be of the findings {', '.join(self.labels)}, got {unknown}"
+            )
+
+    @property
+    def asked(self) -> set[str]:
+        """The findings that `prompts` names."""
+        return {prompt.partition("=")[0].strip() for prompt in self.prompts}
 
     def prompts_of(self, finding: str) -> tuple[str, ...]:
         """The texts that a finding is asked with."""

@@ -320,6 +320,19 @@ def subjects_in_two_splits(studies: Iterable[StudyFile]) -> dict[str, list[str]]
     return {subject: sorted(found) for subject, found in splits.items() if len(found) > 1}
 
 
+def subject_names(studies: Sequence[StudyFile]) -> list[str]:
+    """A name for each study, the same for those of one subject; without a subject one of its own.
+
+    Example:
+        >>> subject_names([StudyFile(name="a"), StudyFile(name="b", subject="a")])
+        ['study 0', 'subject a']
+    """
+    return [
+        f"subject {study.subject}" if study.subject else f"study {number}"
+        for number, study in enumerate(studies)
+    ]
+
+
 _CLOCK = re.compile(r"\b\d{1,2}:\d{2}\b")
 _HEADER = re.compile(r"\bFINAL REPORT\b:?|\b(?i:findings|impression)\s*:")
 
@@ -372,6 +385,8 @@ class StudySet:
     files: Sequence[StudyFile]
     data: MoreData
     config: MoreConfig
+    apart: Sequence[str] = ()
+    """A name for each study; those of the same name must not meet in a batch. Empty: all may."""
     _kept: dict[tuple[str, Path], np.ndarray] = field(default_factory=dict, repr=False)
     _used: int = field(default=0, repr=False)
 
@@ -443,4 +458,11 @@ def plan_studies(data: MoreData, root: Path) -> MoreData:
             path=root,
             remedy="pairs of X-ray, ECG and report are needed",
         )
-    return replace(data, modalities=wanted, labels=data.labels or tuple(train[0].labels))
+    labels = data.labels or tuple(train[0].labels)
+    if absent := sorted(data.asked - set(labels)):
+        raise InputError(
+            f"has no finding {absent[0]!r}, which --data.prompts names",
+            path=root,
+            remedy=f"its findings are {', '.join(labels) or 'none'}",
+        )
+    return replace(data, modalities=wanted, labels=labels)

@@ -60,7 +60,7 @@ def check_pictures(data: PictureData, root: Path) -> PictureCheck:
     problems += [
         f"{root}: patient {patient} is in the splits {' and '.join(splits)}; "
         f"keep all pictures of a patient in one split"
-        for patient, splits in splits_of_patients(list(listing.pictures)).items()
+        for patient, splits in splits_of_patients(listing.pictures).items()
     ]
     sizes: dict[str, tuple[int, int]] = {}
     constant = []

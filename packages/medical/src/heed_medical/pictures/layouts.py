@@ -111,7 +111,7 @@ def find_pictures(root: Path, data: PictureData, split: str) -> list[PictureFile
         InputError: As `list_pictures`; a broken row; an unknown label; no picture in this split.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise InputError(f"has no split {split!r}", path=root, remedy=f"use {', '.join(SPLITS)}")
     listing = list_pictures(root, data)
     problems = [*listing.problems, *unknown_labels(listing.pictures, data)]
     if problems and data.on_error == "stop":

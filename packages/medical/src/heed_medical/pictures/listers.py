@@ -5,7 +5,7 @@ A function gives pictures and problems (a line each); a file that cannot be read
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from heed_core.errors import InputError
@@ -360,7 +360,7 @@ LISTERS: Mapping[str, Callable[[Path, PictureData], Found]] = {
 }
 
 
-def splits_of_patients(pictures: list[PictureFile]) -> dict[str, tuple[str, ...]]:
+def splits_of_patients(pictures: Iterable[PictureFile]) -> dict[str, tuple[str, ...]]:
     """Patients whose pictures lie in more than one split -> these splits."""
     seen: dict[str, set[str]] = defaultdict(set)
     for picture in pictures:

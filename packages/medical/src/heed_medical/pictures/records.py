@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,8 @@ def read_rows(path: Path) -> Rows:
     columns = [name.strip() for name in reader.fieldnames or ()]
     if not columns:
         raise InputError("is empty", path=path, remedy="a header and a row per picture are needed")
+    if twice := [name for name, count in Counter(columns).items() if name and count > 1]:
+        raise InputError(f"has the column {twice[0]!r} twice", path=path, remedy="rename one")
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise InputError(

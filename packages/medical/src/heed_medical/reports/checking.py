@@ -1,7 +1,7 @@
 """Read a whole set of studies and report everything that is broken or treacherous."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -120,13 +120,17 @@ def _warnings(listing: Listing, data: ReportData, root: Path) -> list[str]:
         found.append(
             f"{root}: {more} studies have more than {data.views} pictures: the first count"
         )
-    splits: dict[str, set[str]] = defaultdict(set)
-    for study in listing.studies:
-        if study.patient:
-            splits[study.patient].add(str(study.split))
     found += [
-        f"{root}: patient {patient} is in the splits {' and '.join(sorted(names))}"
-        for patient, names in sorted(splits.items())
-        if len(names) > 1
+        f"{root}: patient {patient} is in the splits {' and '.join(splits)}"
+        for patient, splits in patients_in_two_splits(listing.studies).items()
     ]
     return found
+
+
+def patients_in_two_splits(studies: Iterable[Study]) -> dict[str, list[str]]:
+    """Patients whose studies lie in more than one split -> these splits."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for study in studies:
+        if study.patient:
+            seen[study.patient].add(str(study.split))
+    return {name: sorted(splits) for name, splits in sorted(seen.items()) if len(splits) > 1}

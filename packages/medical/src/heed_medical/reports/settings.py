@@ -58,6 +58,9 @@ class ReportData:
     """Seed of the splits that the data do not give."""
     beam: int = 3
     """Beams that reports are written with; 1 is greedy."""
+    trigram_penalty: float = 0.0
+    """Taken off the log-probability of a word for each time that it followed the same two words
+    earlier in the report. 1.386 (2 ln 2) with one beam is R2Gen's greedy decoding."""
     protocol: Literal["r2gen", "full"] = "r2gen"
     """References of scores. r2gen: rare words are <unk> and long reports cut, as in training; full:
     cleaned only. Several points lie between them."""
@@ -74,6 +77,8 @@ class ReportData:
         for name in ("views", "threshold", "beam"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.trigram_penalty < float("inf"):
+            raise ValueError(f"trigram_penalty must not be negative, got {self.trigram_penalty}")
         if self.most_words < 3:
             raise ValueError(f"most_words must be at least 3, got {self.most_words}")
         if not 8 <= self.size <= self.resize:

@@ -86,7 +86,7 @@ def find_cases(root: Path, settings: SegmentationData, split: str) -> list[CaseF
         InputError: As `list_cases`; a file without its partner; no case in this split.
     """
     if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise InputError(f"has no split {split!r}", path=root, remedy=f"use {', '.join(SPLITS)}")
     listing = list_cases(root, settings)
     if listing.problems and settings.on_error == "stop":
         more = len(listing.problems) - 1

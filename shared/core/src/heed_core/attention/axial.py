@@ -28,6 +28,7 @@ from heed_core.attention.multi_head import check_heads
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
+from heed_core.tokens import check_real
 
 Combine = Literal["sum", "sequence"]
 """How the axes of `MultiAxisAxialAttention` come together."""
@@ -395,6 +396,7 @@ class RowColumnDecoder(nn.Module):
             raise ValueError(
                 f"context must have the shape {tuple(x.shape)} of x, got {tuple(context.shape)}"
             )
+        check_real(context=context)
         above = x + context
         for block in self.outer:
             above = block(above)
@@ -506,12 +508,13 @@ def checked_axis(axis: int, axes: int) -> int:
 
 
 def check_grid(x: Tensor, dim: int, *, axes: int | None = None) -> None:
-    """Raise a ValueError unless x is (batch, *spatial, dim), with a number of axes if given."""
+    """Raise unless x is floating-point (batch, *spatial, dim), with a number of axes if given."""
     wanted = 3 if axes is None else axes + 2
     wrong_rank = x.dim() < wanted if axes is None else x.dim() != wanted
     if wrong_rank or x.shape[-1] != dim:
         spatial = "*spatial" if axes is None else f"{axes} spatial axes"
         raise ValueError(f"x must be (batch, {spatial}, {dim}), got {tuple(x.shape)}")
+    check_real(x=x)
 
 
 def check_cell_mask(mask: Tensor, x: Tensor) -> None:

@@ -36,6 +36,7 @@ from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Attend
+from heed_core.tokens import check_some
 
 PIECE_BYTES = 2**20
 """Gathered keys and values that exist at a time where no gradient needs them."""
@@ -315,6 +316,7 @@ class LepeAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Attend from every cell to every cell."""
         check_grid(x, self.dim, axes=self.spatial_axes)
+        check_some(x=x)
         tokens = x.flatten(1, -2)
         value = self.value(x)
         query, key, values = (

@@ -32,7 +32,6 @@ from heed_core import masks
 from heed_core.attention.projected import (
     Pattern,
     ProjectedAttention,
-    check_padding,
     check_positive,
     rename_projections,
 )
@@ -42,6 +41,7 @@ from heed_core.kernels.state_scan import state_scan
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding
 
 CHUNK = 16
 """Tokens of a chunk of the causal form."""
@@ -193,7 +193,7 @@ def _written(
     logits = split(logits, size).masked_fill(~present, -torch.inf)
     # Nothing depends on the largest logit, but for rounding: it has no gradient.
     top = logits.detach().flatten(2, 3).cummax(dim=2).values
-    top = top.reshape(*logits.shape[:2], -1, *logits.shape[3:])
+    top = top.reshape(logits.shape)
     top = torch.maximum(top, start.top.detach()[:, :, None, None])
     end = top[..., -1, :]  # (b, h, chunks, s)
     before = torch.cat([start.top.detach()[:, :, None], end], dim=2)

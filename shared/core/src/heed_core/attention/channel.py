@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from heed_core.attend import attend
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
+from heed_core.tokens import check_real
 
 
 def channel_gram_attention(
@@ -86,5 +87,6 @@ def _channels(x: Tensor, *, invert: bool) -> tuple[Tensor, Tensor]:
     """Queries and keys (b, 1, c, N); a softmax over max - E is one over -E."""
     if x.dim() < 3:
         raise ValueError(f"x must be (batch, channels, *spatial), got {tuple(x.shape)}")
+    check_real(x=x)
     key = x.flatten(2)[:, None].to(torch.promote_types(x.dtype, torch.float32))
     return (-key if invert else key), key

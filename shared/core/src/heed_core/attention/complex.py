@@ -29,6 +29,7 @@ from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
+from heed_core.tokens import check_tokens, with_padding
 
 EPS = 1e-9
 """Added to squared magnitudes."""
@@ -169,7 +170,7 @@ class ComplexAttention(nn.Module):
         value = self._heads(self.value(source))
         if cache is not None:
             key, value = cache.append(key, value)
-        mask = _permission(mask, padding_mask, key)
+        mask = with_padding(mask, padding_mask, key)
         mixed: Tensor = self.attend(query, key, value, mask=mask)
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
@@ -192,8 +193,7 @@ class ComplexAttention(nn.Module):
     def _check_call(
         self, x: Tensor, context: Tensor | None, positions: Tensor | None, cache: KVCache | None
     ) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         if positions is not None and self.rotary is None:
             raise ValueError("positions have no effect: this attention was built with base=None")
         if (context is None) != (self.context_dim is None):
@@ -201,12 +201,7 @@ class ComplexAttention(nn.Module):
                 f"context must be given if and only if context_dim is, which is {self.context_dim}"
             )
         if context is not None:
-            width = self.key.in_features
-            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
-                raise ValueError(
-                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
-                    f"{tuple(context.shape)}"
-                )
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
         if cache is not None and not self.causal:
             raise ValueError("cache serves causal=True only")
 
@@ -233,19 +228,3 @@ def complex_attention_from_official(state: Mapping[str, Tensor]) -> dict[str, Te
     if unknown := sorted(set(state) - known):
         raise ValueError(f"{unknown[0]!r} is no weight of the published complex attention")
     return {names[name]: tensor for name, tensor in state.items() if name in names}
-
-
-def _permission(mask: Tensor | None, padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    if padding_mask is None:
-        return mask
-    if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-        )
-    if tuple(padding_mask.shape) != (key.shape[0], key.shape[2]):
-        raise ValueError(
-            f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended to), got "
-            f"{tuple(padding_mask.shape)}"
-        )
-    real = padding_mask[:, None, None]
-    return real if mask is None else mask & real

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import check_heads
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
+from heed_core.tokens import check_tokens
 
 ConditionCode = Literal["onehot", "mask"]
 
@@ -135,8 +136,7 @@ class ConditionalCrossAttention(nn.Module):
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
     def _conditions(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         count = self.condition.conditions
         if condition is None:
             return torch.arange(count, device=x.device).expand(x.shape[0], -1)

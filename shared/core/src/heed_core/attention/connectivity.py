@@ -32,6 +32,7 @@ from heed_core.attend import attend
 from heed_core.attention.multi_head import check_heads
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
+from heed_core.tokens import check_real
 
 GATHER_FROM = 1024
 """Tokens from which `path="auto"` gathers keys."""
@@ -325,6 +326,7 @@ class ConnectivityAttention(nn.Module):
                 f"x must be (batch, {self.tokens}, {self.dim}), as the predictor's basis has a row "
                 f"per token, got {tuple(x.shape)}"
             )
+        check_real(x=x)
         if kept is not None:
             if kept.dtype != torch.bool:
                 raise TypeError(f"kept must be boolean (False = pruned), got {kept.dtype}")

@@ -28,6 +28,7 @@ from heed_core.kernels.neighborhood import wants_triton, window_starts, window_s
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
+from heed_core.tokens import check_real
 
 
 def neighborhood_av(
@@ -203,6 +204,11 @@ class ContextMixing(nn.Module):
         if context.dim() != 4 or context.shape[1] != self.context_dim:
             raise ValueError(
                 f"context must be (batch, {self.context_dim}, H, W), got {tuple(context.shape)}"
+            )
+        check_real(x=x, context=context, value=value)
+        if 0 in x.shape[2:] or 0 in context.shape[2:]:
+            raise ValueError(
+                f"x and context must have cells, got {tuple(x.shape)} and {tuple(context.shape)}"
             )
 
     def extra_repr(self) -> str:

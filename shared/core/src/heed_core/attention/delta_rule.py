@@ -49,6 +49,7 @@ from heed_core.recurrence import (
     steps,
 )
 from heed_core.sites import Probe
+from heed_core.tokens import check_tokens
 
 
 def delta_rule(
@@ -300,8 +301,7 @@ class DeltaRuleAttention(nn.Module):
             x: Tokens.
             cache: From `new_cache`, for decoding.
         """
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         query, key = self._direction(self.query(x)), self._direction(self.key(x))
         value = self._heads(self.value(x))
         beta = at_least_float32(self.beta(x)).sigmoid().transpose(1, 2)

@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from heed_core.attention.projected import Pattern, check_padding, check_positive, check_tokens
+from heed_core.attention.projected import Pattern, check_positive
 from heed_core.cache import StateCache
 from heed_core.precision import at_least_float32, without_autocast
+from heed_core.tokens import check_padding, check_some, check_tokens
 
 STRIDE = 32
 """Lags whose powers are computed one by one; the others are products with those."""
@@ -71,6 +72,8 @@ def causal_convolution(
 ) -> Float[Tensor, "b r c n"]:
     """y_t = sum over l <= t of K_l u_(t-l), by transforms of length 2 n."""
     n = tokens.shape[-1]
+    if tokens.shape[0] == 0:  # torch's transforms refuse it on the CPU
+        return tokens[:, None] * response
     product = torch.fft.rfft(tokens, n=2 * n)[:, None] * torch.fft.rfft(response, n=2 * n)
     found: Tensor = torch.fft.irfft(product, n=2 * n)
     return found[..., :n]
@@ -140,6 +143,7 @@ class DiagonalStateMixer(nn.Module):
             cache: From `new_cache`, for decoding; `causal` only.
         """
         check_tokens("x", x, self.dim)
+        check_some(x=x)
         if padding_mask is not None:
             check_padding(padding_mask, *x.shape[:2])
         if cache is not None and not self.causal:

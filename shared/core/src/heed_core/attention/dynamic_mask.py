@@ -39,6 +39,7 @@ from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
+from heed_core.tokens import check_tokens
 
 ScoreForm = Literal["exp", "linear"]
 """Whether scores are exponentials (at least 0), or A softplus(u) itself."""
@@ -301,19 +302,13 @@ class DynamicMaskAttention(nn.Module):
         positions: Tensor | None,
         cache: ScoredKVCache | None,
     ) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         if positions is not None and self.rotary is None:
             raise ValueError("positions have no effect: this attention was built without rotary")
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            width = self.key.in_features
-            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
-                raise ValueError(
-                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
-                    f"{tuple(context.shape)}"
-                )
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
             if self.causal:
                 raise ValueError("context has no order with the tokens that ask: causal=True")
         if cache is not None and not self.causal:
@@ -472,7 +467,7 @@ def _picked(x: Tensor, index: Tensor) -> Tensor:
     batch, groups, length, width = x.shape
     first = length * torch.arange(batch * groups, device=x.device).reshape(batch, groups, 1)
     rows = x.reshape(-1, width).index_select(0, (index + first).flatten())
-    return rows.reshape(batch, groups, -1, width)
+    return rows.reshape(batch, groups, index.shape[2], width)
 
 
 def dynamic_mask_from_doge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

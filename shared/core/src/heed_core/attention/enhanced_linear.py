@@ -29,6 +29,7 @@ from heed_core.attention.bilevel import depthwise
 from heed_core.attention.multi_head import check_heads
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
+from heed_core.tokens import check_some, check_tokens
 
 
 def enhanced_linear_attention(
@@ -128,8 +129,7 @@ class EnhancedLinearAttention(nn.Module):
         self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n c"]:
         """Attend from every token to every token; `mask` is True where one may be attended to."""
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
@@ -179,6 +179,7 @@ class LocalConcentration(nn.Module):
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Transform a grid."""
         check_grid(x, self.dim, axes=self.spatial_axes)
+        check_some(x=x)
         hidden = self.norm(F.gelu(self.first(x.movedim(-1, 1))))
         return cast(Tensor, self.second(hidden)).movedim(1, -1)
 
@@ -231,6 +232,7 @@ class EnhancedLinearBlock(nn.Module):
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Transform a grid."""
         check_grid(x, self.dim, axes=self.spatial_axes)
+        check_some(x=x)
         x = x + self.positions(x.movedim(-1, 1)).movedim(1, -1)
         mixed = self.attention(self.attention_norm(x).flatten(1, -2))
         x = x + self.dropout(mixed.reshape(x.shape))

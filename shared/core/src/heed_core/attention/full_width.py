@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import check_heads
 from heed_core.circuits import key_query_circuits, output_value_circuits
 from heed_core.sites import Attend
+from heed_core.tokens import check_tokens
 
 __all__ = ["FullWidthAttention"]
 
@@ -105,14 +106,8 @@ class FullWidthAttention(nn.Module):
         return F.linear(mixed.transpose(1, 2).flatten(2), outwards)
 
     def _check_call(self, x: Tensor, context: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
-        wanted = (x.shape[0], self.context_dim)
-        if context.dim() != 3 or (context.shape[0], context.shape[2]) != wanted:
-            raise ValueError(
-                f"context must be (batch {x.shape[0]}, tokens, {self.context_dim}), got "
-                f"{tuple(context.shape)}"
-            )
+        check_tokens("x", x, self.dim)
+        check_tokens("context", context, self.context_dim, batch=x.shape[0])
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
+from heed_core.tokens import check_real
 
 Normalize = Literal["exact", "clamped"]
 """Weights that sum to one, or the published code's, which underflow."""
@@ -66,6 +67,7 @@ def gaussian_weights(
             that count get zeros.
         normalize: As `Normalize`.
     """
+    check_real(x=x)
     if x.shape[axis] < 2:
         raise ValueError(
             f"axis {axis} must have at least 2 values for an unbiased variance, got "
@@ -325,6 +327,7 @@ class DensityAttention(nn.Module):
                 f"x must be (batch, layers, {self.dim}) or (batch, layers, time, {self.dim}), got "
                 f"{tuple(x.shape)}"
             )
+        check_real(x=x)
         batch, layers = x.shape[:2]
         if layers % self.heads:
             raise ValueError(f"heads={self.heads} must divide the number of layers, got {layers}")

@@ -45,6 +45,7 @@ from heed_core.recurrence import (
     steps,
 )
 from heed_core.sites import Probe
+from heed_core.tokens import check_padding, check_tokens
 
 EPS = 1e-10
 """Added to the normaliser."""
@@ -145,24 +146,12 @@ def _prepared(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In float32 at least, as many heads of all, without what is padding."""
     if padding_mask is not None:
-        _check_padding(padding_mask, key)
+        check_padding(padding_mask, key.shape[0], key.shape[2])
         key = key.masked_fill(~padding_mask[:, None, :, None], 0.0)
     serves = value.shape[1] // key.shape[1]
     if serves > 1:
         query, key = (x.repeat_interleave(serves, dim=1) for x in (query, key))
     return at_least_float32(query), at_least_float32(key), at_least_float32(value)
-
-
-def _check_padding(padding_mask: Tensor, key: Tensor) -> None:
-    if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-        )
-    if tuple(padding_mask.shape) != (key.shape[0], key.shape[2]):
-        raise ValueError(
-            f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended to), got "
-            f"{tuple(padding_mask.shape)}"
-        )
 
 
 def _by_channel(log_decay: Tensor | None) -> bool:
@@ -374,17 +363,11 @@ class LinearAttention(nn.Module):
         return None if self.fixed_decay is None else self.fixed_decay[None]
 
     def _check_call(self, x: Tensor, context: Tensor | None, cache: StateCache | None) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            width = self.key.in_features
-            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
-                raise ValueError(
-                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
-                    f"{tuple(context.shape)}"
-                )
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
             if self.causal:
                 raise ValueError("context has no order with the tokens that ask: causal=True")
         if cache is not None and not self.causal:

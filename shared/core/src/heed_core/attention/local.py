@@ -27,7 +27,6 @@ from heed_core import masks
 from heed_core.attention.projected import (
     Pattern,
     ProjectedAttention,
-    check_padding,
     check_positive,
     rename_projections,
 )
@@ -35,6 +34,7 @@ from heed_core.cache import WindowCache
 from heed_core.dispatch import Impl
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding
 
 BLOCK = 16
 """Least queries of a block."""

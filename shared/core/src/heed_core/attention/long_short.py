@@ -32,18 +32,13 @@ from torch import Tensor, nn
 
 from heed_core import masks
 from heed_core.attention.multi_head import check_heads
-from heed_core.attention.projected import (
-    Pattern,
-    ProjectedAttention,
-    check_padding,
-    check_positive,
-    check_tokens,
-)
+from heed_core.attention.projected import Pattern, ProjectedAttention, check_positive
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding, check_some, check_tokens
 
 SHORT = 32
 """Up to so many tokens the whole map costs no more."""
@@ -184,11 +179,12 @@ class LongShortAttention(ProjectedAttention):
             padding_mask: True = real token.
         """
         self.check_call(x, None, padding_mask)
+        check_some(x=x)
         query = self.split_heads(self.query(x))
         key, value = (
             self.split_heads(self.near_norm(layer(x))) for layer in (self.key, self.value)
         )
-        scores = self.summarise(x).reshape(*x.shape[:2], self.heads, -1).permute(0, 2, 3, 1)
+        scores = self.summarise(x).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1)
         real = None if padding_mask is None else masks.keys(padding_mask)
         read = read_by_scores(self.compress, scores, torch.cat([key, value], dim=-1), real)
         far = (
@@ -313,6 +309,7 @@ class CausalLongShortAttention(nn.Module):
             cache: From `new_cache`, for decoding.
         """
         check_tokens("x", x, self.dim)
+        check_some(x=x)
         key, value, scores = (
             self._heads(layer(x)) for layer in (self.key, self.value, self.summarise)
         )
@@ -347,7 +344,8 @@ class CausalLongShortAttention(nn.Module):
         )
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)
+        width = tokens.shape[2] // self.heads
+        return tokens.view(*tokens.shape[:2], self.heads, width).transpose(1, 2)
 
     def _normed(self, norm: nn.Module, heads: Tensor) -> Tensor:
         """A norm over the channels of all heads."""

@@ -35,6 +35,7 @@ from heed_core.dispatch import Impl
 from heed_core.head_routing import Gating, Routing, balance_loss, mixture_gates, norm_gates
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
+from heed_core.tokens import check_tokens, with_padding
 
 Router = Literal["learned", "norm"]
 """What chooses heads: three learned maps, or the lengths of the queries."""
@@ -208,7 +209,7 @@ class MixtureOfHeads(nn.Module):
         if positions is None:
             positions = torch.arange(offset, offset + x.shape[1], device=x.device)
         key, value = self._keys(x, context, positions, cache)
-        mask = _permission(mask, padding_mask, key)
+        mask = with_padding(mask, padding_mask, key)
         skips = self._skips(x)
         query = None if skips and self.router == "learned" else self._heads(self.query(x))
         routing = self._routed(x, query)
@@ -391,19 +392,13 @@ class MixtureOfHeads(nn.Module):
     def _check_call(
         self, x: Tensor, context: Tensor | None, positions: Tensor | None, cache: KVCache | None
     ) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         if positions is not None and self.rotary is None:
             raise ValueError("positions have no effect: this attention was built without rotary")
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            width = self.key.in_features
-            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
-                raise ValueError(
-                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
-                    f"{tuple(context.shape)}"
-                )
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
         if cache is not None and (context is not None or not self.causal):
             raise ValueError("a KVCache serves causal self-attention only")
 
@@ -455,22 +450,6 @@ def _without_padding(routing: Routing, real: Tensor, shared: int) -> Routing:
     chosen = routing.chosen & real[..., None]
     kept = F.pad(chosen, (shared, 0), value=True)
     return Routing(routing.gates.masked_fill(~kept, 0.0), routing.probabilities, chosen)
-
-
-def _permission(mask: Tensor | None, padding_mask: Tensor | None, key: Tensor) -> Tensor | None:
-    if padding_mask is None:
-        return mask
-    if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-        )
-    if tuple(padding_mask.shape) != (key.shape[0], key.shape[2]):
-        raise ValueError(
-            f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended to), got "
-            f"{tuple(padding_mask.shape)}"
-        )
-    real = padding_mask[:, None, None]
-    return real if mask is None else mask & real
 
 
 def _rows(gates: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b r"], Float[Tensor, "b r"]]:

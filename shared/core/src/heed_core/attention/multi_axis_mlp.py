@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from heed_core.attention.axial import check_grid
 from heed_core.attention.multi_axis import Mode, partition, unpartition
+from heed_core.tokens import check_real
 
 _EPS = 1e-6
 
@@ -253,6 +254,7 @@ class CrossGating(nn.Module):
                 f"y must be (batch {x.shape[0]}, {self.spatial_axes} spatial axes, {self.y_dim}), "
                 f"got {tuple(y.shape)}"
             )
+        check_real(y=y)
         if self.up is not None:
             y = self.up(y.movedim(-1, 1)).movedim(1, -1)
         if y.shape[1:-1] != x.shape[1:-1]:

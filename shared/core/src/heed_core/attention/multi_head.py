@@ -21,6 +21,7 @@ from heed_core.cache import CrossCache, KVCache, WindowCache
 from heed_core.dispatch import Impl
 from heed_core.relative import RotaryPositions, distances
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding, check_real, check_tokens
 
 Norm = Literal["layer", "rms"]
 """LayerNorm, or RMSNorm (no mean, no shift)."""
@@ -205,17 +206,9 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor | None:
         parts = [] if mask is None else [mask]
         if padding_mask is not None:
-            if padding_mask.dtype != torch.bool:
-                raise TypeError(
-                    f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-                )
             if self.window is not None:
                 padding_mask = padding_mask[:, -key.shape[2] :]
-            if tuple(padding_mask.shape) != (key.shape[0], key.shape[2]):
-                raise ValueError(
-                    f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended "
-                    f"to), got {tuple(padding_mask.shape)}"
-                )
+            check_padding(padding_mask, key.shape[0], key.shape[2])
             parts.append(padding_mask[:, None, None])
         if self.window is not None:
             away = distances(query.shape[2], key.shape[2], device=query.device)
@@ -234,24 +227,19 @@ class MultiHeadAttention(nn.Module):
         value: Tensor | None,
         cache: KVCache | WindowCache | CrossCache | None,
     ) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         stored = isinstance(cache, CrossCache) and cache.filled
         if context is None and self.context_dim is not None and not stored:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            width = self.key.in_features
-            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
-                raise ValueError(
-                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
-                    f"{tuple(context.shape)}"
-                )
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
         source = x if context is None else context
         if value is not None and value.shape != source.shape:
             raise ValueError(
                 f"value must have the shape {tuple(source.shape)} of what is attended to, got "
                 f"{tuple(value.shape)}"
             )
+        check_real(value=value)
         if isinstance(cache, CrossCache):
             if context is None and not stored:
                 raise ValueError("a CrossCache needs a context at the first call")

@@ -34,7 +34,6 @@ from heed_core import masks
 from heed_core.attention.projected import (
     Pattern,
     ProjectedAttention,
-    check_padding,
     check_positive,
     rename_projections,
 )
@@ -43,6 +42,7 @@ from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.segments import segment_weights
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding, check_some
 
 ITERATIONS = 6
 """Of the inverse."""
@@ -184,6 +184,7 @@ class NystromAttention(ProjectedAttention):
             padding_mask: True = real token.
         """
         self.check_call(x, None, padding_mask)
+        check_some(x=x)
         query, key, value = self.project(x, None)
         mixed = nystrom_attention(
             query,

@@ -33,7 +33,6 @@ from heed_core.attention.linear import linear_attention
 from heed_core.attention.projected import (
     Pattern,
     ProjectedAttention,
-    check_padding,
     check_positive,
     rename_projections,
 )
@@ -41,6 +40,7 @@ from heed_core.cache import StateCache
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Probe
+from heed_core.tokens import check_padding, check_some
 
 EPS = 1e-4
 """Added to every exponential."""
@@ -206,7 +206,8 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     products, half = _scaled(key, projection)
     top = _masked(products, padding_mask).amax((2, 3), keepdim=True).clamp(min=NOTHING_YET)
-    written = ((products - half - top).exp() + EPS) * projection.shape[1] ** -0.5
+    exponents = _masked(products - half - top, padding_mask)  # before exp: it could overflow
+    written = (exponents.exp() + EPS) * projection.shape[1] ** -0.5
     if padding_mask is not None:
         written = written.masked_fill(~padding_mask[:, None, :, None], 0.0)
     return _asked(query, projection), written
@@ -307,6 +308,7 @@ class PerformerAttention(ProjectedAttention):
             cache: From `new_cache`, for decoding; `causal` only.
         """
         self.check_call(x, context, padding_mask, cached=cache is not None)
+        check_some(x=x, context=context)
         query, key, value = self.project(x, context)
         fresh = self.training and self.redraw
         projection = torch.randn_like(self.projection) if fresh else self.projection

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core.sites import Probe
+from heed_core.tokens import check_tokens
 
 Mix = Literal["linear", "mean"]
 """How heads become one logit: by learned weights and a shift, or their mean."""
@@ -115,8 +116,7 @@ class PointerHead(nn.Module):
             memory_mask: True = the token is there; others get -inf.
             keys: What `project` made of the memory, instead of it: many steps share it.
         """
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         if (memory is None) == (keys is None):
             raise ValueError("give either memory or keys")
         keys = self.project(cast(Tensor, memory)) if keys is None else keys
@@ -135,10 +135,7 @@ class PointerHead(nn.Module):
 
     def project(self, memory: Float[Tensor, "b m k"]) -> Float[Tensor, "b h m d"]:
         """The keys of memory tokens."""
-        if memory.dim() != 3 or memory.shape[2] != self.memory_dim:
-            raise ValueError(
-                f"memory must be (batch, tokens, {self.memory_dim}), got {tuple(memory.shape)}"
-            )
+        check_tokens("memory", memory, self.memory_dim)
         return self._heads(self.key(memory))
 
     def _heads(self, tokens: Tensor) -> Tensor:

@@ -28,16 +28,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from heed_core import masks
-from heed_core.attention.projected import (
-    Pattern,
-    ProjectedAttention,
-    check_padding,
-    check_positive,
-)
+from heed_core.attention.projected import Pattern, ProjectedAttention, check_positive
 from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding, check_some
 
 MOST_SAMPLED = 1 << 20
 """Numbers of sampled keys that are gathered at a time."""
@@ -258,6 +254,7 @@ class ProbSparseAttention(ProjectedAttention):
             sampled: Keys that queries are measured by, instead of those that are drawn.
         """
         self.check_call(x, None, padding_mask)
+        check_some(x=x)
         query, key, value = self.project(x, None)
         if sampled is None:
             seed = self.seed

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
+from heed_core.tokens import check_padding, check_tokens
 
 Pattern = Literal["self", "causal self", "cross", "causal cross"]
 """Who attends to whom."""
@@ -103,12 +103,7 @@ class ProjectedAttention(nn.Module):
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
             self._serves("cross")
-            width = self.key.in_features
-            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != width:
-                raise ValueError(
-                    f"context must be (batch {x.shape[0]}, tokens, {width}), got "
-                    f"{tuple(context.shape)}"
-                )
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
             if self.causal:
                 raise ValueError("context has no order with the tokens that ask: causal=True")
         if cached and not self.causal:
@@ -127,27 +122,6 @@ class ProjectedAttention(nn.Module):
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""
         return f"heads={self.heads}, head_dim={self.head_dim}, causal={self.causal}"
-
-
-def check_tokens(name: str, x: Tensor, dim: int) -> None:
-    """Raise a ValueError for tokens of another shape, a TypeError for what is no real number."""
-    if x.dim() != 3 or x.shape[2] != dim:
-        raise ValueError(f"{name} must be (batch, tokens, {dim}), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}")
-
-
-def check_padding(padding_mask: Tensor, batch: int, length: int) -> None:
-    """Raise a TypeError or ValueError for a padding mask of another type or shape."""
-    if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-        )
-    if tuple(padding_mask.shape) != (batch, length):
-        raise ValueError(
-            f"padding_mask must be {(batch, length)} (batch, tokens attended to), got "
-            f"{tuple(padding_mask.shape)}"
-        )
 
 
 def check_positive(**numbers: int) -> None:

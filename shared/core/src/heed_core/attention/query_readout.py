@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.blocks import FeedForward
 from heed_core.dispatch import Impl
+from heed_core.tokens import check_real, check_tokens
 
 
 def factorised_pool(
@@ -110,10 +111,8 @@ class CrossAttentionReadout(nn.Module):
             start: What each query holds before it attends; 0 by default, so that the weight (not
                 the shift) of `query_norm` has no effect.
         """
-        if tokens.dim() != 3 or tokens.shape[2] != self.dim:
-            raise ValueError(
-                f"tokens must be (batch, tokens, {self.dim}), got {tuple(tokens.shape)}"
-            )
+        check_tokens("tokens", tokens, self.dim)
+        check_real(positions=positions, start=start)
         if positions is not None and positions.shape[-2:] != tokens.shape[1:]:
             raise ValueError(
                 f"positions must be (tokens, channels) {tuple(tokens.shape[1:])}, with or without "

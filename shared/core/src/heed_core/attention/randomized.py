@@ -28,7 +28,6 @@ from heed_core import masks
 from heed_core.attention.projected import (
     Pattern,
     ProjectedAttention,
-    check_padding,
     check_positive,
     rename_projections,
 )
@@ -37,6 +36,7 @@ from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.segments import segment_weights
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding
 
 
 def randomized_attention(

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
+from heed_core.tokens import check_tokens
 
 QueryKey = Literal["separate", "collapsed", "symmetric", "cholesky", "symmetric-full"]
 ValueOut = Literal["separate", "collapsed", "none"]
@@ -90,8 +91,7 @@ class ReducedAttention(nn.Module):
             x: Tokens.
             mask: True = may attend, broadcastable to (b, heads, n, n).
         """
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         query = self.query(x)
         key = self._keys(x, query)
         value = x if self.value is None else self.value(x)

@@ -28,6 +28,7 @@ from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
 from heed_core.relative import distances
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding, check_tokens, with_padding
 
 ConvContext = Literal["memory", "segment"]
 """What a query's convolution sees before its segment: the memory, or zeros as in the published code
@@ -251,9 +252,10 @@ class RelativeConvAttention(nn.Module):
         if memory is not None and self.conv_context == "memory":
             asks = source[:, max(0, memory.shape[1] - self.kernel + 1) :]
         keys = source.shape[1] + (0 if cache is None else cache.length)
-        real = _real(padding_mask, x.shape[0], keys)
+        if padding_mask is not None:
+            check_padding(padding_mask, x.shape[0], keys, of="memory and segment")
         rows = [
-            _cleared(self._heads(layer(tokens)), real)
+            _cleared(self._heads(layer(tokens)), padding_mask)
             for layer, tokens in ((self.query, asks), (self.key, source), (self.value, source))
         ]
         before: tuple[Tensor | None, ...] = (None, None, None)
@@ -266,19 +268,15 @@ class RelativeConvAttention(nn.Module):
         query = query[:, :, query.shape[2] - length :]
         if cache is not None:
             key, value = cache.append(key, value)
-        return self._attended(query, key, value, mask, real)
+        return self._attended(query, key, value, with_padding(mask, padding_mask, key))
 
-    def _attended(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, real: Tensor | None
-    ) -> Tensor:
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if key.shape[2] > self.max_distance:
             raise ValueError(
                 f"x and what precedes it must be at most max_distance={self.max_distance} tokens, "
                 f"got {key.shape[2]}"
             )
         relative = relative_scores(query, self.offset_embedding, self.offset_bias, key.shape[2])
-        if real is not None:
-            mask = real[:, None, None] if mask is None else mask & real[:, None, None]
         mixed: Tensor = self.attend(
             query + self.query_bias[:, None],
             key,
@@ -314,13 +312,9 @@ class RelativeConvAttention(nn.Module):
         return tokens.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
 
     def _check_call(self, x: Tensor, memory: Tensor | None, cache: ConvKVCache | None) -> None:
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
-        if memory is not None and (memory.dim() != 3 or memory.shape[::2] != x.shape[::2]):
-            raise ValueError(
-                f"memory must be (batch {x.shape[0]}, tokens, {self.dim}), got "
-                f"{tuple(memory.shape)}"
-            )
+        check_tokens("x", x, self.dim)
+        if memory is not None:
+            check_tokens("memory", memory, self.dim, batch=x.shape[0])
         if (memory is not None or cache is not None) and not self.causal:
             raise ValueError("memory and cache serve causal=True only")
         if memory is not None and cache is not None:
@@ -357,21 +351,6 @@ def relative_conv_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor
         names[name]: tensor.squeeze(1) if name.endswith("conv.weight") else tensor
         for name, tensor in state.items()
     }
-
-
-def _real(padding_mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
-    if padding_mask is None:
-        return None
-    if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-        )
-    if tuple(padding_mask.shape) != (batch, keys):
-        raise ValueError(
-            f"padding_mask must be {(batch, keys)} (batch, memory and segment), got "
-            f"{tuple(padding_mask.shape)}"
-        )
-    return padding_mask
 
 
 def _cleared(heads: Tensor, real: Tensor | None) -> Tensor:

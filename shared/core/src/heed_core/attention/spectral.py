@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
+from heed_core.tokens import check_real
 
 
 def spectral_gate(
@@ -150,6 +151,7 @@ def spectral_gate_from_spectformer(state: Mapping[str, Tensor]) -> dict[str, Ten
 def _check(x: Tensor, weight: Tensor) -> None:
     if x.dim() < 3:
         raise ValueError(f"x must be (batch, *spatial, channels), got {tuple(x.shape)}")
+    check_real(x=x)
     wanted = (*x.shape[1:-2], x.shape[-2] // 2 + 1, x.shape[-1], 2)
     if tuple(weight.shape) != wanted:
         raise ValueError(

@@ -29,6 +29,7 @@ from heed_core.attention.multi_head import check_heads
 from heed_core.kernels.pair_softmax import pair_softmax, wants_triton
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
+from heed_core.tokens import check_padding, check_tokens
 
 Method = Literal["exact", "poly"]
 """Softmax over all pairs, or the Taylor polynomial of its exponential."""
@@ -271,10 +272,9 @@ class TensorAttention(nn.Module):
             x: Tokens.
             padding_mask: True = real token.
         """
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x.shape)}")
+        check_tokens("x", x, self.dim)
         if padding_mask is not None:
-            _check_padding(padding_mask, x)
+            check_padding(padding_mask, *x.shape[:2], of="tokens")
         layers = (self.query, self.key1, self.key2, self.value1, self.value2)
         rows = [self._heads(layer(x)) for layer in layers]
         if self.method == "poly":
@@ -346,18 +346,6 @@ def _check_pairs(query: Tensor, key1: Tensor, key2: Tensor, value1: Tensor, valu
                 f"{name} must have the tokens of its key {tuple(key.shape)} and the channels of "
                 f"value1, got {tuple(x.shape)}"
             )
-
-
-def _check_padding(padding_mask: Tensor, x: Tensor) -> None:
-    if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-        )
-    if padding_mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"padding_mask must be {tuple(x.shape[:2])} (batch, tokens), got "
-            f"{tuple(padding_mask.shape)}"
-        )
 
 
 def _check_degree(degree: int) -> None:

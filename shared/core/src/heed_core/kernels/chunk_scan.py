@@ -174,7 +174,8 @@ def _launch(given: _Chunks) -> tuple[Tensor, Tensor]:
     states = start.new_empty(batch, heads, chunks + 1, rows, width)
     if not output.numel() and not states.numel():
         return output, states
-    block = min(64, max(16, triton.next_power_of_2(width)))
+    tall = max(16, triton.next_power_of_2(rows))
+    block = min(max(16, 4096 // tall), 64, max(16, triton.next_power_of_2(width)))
     dense = [x.contiguous() for x in (query, left, within, errors)]
     _kernel()[(batch * heads, triton.cdiv(width, block))](
         *dense,
@@ -190,8 +191,9 @@ def _launch(given: _Chunks) -> tuple[Tensor, Tensor]:
         HAS_READS=reads is not None,
         BY_CHANNEL=end.shape[-1] > 1,
         TOKENS=max(16, triton.next_power_of_2(size)),
-        ROWS=max(16, triton.next_power_of_2(rows)),
+        ROWS=tall,
         COLUMNS=block,
+        num_stages=1,  # several chunks at once would not fit on every chip
     )
     return output, states
 

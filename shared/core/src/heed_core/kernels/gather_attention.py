@@ -71,7 +71,7 @@ def gather_attention(
 
     Raises:
         ValueError: Shapes that do not fit each other.
-        TypeError: `kept` that is not boolean.
+        TypeError: `kept` that is not boolean, `index` that is not int64.
         UnsupportedBackend: The kernel was asked for and cannot run the call.
     """
     _check(query, key, value, index, kept, bias)
@@ -275,6 +275,8 @@ def _check(
             f"index must be (batch {batch}, 1 or {groups[1]}, blocks {blocks}, slots), got "
             f"{tuple(index.shape)}"
         )
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must hold int64 numbers, got {index.dtype}")
     if kept is not None:
         if kept.dtype != torch.bool:
             raise TypeError(f"kept must be boolean, True = may attend, got {kept.dtype}")

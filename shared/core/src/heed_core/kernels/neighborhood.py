@@ -108,7 +108,7 @@ def window_sum_backward(
 
         found = launch_backward(spread, wide, rows, kernel)
         return found[0].to(weights.dtype), found[1].to(value.dtype)
-    to_weights, to_value = torch.empty_like(wide), rows.new_zeros(rows.shape)
+    to_weights, to_value = wide.new_empty(wide.shape), rows.new_zeros(rows.shape)
     for band in _bands(value, kernel):
         part = spread[:, :, :, band.columns]
         to_weights[:, :, :, band.columns, band.places] = band.picked(part @ band.rows(rows).mT)

@@ -15,7 +15,9 @@ only, never compiled or timed on a GPU, so that they run only when asked for by 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +27,6 @@ from heed_core.kernels.triton_calls import KernelImpl, takes_triton, why_not_tri
 
 TILE = 32
 """Queries, first keys and second keys of a tile."""
-
 
 MOST_CHANNELS = 128
 """Of keys and of values, on the kernel."""
@@ -61,6 +62,21 @@ def wants_triton(impl: KernelImpl, query: Tensor, value: Tensor) -> bool:
     )
 
 
+class _Pairs(NamedTuple):
+    """The arguments of the operator, in its order."""
+
+    query: Tensor
+    key1: Tensor
+    key2: Tensor
+    value1: Tensor
+    value2: Tensor
+    mask1: Tensor | None
+    mask2: Tensor | None
+    causal: bool
+    distinct: bool
+    scale: float
+
+
 @torch.library.custom_op(
     "heed::pair_softmax", mutates_args=(), schema=f"({_GIVEN}) -> (Tensor, Tensor)"
 )
@@ -92,54 +108,22 @@ def pair_softmax(
         scale: Of the products.
         triton: Whether the kernels run.
     """
+    given = _Pairs(query, key1, key2, value1, value2, mask1, mask2, causal, distinct, scale)
     if triton:
         from heed_core.kernels.pair_softmax_triton import launch_forward
 
-        given = query, key1, key2, value1, value2, mask1, mask2
-        return launch_forward(*given, causal, distinct, scale)
-    outputs, sums = [query.new_zeros(*query.shape[:2], 0, value1.shape[3])], [query[:, :, :0, 0]]
+        return launch_forward(*given)
+    output = query.new_zeros(*query.shape[:3], value1.shape[3])
+    sums = query.new_zeros(query.shape[:3])
     for rows in _runs(query.shape[2]):
-        asked = query[:, :, rows]
-        top = asked.new_full(asked.shape[:3], -torch.inf)
-        total = asked.new_zeros(asked.shape[:3])
-        mixed = asked.new_zeros(*asked.shape[:3], value1.shape[3])
-        for first, second in _tiles(rows, query, key1, key2, causal):
-            scores, _ = _scores(asked, key1[:, :, first], key2[:, :, second], scale)
-            hidden = _hidden(query, key1, key2, rows, first, second, mask1, mask2, causal, distinct)
-            if hidden is not None:
-                scores.masked_fill_(hidden, -torch.inf)
-            higher = torch.maximum(top, scores.amax((-1, -2)))
-            shift = higher.masked_fill(higher == -torch.inf, 0.0)
-            shares = (scores - shift[..., None, None]).exp()
-            keep = (top - shift).exp()
-            part = ((shares @ value1[:, :, None, first]) * value2[:, :, None, second]).sum(-2)
-            mixed = mixed * keep[..., None] + part
-            total = total * keep + shares.sum((-1, -2))
-            top = higher
-        empty = total == 0
-        outputs.append(mixed / total.masked_fill(empty, 1.0)[..., None])
-        sums.append(top + total.log())
-    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
+        output[:, :, rows], sums[:, :, rows] = _of_queries(given, rows)
+    return output, sums
 
 
 @pair_softmax.register_fake
-def _(
-    query: Tensor,
-    key1: Tensor,
-    key2: Tensor,
-    value1: Tensor,
-    value2: Tensor,
-    mask1: Tensor | None,
-    mask2: Tensor | None,
-    causal: bool,
-    distinct: bool,
-    scale: float,
-    triton: bool,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = query.shape
-    return query.new_empty(batch, heads, length, value1.shape[3]), query.new_empty(
-        batch, heads, length
-    )
+def _(query: Tensor, key1: Tensor, key2: Tensor, value1: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    output = query.new_empty(*query.shape[:3], value1.shape[3])
+    return output, query.new_empty(query.shape[:3])
 
 
 @torch.library.custom_op(
@@ -149,75 +133,90 @@ def _(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def pair_softmax_backward(
-    grad: Tensor,
-    output: Tensor,
-    sums: Tensor,
-    query: Tensor,
-    key1: Tensor,
-    key2: Tensor,
-    value1: Tensor,
-    value2: Tensor,
-    mask1: Tensor | None,
-    mask2: Tensor | None,
-    causal: bool,
-    distinct: bool,
-    scale: float,
-    triton: bool,
+    grad: Tensor, output: Tensor, sums: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values from that of the output."""
+    """Gradients of queries, keys and values from that of the output.
+
+    Args:
+        grad: Of the outputs.
+        output: What `pair_softmax` gave.
+        sums: The logarithms that it gave.
+        arguments: What it was given.
+    """
+    *plain, triton = arguments
+    given = _Pairs(*plain)
     if triton:
         from heed_core.kernels.pair_softmax_triton import launch_backward
 
-        given = query, key1, key2, value1, value2, mask1, mask2
-        return launch_backward(grad, output, sums, *given, causal, distinct, scale)
-    found = tuple(torch.zeros_like(x) for x in (query, key1, key2, value1, value2))
-    d_query, d_key1, d_key2, d_value1, d_value2 = found
+        return launch_backward(grad, output, sums, *given)
+    d_query, d_key1, d_key2, d_value1, d_value2 = (x.new_zeros(x.shape) for x in given[:5])
+    found = d_query, d_key1, d_key2, d_value1, d_value2
     inner = (grad * output).sum(-1)
-    for rows in _runs(query.shape[2]):
-        asked, back = query[:, :, rows], grad[:, :, rows]
-        level = sums[:, :, rows]
-        level = level.masked_fill(level == -torch.inf, 0.0)
-        for first, second in _tiles(rows, query, key1, key2, causal):
-            scores, pairs = _scores(asked, key1[:, :, first], key2[:, :, second], scale)
-            hidden = _hidden(query, key1, key2, rows, first, second, mask1, mask2, causal, distinct)
-            if hidden is not None:
-                scores.masked_fill_(hidden, -torch.inf)
-            shares = (scores - level[..., None, None]).exp()  # (b, h, i, k, j)
-            weighed = back[:, :, :, None] * value2[:, :, None, second]  # (b, h, i, k, e)
-            to_shares = weighed @ value1[:, :, None, first].mT
-            to_scores = scale * shares * (to_shares - inner[:, :, rows, None, None])
-            to_pairs = to_scores @ key1[:, :, None, first]
-            d_query[:, :, rows] += (to_pairs * key2[:, :, None, second]).sum(-2)
-            d_key2[:, :, second] += (to_pairs * asked[:, :, :, None]).sum(2)
-            d_key1[:, :, first] += to_scores.flatten(2, 3).mT @ pairs.flatten(2, 3)
-            read = shares @ value1[:, :, None, first]
-            d_value2[:, :, second] += (read * back[:, :, :, None]).sum(2)
-            d_value1[:, :, first] += shares.flatten(2, 3).mT @ weighed.flatten(2, 3)
-    return d_query, d_key1, d_key2, d_value1, d_value2
+    level = sums.masked_fill(sums == -torch.inf, 0.0)
+    for rows in _runs(given.query.shape[2]):
+        back = grad[:, :, rows], level[:, :, rows, None, None], inner[:, :, rows, None, None]
+        for first, second in _tiles(rows, given):
+            _give_back(found, given, back, rows, first, second)
+    return found
 
 
 @pair_softmax_backward.register_fake
 def _(
-    grad: Tensor,
-    output: Tensor,
-    sums: Tensor,
-    query: Tensor,
-    key1: Tensor,
-    key2: Tensor,
-    value1: Tensor,
-    value2: Tensor,
-    mask1: Tensor | None,
-    mask2: Tensor | None,
-    causal: bool,
-    distinct: bool,
-    scale: float,
-    triton: bool,
+    grad: Tensor, output: Tensor, sums: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    query, key1, key2, value1, value2 = (
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (query, key1, key2, value1, value2)
-    )
+    query, key1, key2, value1, value2 = (x.new_empty(x.shape) for x in arguments[:5])
     return query, key1, key2, value1, value2
+
+
+def _of_queries(given: _Pairs, rows: slice) -> tuple[Tensor, Tensor]:
+    """Outputs and the logarithm of the sum for a run of queries, tile by tile."""
+    asked = given.query[:, :, rows]
+    top = asked.new_full(asked.shape[:3], -torch.inf)
+    total = asked.new_zeros(asked.shape[:3])
+    mixed = asked.new_zeros(*asked.shape[:3], given.value1.shape[3])
+    for first, second in _tiles(rows, given):
+        scores, _ = _scores(given, rows, first, second)
+        higher = torch.maximum(top, scores.amax((-1, -2)))
+        shift = higher.masked_fill(higher == -torch.inf, 0.0)
+        shares = (scores - shift[..., None, None]).exp()
+        keep = (top - shift).exp()
+        read = shares @ given.value1[:, :, None, first]
+        part = (read * given.value2[:, :, None, second]).sum(-2)
+        mixed = mixed * keep[..., None] + part
+        total = total * keep + shares.sum((-1, -2))
+        top = higher
+    return mixed / total.masked_fill(total == 0, 1.0)[..., None], top + total.log()
+
+
+def _give_back(
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    given: _Pairs,
+    back: tuple[Tensor, Tensor, Tensor],
+    rows: slice,
+    first: slice,
+    second: slice,
+) -> None:
+    """Add what a tile gives to the gradients, in place.
+
+    `back` holds, of the run of queries, the gradient of outputs (b, h, i, e), and as (b, h, i, 1,
+    1) the logarithm of the sum and the product of outputs with their gradient.
+    """
+    to_query, to_key1, to_key2, to_value1, to_value2 = found
+    grad, level, inner = back
+    asked = given.query[:, :, rows, None]
+    key1, value1 = given.key1[:, :, None, first], given.value1[:, :, None, first]
+    key2, value2 = given.key2[:, :, None, second], given.value2[:, :, None, second]
+    scores, pairs = _scores(given, rows, first, second)
+    shares = (scores - level).exp()  # (b, h, i, k, j)
+    weighed = grad[:, :, :, None] * value2  # (b, h, i, k, e)
+    to_scores = given.scale * shares * (weighed @ value1.mT - inner)
+    to_pairs = to_scores @ key1
+    to_query[:, :, rows] += (to_pairs * key2).sum(-2)
+    to_key2[:, :, second] += (to_pairs * asked).sum(2)
+    to_key1[:, :, first] += to_scores.flatten(2, 3).mT @ pairs.flatten(2, 3)
+    read = shares @ value1
+    to_value2[:, :, second] += (read * grad[:, :, :, None]).sum(2)
+    to_value1[:, :, first] += shares.flatten(2, 3).mT @ weighed.flatten(2, 3)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -248,52 +247,39 @@ def _runs(length: int, stop: int | None = None) -> Iterator[slice]:
         yield slice(start, min(start + TILE, stop))
 
 
-def _tiles(
-    rows: slice, query: Tensor, key1: Tensor, key2: Tensor, causal: bool
-) -> Iterator[tuple[slice, slice]]:
+def _tiles(rows: slice, given: _Pairs) -> Iterator[tuple[slice, slice]]:
     """Runs of first and second keys; those that only come later are left out."""
-    lengths = [key.shape[2] for key in (key1, key2)]
-    stops = [rows.stop + length - query.shape[2] if causal else None for length in lengths]
+    lengths = [key.shape[2] for key in (given.key1, given.key2)]
+    later = [length - given.query.shape[2] for length in lengths]
+    stops = [rows.stop + more if given.causal else None for more in later]
     for first in _runs(lengths[0], stops[0]):
         for second in _runs(lengths[1], stops[1]):
             yield first, second
 
 
-def _scores(query: Tensor, key1: Tensor, key2: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(b, h, i, k, j), and the products of queries and second keys."""
-    pairs = query[:, :, :, None] * key2[:, :, None]
-    return (pairs @ key1[:, :, None].mT).mul_(scale), pairs
+def _scores(given: _Pairs, rows: slice, first: slice, second: slice) -> tuple[Tensor, Tensor]:
+    """(b, h, i, k, j), -inf where not allowed, and the products of queries and second keys."""
+    pairs = given.query[:, :, rows, None] * given.key2[:, :, None, second]
+    scores = (pairs @ given.key1[:, :, None, first].mT).mul_(given.scale)
+    if hidden := list(_hidden(given, rows, first, second)):
+        scores.masked_fill_(reduce(or_, hidden), -torch.inf)
+    return scores, pairs
 
 
-def _hidden(
-    query: Tensor,
-    key1: Tensor,
-    key2: Tensor,
-    rows: slice,
-    first: slice,
-    second: slice,
-    mask1: Tensor | None,
-    mask2: Tensor | None,
-    causal: bool,
-    distinct: bool,
-) -> Tensor | None:
+def _hidden(given: _Pairs, rows: slice, first: slice, second: slice) -> Iterator[Tensor]:
     """Pairs of a tile that may not be attended to, broadcastable to (b, h, i, k, j)."""
-    parts = []
-    for mask, keys, axis in ((mask1, first, -2), (mask2, second, -1)):
+    masks = (given.mask1, first, -2), (given.mask2, second, -1)
+    for mask, keys, axis in masks:
         if mask is not None:
             mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
             mask = mask if mask.shape[3] == 1 else mask[..., keys]
-            parts.append(~mask.unsqueeze(axis))
-    device, length = query.device, query.shape[2]
+            yield ~mask.unsqueeze(axis)
+    device, length = given.query.device, given.query.shape[2]
     j = torch.arange(first.start, first.stop, device=device)
     k = torch.arange(second.start, second.stop, device=device)[:, None]
-    if causal:
+    if given.causal:
         i = torch.arange(rows.start, rows.stop, device=device)[:, None, None]
-        later = (j > i + key1.shape[2] - length) | (k > i + key2.shape[2] - length)
-        parts.append(later)
-    if distinct:
-        parts.append(j == k)
-    hidden: Tensor | None = None
-    for part in parts:
-        hidden = part if hidden is None else hidden | part
-    return hidden
+        yield j > i + given.key1.shape[2] - length
+        yield k > i + given.key2.shape[2] - length
+    if given.distinct:
+        yield j == k

@@ -136,8 +136,11 @@ def _missing(size: int, window: int, stride: int) -> int:
 
 
 def _starts_inside(size: tuple[int, int], window: int, stride: int) -> bool:
-    """Whether nothing is missing before the first cell, so that torch's own pooling fits."""
-    return window >= stride and all(_missing(n, window, stride) < 2 for n in size)
+    """Whether torch's own pooling fits.
+
+    It does where nothing is missing before the first cell, and less than a step behind the last.
+    """
+    return window >= stride and all(_missing(n, window, stride) < min(2, stride) for n in size)
 
 
 def _plain(x: Tensor, window: int, stride: int, mode: Mode) -> Tensor:

@@ -5,7 +5,8 @@
     up = SparseInverseConv3d(32, 16, of=down)
     y = x + up(down(SubMConv3d(16, 16, (1, 3, 3))(x)))
 
-`sparse.rulebook` tells how sites are looked up, `sparse.backends` what computes.
+An axis may be a circle: `SparseTensor(..., circular=(1,))`. `sparse.rulebook` tells how sites are
+looked up, `sparse.backends` what computes.
 """
 
 from heed_core.sparse.backends import BackendName, explain_backends

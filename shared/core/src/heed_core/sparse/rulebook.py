@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -118,6 +118,8 @@ class Sites:
     sorted_keys: Int64[Tensor, " n"]
     order: Int64[Tensor, " n"] | None
     """Row of each sorted key; None where the rows are sorted already."""
+    circular: Cell = ()
+    """Spatial axes whose last cell is a neighbour of the first."""
 
     @property
     def count(self) -> int:
@@ -133,7 +135,7 @@ class Sites:
         """The coordinates, each in one piece of memory."""
         return self.coords.T.contiguous()
 
-    def find(self, keys: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:
+    def find(self, keys: Int64[Tensor, "*m"]) -> Int64[Tensor, "*m"]:
         """Rows of keys; the number of sites for keys that no site has."""
         count = self.count
         if not torch.compiler.is_compiling() and count == 0:
@@ -206,6 +208,11 @@ class RulebookTable:
     """Input row per kernel cell and output row; `num_in` where the cell is empty."""
     num_in: int
 
+    @cached_property
+    def window_rows(self) -> Int64[Tensor, " _"]:
+        """Input rows, one output after the other."""
+        return self.table.T.flatten()
+
     @property
     def num_out(self) -> int:
         """Rows of the output."""
@@ -228,41 +235,38 @@ PairsOfRows = tuple[Int64[Tensor, " _"], Int64[Tensor, " _"]]
 """Rows that are read, rows that they are added to."""
 
 
-def neighbours(sites: Sites, offset: Cell) -> Int64[Tensor, " n"]:
-    """Per site: the row of the site at an offset; the number of sites where that is empty."""
-    found = sites.find(sites.keys + _linear_offset(sites, offset))
-    return torch.where(_stays_inside(sites, offset), found, sites.count)
-
-
 def neighbour_pairs(sites: Sites, offset: Cell) -> PairsOfRows:
     """All pairs of sites of which the first lies at an offset from the second."""
     if not any(offset) or sites.count == 0:
         rows = torch.arange(sites.count, device=sites.keys.device)
         return rows, rows
-    wanted = sites.keys + _linear_offset(sites, offset)
+    wanted, inside = _shifted(sites, offset)
     at = torch.searchsorted(sites.sorted_keys, wanted).clamp_(max=sites.count - 1)
     occupied = sites.sorted_keys.index_select(0, at) == wanted
-    targets = (occupied & _stays_inside(sites, offset)).nonzero()[:, 0]
+    targets = (occupied & inside).nonzero()[:, 0]
     sources = at.index_select(0, targets)
     return sources if sites.order is None else sites.order.index_select(0, sources), targets
 
 
-def _linear_offset(sites: Sites, offset: Cell) -> int:
-    delta = 0
-    for step, size in zip(offset, sites.spatial_shape, strict=True):
-        delta = delta * size + step
-    return delta
+def _shifted(sites: Sites, offset: Cell) -> tuple[Int64[Tensor, " n"], Bool[Tensor, " n"]]:
+    """Per site: the key of the cell at an offset, and whether that lies inside of the grid.
 
-
-def _stays_inside(sites: Sites, offset: Cell) -> Bool[Tensor, " n"]:
-    """Without this check of each axis, keys beyond a border would be those of another row."""
-    inside = torch.ones_like(sites.keys, dtype=torch.bool)
+    Without the check of each axis, keys beyond a border would be those of another row.
+    """
+    keys, inside = sites.keys, torch.ones_like(sites.keys, dtype=torch.bool)
     for axis, (step, size) in enumerate(zip(offset, sites.spatial_shape, strict=True)):
-        if step > 0:
-            inside &= sites.axis(axis) < size - step
-        elif step < 0:
-            inside &= sites.axis(axis) >= -step
-    return inside
+        if step == 0:
+            continue
+        weight, index = math.prod(sites.spatial_shape[axis + 1 :]), sites.axis(axis)
+        keys = keys + step * weight
+        if axis in sites.circular:
+            turns = torch.div(index + step, size, rounding_mode="floor")
+            keys = keys - turns.long() * (size * weight)
+        elif step > 0:
+            inside &= index < size - step
+        else:
+            inside &= index >= -step
+    return keys, inside
 
 
 def submanifold_rulebook(
@@ -287,9 +291,33 @@ def submanifold_rulebook(
 
 
 def submanifold_table(sites: Sites, window: Window) -> RulebookTable:
-    """`submanifold_rulebook` for traced programs."""
-    table = torch.stack([neighbours(sites, offset) for offset in window.offsets])
-    return RulebookTable(table=table, num_in=sites.count)
+    """`submanifold_rulebook` for traced programs: all kernel cells at once, few operations."""
+    size = _per_axis(sites, sites.spatial_shape)
+    moved = sites.columns[1:, None].long() + _per_axis(sites, *window.offsets)
+    if sites.circular:
+        moved = torch.where(_on_circle(sites), moved % size, moved)
+    inside = ((moved >= 0) & (moved < size)).all(dim=0)
+    rows = sites.find(_keys_of(sites, moved, sites.spatial_shape))
+    return RulebookTable(table=torch.where(inside, rows, sites.count), num_in=sites.count)
+
+
+def _per_axis(sites: Sites, *cells: Cell) -> Int64[Tensor, "axes cells 1"]:
+    """Numbers per axis, to meet tables of (axes, kernel cells, rows)."""
+    return sites.keys.new_tensor([[[n] for n in axis] for axis in zip(*cells, strict=True)])
+
+
+def _on_circle(sites: Sites) -> Bool[Tensor, "axes 1 1"]:
+    axes = range(len(sites.spatial_shape))
+    return _per_axis(sites, tuple(axis in sites.circular for axis in axes)).bool()
+
+
+def _keys_of(
+    sites: Sites, index: Int64[Tensor, "axes cells n"], shape: Cell
+) -> Int64[Tensor, "cells n"]:
+    """Keys of cells of a grid, in the batch item of each site."""
+    weights = [math.prod(shape[axis:]) for axis in range(len(shape) + 1)]
+    within = (index * _per_axis(sites, tuple(weights[1:]))).sum(dim=0)
+    return within + sites.columns[0].long() * weights[0]
 
 
 def strided_rulebook(sites: Sites, window: Window) -> tuple[Rulebook, Sites]:
@@ -301,12 +329,12 @@ def strided_rulebook(sites: Sites, window: Window) -> tuple[Rulebook, Sites]:
     rows = torch.arange(sites.count, device=sites.keys.device)
     reached = [(rows, sites.coords[:, 0].long())]
     for axis, size in enumerate(shape):
-        index, readers = sites.axis(axis), _readers(sites, window, axis, size)
+        index, readers = sites.axis(axis), _readers(sites, window, axis, shape)
         reached = [
             (rows[chosen], keys[chosen] * size + place[here[chosen]])
             for rows, keys in reached
             for here in [index.index_select(0, rows)]
-            for place, reads in readers
+            for place, reads in zip(*readers, strict=True)
             for chosen in [reads.index_select(0, here).nonzero()[:, 0]]
         ]
     made, targets = torch.unique(torch.cat([keys for _, keys in reached]), return_inverse=True)
@@ -316,48 +344,82 @@ def strided_rulebook(sites: Sites, window: Window) -> tuple[Rulebook, Sites]:
         num_in=sites.count,
         num_out=len(made),
     )
-    return rulebook, _sorted_sites(made, shape, sites.batch_size)
+    return rulebook, _sorted_sites(made, shape, sites)
 
 
 def strided_table(sites: Sites, window: Window) -> tuple[RulebookTable, Sites]:
     """`strided_rulebook` for traced programs."""
     shape = window.output_shape(sites.spatial_shape)
-    keys, reads = [], []
-    for cell in window.cells:
-        key, read = sites.coords[:, 0].long(), torch.ones_like(sites.keys, dtype=torch.bool)
-        for axis, k in enumerate(cell):
-            place, reads_here = _readers(sites, window, axis, shape[axis])[k]
-            here = sites.axis(axis)
-            key, read = key * shape[axis] + place[here], read & reads_here[here]
-        keys.append(key)
-        reads.append(read)
-    chosen = torch.stack(reads).flatten().nonzero()[:, 0]
-    all_keys = torch.stack(keys).flatten()
+    place, reads = _reading_outputs(
+        sites.columns[1:, None].long() - _per_axis(sites, *window.offsets),
+        stride=_per_axis(sites, window.stride),
+        size=_per_axis(sites, shape),
+        turns=[_per_axis(sites, turn) for turn in _turns(sites, window, shape)],
+    )
+    chosen = reads.all(dim=0).flatten().nonzero()[:, 0]
+    all_keys = _keys_of(sites, place, shape).flatten()
     made, targets = torch.unique(all_keys.index_select(0, chosen), return_inverse=True)
     torch._check(made.shape[0] > 0)  # type: ignore[no-untyped-call]
     by_input = torch.full_like(all_keys, made.shape[0]).scatter(0, chosen, targets)
     swapped = RulebookTable(table=by_input.view(window.volume, -1), num_in=made.shape[0])
-    return swapped.swapped(), _sorted_sites(made, shape, sites.batch_size)
+    return swapped.swapped(), _sorted_sites(made, shape, sites)
 
 
 def _readers(
-    sites: Sites, window: Window, axis: int, size: int
-) -> list[tuple[Int64[Tensor, " inputs"], Bool[Tensor, " inputs"]]]:
-    """Per kernel cell k of an axis: which output index reads an input index at k, and if one does.
+    sites: Sites, window: Window, axis: int, shape: Cell
+) -> tuple[Int64[Tensor, "kernel inputs"], Bool[Tensor, "kernel inputs"]]:
+    """Per kernel cell of an axis: which output index reads an input index there, and if one does.
 
     For all indices of the axis, to be looked up.
     """
     index = torch.arange(sites.spatial_shape[axis], device=sites.keys.device)
-    stride = window.stride[axis]
-    result = []
-    for k in range(window.kernel[axis]):
-        start = index + (window.padding[axis] - k * window.dilation[axis])
-        place = torch.div(start, stride, rounding_mode="floor")
-        result.append((place, (start % stride == 0) & (place >= 0) & (place < size)))
-    return result
+    cells = torch.arange(window.kernel[axis], device=sites.keys.device)[:, None]
+    return _reading_outputs(
+        index + (window.padding[axis] - cells * window.dilation[axis]),
+        stride=window.stride[axis],
+        size=shape[axis],
+        turns=sorted({turn[axis] for turn in _turns(sites, window, shape)}),
+    )
 
 
-def _sorted_sites(keys: Int64[Tensor, " n"], spatial_shape: Cell, batch_size: int) -> Sites:
+def _reading_outputs(
+    start: Int64[Tensor, "*n"],
+    *,
+    stride: int | Tensor,
+    size: int | Tensor,
+    turns: Iterable[int | Tensor],
+) -> tuple[Int64[Tensor, "*n"], Bool[Tensor, "*n"]]:
+    """The output index whose window starts at an input index, and if there is one.
+
+    At most one of the turns round a circle leads to one.
+    """
+    place, reads = torch.zeros_like(start), torch.zeros_like(start, dtype=torch.bool)
+    for turn in turns:
+        there = start + turn
+        at = torch.div(there, stride, rounding_mode="floor")
+        hit = (at * stride == there) & (at >= 0) & (at < size)
+        place, reads = torch.where(hit, at, place), reads | hit
+    return place, reads
+
+
+def _turns(sites: Sites, window: Window, shape: Cell) -> list[Cell]:
+    """What is added to input indices to reach the cells of a window round the circular axes."""
+    most = 0
+    for axis in sites.circular:
+        length, stride = sites.spatial_shape[axis], window.stride[axis]
+        if shape[axis] != -(-length // stride):
+            raise ValueError(
+                f"on a circular axis of {length} cells a stride of {stride} must make "
+                f"{-(-length // stride)} cells, but kernel {window.kernel[axis]} and padding "
+                f"{window.padding[axis]} make {shape[axis]}"
+            )
+        last = (window.kernel[axis] - 1) * window.dilation[axis]
+        most = max(most, 1 + max(last, window.padding[axis]) // length)
+    lengths = [n if axis in sites.circular else 0 for axis, n in enumerate(sites.spatial_shape)]
+    return [tuple(turn * n for n in lengths) for turn in range(-most, most + 1)]
+
+
+def _sorted_sites(keys: Int64[Tensor, " n"], spatial_shape: Cell, of: Sites) -> Sites:
     rest, columns = keys, []
     for size in reversed(spatial_shape):
         columns.append(rest % size)
@@ -365,10 +427,11 @@ def _sorted_sites(keys: Int64[Tensor, " n"], spatial_shape: Cell, batch_size: in
     return Sites(
         coords=torch.stack([rest, *reversed(columns)], dim=1).int(),
         spatial_shape=spatial_shape,
-        batch_size=batch_size,
+        batch_size=of.batch_size,
         keys=keys,
         sorted_keys=keys,
         order=None,
+        circular=of.circular,
     )
 
 

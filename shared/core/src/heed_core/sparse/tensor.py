@@ -118,6 +118,8 @@ class SparseTensor:
         batch_size: Number of grids.
         level: Of the sites in `cache`; leave it out for a new tensor.
         cache: Of the levels and rulebooks; leave it out for a new tensor.
+        circular: Spatial axes that are circles, counted from 0: their last cell is a neighbour of
+            their first. Of a new tensor; all tensors that derive from it have the same.
 
     Raises:
         TypeError: Features that are not floating point, coordinates that are not integers.
@@ -136,6 +138,7 @@ class SparseTensor:
     batch_size: int
     level: int = 0
     cache: RulebookCache = field(default_factory=RulebookCache)
+    circular: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.features.dim() != 2 or self.features.shape[0] != self.coords.shape[0]:
@@ -177,8 +180,12 @@ class SparseTensor:
     def on_level(self, level: int, features: Float[Tensor, "m channels"]) -> SparseTensor:
         """Features on the sites of another level of the cache."""
         sites = self.cache.sites(level)
-        return SparseTensor(
-            features, sites.coords, sites.spatial_shape, sites.batch_size, level, self.cache
+        return replace(
+            self,
+            features=features,
+            coords=sites.coords,
+            spatial_shape=sites.spatial_shape,
+            level=level,
         )
 
     def dense(self, fill: float = 0.0) -> Float[Tensor, "b channels *spatial"]:
@@ -216,6 +223,10 @@ class SparseTensor:
                 f"spatial_shape and batch_size must be at least 1, got {shape} "
                 f"and {self.batch_size}"
             )
+        if any(not 0 <= axis < len(shape) for axis in self.circular):
+            raise ValueError(
+                f"circular must name axes from 0 to {len(shape) - 1}, got {self.circular}"
+            )
         if self.coords.device != self.features.device:
             raise ValueError(
                 f"coords must be on the device of features, {self.features.device}, got "
@@ -235,6 +246,7 @@ class SparseTensor:
             keys=keys,
             sorted_keys=sorted_keys,
             order=None if in_order else order,
+            circular=self.circular,
         )
 
 

@@ -66,6 +66,8 @@ class Mechanism:
     """The output from the module's parameters, written from the formula in loops, in the type of
     the inputs."""
     size: int = 5
+    smallest: int = 1
+    """The least size for which `inputs` makes what the mechanism takes."""
     tokens: Callable[[int], int] = lambda size: size
     exponent: float
     """Operations grow as tokens ** exponent, as the docstring of the mechanism states."""
@@ -334,11 +336,18 @@ def _strides(mechanism: Mechanism) -> None:
 
 
 def _compile(mechanism: Mechanism) -> None:
-    """For one size, which is several times faster than for any."""
+    """For one size, which is several times faster than for any.
+
+    Errors say the same, where what cannot be compiled may run as it is: else the compiler raises
+    one of its own around ours.
+    """
     module, inputs = _module(mechanism, torch.float32), _inputs(mechanism, torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True, dynamic=False, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs), module(**inputs), rtol=1e-4, atol=1e-5)
+    for spoil, _ in mechanism.wrong[:1]:
+        wrong, broken = spoil(dict(inputs)), torch.compile(module, backend="aot_eager")
+        assert _complaint(broken, wrong) == _complaint(module, wrong)
 
 
 def _compile_any_size(mechanism: Mechanism) -> None:
@@ -422,12 +431,34 @@ def _wrong_shape(mechanism: Mechanism) -> None:
         assert message in said, f"no error that says {message!r}, but: {said or 'none'}"
 
 
-def _complaint(module: nn.Module, inputs: Inputs) -> str:
+def _complaint(module: Callable[..., object], inputs: Inputs) -> str:
     try:
         module(**inputs)
     except (ValueError, TypeError) as error:
         return str(error)
     return ""
+
+
+def _wrong_type(mechanism: Mechanism) -> None:
+    module, inputs = _module(mechanism, torch.float32), _inputs(mechanism, torch.float32)
+    for name, x in inputs.items():
+        other = torch.int64 if x.is_floating_point() else torch.float32
+        said = _complaint(module, {**inputs, name: torch.ones_like(x, dtype=other)})
+        assert name in said, f"no error that names {name!r} in {other}, but: {said or 'none'}"
+        assert str(other) in said, f"the error does not say {other}: {said}"
+
+
+def _small(mechanism: Mechanism) -> None:
+    """No sample at all; and samples of one token, which a mask may hide."""
+    module = _module(mechanism, torch.float32)
+    for batch, size in ((0, mechanism.size), (2, mechanism.smallest)):
+        inputs = _inputs(mechanism, torch.float32, batch=batch, size=size)
+        leaves = _leaves(module, inputs)
+        output = module(**inputs)
+        assert output.shape[0] == batch
+        found = {"output": output, **_gradients(output, leaves)}
+        for name, x in found.items():
+            assert not bool(x.isnan().any()), f"{name} has NaN for batch {batch}, size {size}"
 
 
 CLAUSES: dict[str, Callable[[Mechanism], None]] = {
@@ -444,5 +475,7 @@ CLAUSES: dict[str, Callable[[Mechanism], None]] = {
     "export": _export,
     "observe": _observe,
     "cost": _cost,
+    "small": _small,
     "wrong-shape": _wrong_shape,
+    "wrong-type": _wrong_type,
 }

@@ -200,6 +200,7 @@ _UNEVEN = (_spoilt("x", lambda x: x[:, 1:]), "spatial axis 0 must be a multiple 
 VISION_MECHANISMS: tuple[Mechanism, ...] = (
     Mechanism(
         name="axial-sum",
+        smallest=2,
         build=lambda dropout: MultiAxisAxialAttention(8, heads=2, qkv_bias=False, dropout=dropout),
         inputs=_grid_with_hidden_cells,
         reference=formula.axial,
@@ -410,6 +411,7 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         name="gaussian",
+        smallest=3,
         build=lambda dropout: _fixed_widths(GaussianAttention(axis=1, heads=2, gaussians=3)),
         inputs=_values,
         reference=formula.gaussian,

@@ -39,6 +39,9 @@ CHANGEABLE = (
 )
 """Settings that may be changed when a run is resumed: how long, and on what."""
 
+MUCH_WAITING = 0.2
+"""Share of the training's time, from which on more workers are proposed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SystemOptions):
@@ -198,6 +201,8 @@ def _finish(recipe: Recipe[Any, Any, Any], run: Run, fitted: Fitted) -> Result:
         "run": run.path,
         "epochs": fitted.epochs,
         "steps": fitted.steps,
+        "training_s": fitted.seconds,
+        "waiting_for_data": fitted.waiting,
         "metrics": fitted.metrics,
         "monitor": recipe.monitor[0],
         "weights_sha256": run.weights_hash(),
@@ -209,5 +214,12 @@ def _finish(recipe: Recipe[Any, Any, Any], run: Run, fitted: Fitted) -> Result:
     if skipped:
         rows = [{"data": name, "skipped": line} for name in skipped for line in skipped[name]]
         tables.append(Table(title="skipped", rows=rows))
+    if fitted.waiting is not None:
+        logger.info(
+            "%.1f s of training, %.1f %% of them waiting for data%s",
+            fitted.seconds,
+            100 * fitted.waiting,
+            "; more --workers may help" if fitted.waiting > MUCH_WAITING else "",
+        )
     title = f"{run.system}: {fitted.epochs} epochs, {fitted.steps} steps; the kept weights:"
     return Result(title=title, tables=tables, data=data, files=[run.path])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -24,7 +25,7 @@ def run(
 ) -> Float[Tensor, "m o"]:
     """Convolve rows along a rulebook."""
     if isinstance(rulebook, RulebookTable):
-        return _by_table(features, weight, rulebook.table)
+        return _by_table(features, weight, rulebook)
     output: Tensor = _Convolution.apply(features, weight, rulebook)  # type: ignore[no-untyped-call]
     return output
 
@@ -32,12 +33,13 @@ def run(
 def _by_table(
     features: Float[Tensor, "n i"],
     weight: Float[Tensor, "o volume i"],
-    table: Tensor,
+    rulebook: RulebookTable,
 ) -> Float[Tensor, "m o"]:
     """One gather with a row of zeros for empty cells, one product; all sizes known in advance."""
     padded = torch.cat([features, features.new_zeros(1, features.shape[1])])
-    windows = padded.index_select(0, table.T.flatten())  # (m * volume, i)
-    return windows.view(table.shape[1], weight.shape[1] * weight.shape[2]) @ weight.flatten(1).T
+    windows = padded.index_select(0, rulebook.window_rows)  # (m * volume, i)
+    taps = weight.flatten(1)  # (o, volume * i)
+    return F.linear(windows.view(rulebook.num_out, taps.shape[1]), taps)
 
 
 class _Convolution(torch.autograd.Function):

@@ -1,0 +1,32 @@
+"""Tell a training that its test split knows patients of its training split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 3
+
+
+def warn_of_leaks(root: Path, splits_of: Mapping[str, Sequence[str]]) -> None:
+    """Log one line that names patients who are in more than one split; nothing without any.
+
+    Args:
+        root: The data set.
+        splits_of: Patient -> the splits that he or she is in, of those in several.
+    """
+    if not splits_of:
+        return
+    named = [f"{patient} in {' and '.join(splits)}" for patient, splits in splits_of.items()]
+    more = ", ..." if len(named) > _SHOWN else ""
+    logger.warning(
+        "%s: %d patients are in several splits (%s%s): the scores will be too good; check lists "
+        "them",
+        root,
+        len(named),
+        ", ".join(named[:_SHOWN]),
+        more,
+    )

@@ -1,0 +1,75 @@
+"""Which studies MoRE puts into a batch: one of a subject, unless that is not wanted."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from heed_core.errors import InputError
+from heed_medical_cli.more import RECIPE, MoreSettings, small
+from heed_runtime.data import Data
+from heed_runtime.settings import TrainerSettings
+
+SUBJECTS = ("a", "a", "a", "b", "b", "b", "c", "c", "d", "", "", "")
+"""Of the training studies; empty: not named."""
+
+
+def write(root: Path, subjects: tuple[str, ...]) -> Path:
+    """X-rays with notes."""
+    rng = np.random.default_rng(0)
+    rows = ["file,text,patient,split"]
+    for number, subject in enumerate((*subjects, "v", "t")):
+        name, split = f"{number}.png", {"v": "val", "t": "test"}.get(subject, "train")
+        Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8)).save(root / name)
+        rows.append(f"{name},Note {number}.,{subject},{split}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def settings(root: Path, *, one_per_subject: bool = True, batch: int = 4) -> MoreSettings:
+    start = small()
+    training = replace(start.training, one_per_subject=one_per_subject)
+    trainer = TrainerSettings(batch=batch)
+    return RECIPE.plan(replace(start, training=training, trainer=trainer), root)
+
+
+def subjects_of_batches(config: MoreSettings, root: Path) -> list[list[int]]:
+    """A number per subject, -1 of one that is not named, by batch; of three epochs."""
+    loader = Data(RECIPE, config, root=root).train_dataloader()
+    found = []
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        found += [batch.groups[0].tolist() for batch in loader]
+    return found
+
+
+def repeated(batches: list[list[int]]) -> int:
+    """Batches that hold a named subject twice."""
+    named = [[number for number in batch if number >= 0] for batch in batches]
+    return sum(len(set(batch)) < len(batch) for batch in named)
+
+
+def test_a_batch_holds_one_study_of_a_subject(tmp_path: Path):
+    root = write(tmp_path, SUBJECTS)
+    batches = subjects_of_batches(settings(root), root)
+    assert len(batches) == 9
+    assert repeated(batches) == 0
+    assert sum(number < 0 for batch in batches for number in batch) == 9  # each is alone
+    assert repeated(subjects_of_batches(settings(root, one_per_subject=False), root)) > 0
+
+
+def test_a_batch_is_no_larger_than_there_are_subjects(tmp_path: Path, caplog):
+    root = write(tmp_path, ("a", "a", "a", "b", "b"))
+    batches = subjects_of_batches(settings(root, batch=8), root)
+    assert {len(batch) for batch in batches} == {2}
+    assert repeated(batches) == 0
+    assert "2 groups of training samples that share no batch, fewer than batch=8" in caplog.text
+
+
+def test_one_subject_alone_is_refused_and_can_be_allowed(tmp_path: Path):
+    root = write(tmp_path, ("a", "a", "a", "a"))
+    with pytest.raises(InputError, match=r"one subject alone.*no-one-per-subject"):
+        RECIPE.train_data(settings(root), root)
+    assert len(subjects_of_batches(settings(root, one_per_subject=False), root)) == 3
