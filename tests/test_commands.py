@@ -12,12 +12,7 @@ from pathlib import Path
 import pytest
 
 from heed_runtime.app import App
-from heed_runtime.testing.contract import (
-    check_export,
-    check_life,
-    check_recipe,
-    check_sample,
-)
+from heed_runtime.testing.contract import check_recipe
 
 ROOT = Path(__file__).parents[1]
 PICTURES = (
@@ -70,8 +65,6 @@ PART = {
     "more-findings": "images/test000.png",
 }
 """What of a large sample is predicted and explained."""
-EXPORTED_IN_MINUTES = {"curbnet", "cylinder3d"}
-"""The compiler reasons long about sizes that depend on the points; a slow test exports them."""
 
 
 def apps() -> list[App]:
@@ -98,18 +91,7 @@ def call(app: App, *words: str | Path) -> tuple[int, str, str]:
 )
 def test_every_verb_works_on_the_sample(app: App, system: str, tmp_path: Path):
     flags, part = SMALL.get(system, ()), PART.get(system, ".")
-    export = system not in EXPORTED_IN_MINUTES
-    check_recipe(app, system, tmp_path, flags=flags, part=part, export=export)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("app", "system"), [item for item in SYSTEMS if item[1] in EXPORTED_IN_MINUTES]
-)
-def test_what_is_exported_in_minutes_is_exported_too(app: App, system: str, tmp_path: Path):
-    data = check_sample(app, system, tmp_path)
-    run = check_life(app, system, data, tmp_path, flags=SMALL[system], part=PART[system])
-    check_export(app, run, tmp_path)
+    check_recipe(app, system, tmp_path, flags=flags, part=part)
 
 
 @pytest.mark.parametrize("app", apps(), ids=lambda app: app.name)

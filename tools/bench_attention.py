@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heed_core.attention.axial import MultiAxisAxialAttention
-from heed_core.attention.bilevel import BilevelAttention
+from heed_core.attention.bilevel import BilevelAttention, region_topk, routed_attention
 from heed_core.attention.bounded_memory import BoundedMemoryAttention
 from heed_core.attention.complex import ComplexAttention
 from heed_core.attention.connectivity import ConnectivityAttention
@@ -171,6 +171,11 @@ def plain_neighbours(x: Tensor, weights: Tensor) -> Tensor:
     index = starts[:, None] + torch.arange(13, device=x.device)
     windows = x[:, :, index[:, None, :, None], index[None, :, None, :]]  # (b, g, h, w, k, k, c)
     return (weights.softmax(-1)[..., None] * windows.flatten(4, 5)).sum(-2)
+
+
+def routed(x: Tensor) -> Tensor:
+    """Ours: bi-level routing of 49 regions of 64 cells, two heads."""
+    return routed_attention(x, x, x, region_topk(x, x, topk=1), heads=2)
 
 
 def triples(x: Tensor) -> Tensor:
@@ -344,7 +349,11 @@ def grid_cases() -> dict[str, Case]:
                 "heed": partial(BilevelAttention, 64, heads=2, regions=(7, 7), topk=1),
                 "exact attention": grid(partial(full, 64, 2)),
             },
-            asked=Asked(peak_mib=routed_mib((4, 56, 56, 64), regions=49, topk=1)),
+        ),
+        "bilevel-routing": Case(
+            shape=(4, 49, 64, 64),
+            modules={"heed, without projections": partial(Formula, routed)},
+            asked=Asked(peak_mib=routed_mib((4, 49, 64, 64), regions=49, topk=1)),
         ),
         "axial": Case(
             shape=(2, 64, 64, 128),
@@ -409,10 +418,13 @@ def cases() -> dict[str, Case]:
 
 
 def routed_mib(shape: tuple[int, ...], *, regions: int, topk: int) -> float:
-    """1.5 times inputs and outputs, and the routing: affinities, and routes."""
-    batch = shape[0]
+    """What may come on top of queries, keys and values.
+
+    Together that is 1.5 times inputs and outputs, and the routing: affinities, and routes.
+    """
+    batch, each = shape[0], 4 * math.prod(shape)
     routing = 4 * batch * regions**2 + 8 * batch * regions * topk
-    return (1.5 * 2 * 4 * math.prod(shape) + routing) / 2**20
+    return (1.5 * 4 * each - 3 * each + routing) / 2**20
 
 
 def run(name: str, case: Case, rounds: int) -> list[dict[str, object]]:
@@ -527,6 +539,7 @@ def draw(rows: list[dict[str, object]], folder: Path) -> None:
                 )
             axes.set(xlabel="tokens", ylabel=label, xscale="log", yscale="log")
             axes.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
+            axes.set_xticks([], minor=True)
             axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
             save_figure(figure, folder / f"attention_{'time' if key == 'ms' else 'memory'}.png")
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from heed_core import observe
 from heed_core.attend import attend
 from heed_core.attention.dynamic_mask import (
+    BLOCK,
     DynamicMaskAttention,
     dynamic_mask_attention,
     keep_blocks,
@@ -197,7 +198,7 @@ def test_blocks_of_keys_are_kept_by_majority() -> None:
 
 def test_operations_grow_with_what_is_kept_not_with_the_length() -> None:
     counts = []
-    for n in (1024, 2048):
+    for n in (10 * BLOCK, 20 * BLOCK):
         query, key = (torch.randn(1, h, n, 8) for h in (4, 2))
         site = Attend(impl="reference")  # whose operations are counted
         with FlopCounterMode(display=False) as counter:
@@ -206,7 +207,7 @@ def test_operations_grow_with_what_is_kept_not_with_the_length() -> None:
             )
         counts.append(counter.get_total_flops())
     assert counts[1] == 2 * counts[0]
-    assert counts[0] == 2 * 2 * 4 * 1024 * (16 + 64) * 8
+    assert counts[0] == 2 * 2 * 4 * 10 * BLOCK * (16 + BLOCK) * 8
 
 
 @pytest.mark.bad_input

@@ -44,7 +44,7 @@ from heed_core.tokens import check_tokens
 ScoreForm = Literal["exp", "linear"]
 """Whether scores are exponentials (at least 0), or A softplus(u) itself."""
 
-BLOCK = 64
+BLOCK = 96
 """Least queries of a block; a quarter of `keep` if that is more."""
 
 

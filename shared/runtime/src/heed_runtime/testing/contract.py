@@ -128,15 +128,13 @@ def check_recipe(
     *,
     flags: Sequence[str] = (),
     part: str = ".",
-    export: bool = True,
 ) -> None:
-    """All of the above, one after the other; without `export`, all but the last."""
+    """All of the above, one after the other."""
     check_card(app, system)
     check_settings(app, system, tmp_path)
     data = check_sample(app, system, tmp_path)
     run = check_life(app, system, data, tmp_path, flags=flags, part=part)
-    if export:
-        check_export(app, run, tmp_path)
+    check_export(app, run, tmp_path)
 
 
 def call(app: App, *words: object, code: int = 0) -> dict[str, Any]:
