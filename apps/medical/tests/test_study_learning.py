@@ -32,7 +32,7 @@ def test_ivgn_writes_what_it_sees(tmp_path: Path):
     run = trained("ivgn", sample("ivgn", tmp_path / "data"), tmp_path / "run")
     seeing = scores(run)
     blind = scores(run, "--data.pictures", "ignored")
-    assert seeing["bleu_4"] > 0.85, seeing
+    assert seeing["bleu_4"] > 0.75, seeing
     assert seeing["different_reports"] >= 8
     assert blind["different_reports"] == 1
     assert blind["bleu_4"] < seeing["bleu_4"] - 0.2

@@ -138,7 +138,7 @@ def small() -> IvgnSettings:
         training=IvgnTraining(
             learning_rate=4e-3, extractor_learning_rate=4e-3, weight_decay=0.0, step=24
         ),
-        trainer=TrainerSettings(max_epochs=40, batch=16, validate_every=5),
+        trainer=TrainerSettings(max_epochs=30, batch=16, validate_every=5),
     )
 
 
