@@ -38,6 +38,7 @@ def test_the_operator_is_a_good_one(chunks: int, reads: bool, by_channel: bool) 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_compiled_kernel_gives_what_torch_gives() -> None:
     query, key, value = (torch.randn(2, 4, 300, 64, device="cuda") for _ in range(3))
     key = key / key.norm(dim=-1, keepdim=True)

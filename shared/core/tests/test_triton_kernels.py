@@ -17,8 +17,11 @@ from triton.runtime.jit import JITFunction
 from heed_core.kernels import (
     chunk_scan,
     chunk_scan_triton,
+    gather_attention,
     gather_attention_triton,
+    neighborhood,
     neighborhood_triton,
+    pair_softmax,
     pair_softmax_triton,
 )
 
@@ -181,7 +184,7 @@ class Compiled:
 
 @pytest.mark.slow
 def test_kernels_compile_and_fit_on_a_gpu(monkeypatch, tmp_path) -> None:
-    """Without one: machine code of compute capability 8.0, launched by our own code."""
+    """Without one: machine code of capability 8.0 for the largest sizes that our code launches."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernels = []
     for module in (gather_attention_triton, neighborhood_triton, pair_softmax_triton):
@@ -191,21 +194,27 @@ def test_kernels_compile_and_fit_on_a_gpu(monkeypatch, tmp_path) -> None:
     kernels.append(Compiled(chunk_scan_triton.scan_kernel))
     monkeypatch.setattr(chunk_scan, "_kernel", lambda: kernels[-1])
 
-    rows = [torch.zeros(1, 1, 2, 32, width) for width in (32, 32, 32, 32, 32)]
-    start = torch.zeros(1, 1, 32, 32)
-    chunk_scan._launch(chunk_scan._Chunks(*rows, torch.zeros(1, 1, 2, 32), start))
+    t, d = chunk_scan.MOST_TOKENS, chunk_scan.MOST_CHANNELS
+    rows = [torch.zeros(1, 1, 1, t, width) for width in (d, d, t, d, d)]
+    start = torch.zeros(1, 1, d, d)
+    chunk_scan._launch(chunk_scan._Chunks(*rows, torch.zeros(1, 1, 1, d), start))
 
-    weights, value = torch.zeros(1, 1, 9, 40, 9), torch.zeros(1, 1, 9, 40, 64)
+    weights = torch.zeros(1, 1, 9, 40, 9)
+    value = torch.zeros(1, 1, 9, 40, neighborhood.MOST_CHANNELS)
     neighborhood_triton.launch_sum(weights, value, 3)
     neighborhood_triton.launch_backward(value, weights, value, 3)
 
-    query, key = torch.zeros(1, 2, 3, 64, 64), torch.zeros(1, 1, 90, 64)
+    d = gather_attention.MOST_CHANNELS
+    query, key = torch.zeros(1, 2, 3, 64, d), torch.zeros(1, 1, 90, d)
     index = torch.zeros(1, 1, 3, 40, dtype=torch.int64)
     given = query, key, key, index, torch.zeros(1, 1, 3, 64, 40, dtype=torch.bool), key[..., 0], 0.1
     output, sums = gather_attention_triton.launch_forward(*given)
     gather_attention_triton.launch_backward(output, output, sums, *given)
 
-    row, mask = torch.zeros(1, 2, 40, 16), torch.zeros(1, 1, 1, 40, dtype=torch.bool)
+    row, mask = (
+        torch.zeros(1, 2, 40, pair_softmax.MOST_CHANNELS),
+        torch.zeros(1, 1, 1, 40, dtype=torch.bool),
+    )
     triples = *[row] * 5, mask, mask, True, True, 0.1
     output, sums = pair_softmax_triton.launch_forward(*triples)
     pair_softmax_triton.launch_backward(output, output, sums, *triples)

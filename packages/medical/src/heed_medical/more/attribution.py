@@ -1,13 +1,16 @@
 """Where the towers looked: gradient-weighted attention rollout.
 
 Chefer et al., "Transformer interpretability beyond attention visualization" (CVPR 2021), with the
-attention itself in the place of its layer-wise relevance:
+attention itself in the place of its layer-wise relevance, and the gradient without what all keys of
+a query share:
 
-    A_l = I + mean over heads of (dS / dA_l * A_l)^+,   rows divided by their sum,
-    C = A_L ... A_1,
+    A_l = I + mean over heads of ((dS / dA_l - sum over keys of A_l dS / dA_l) * A_l)^+,
+    rows divided by their sum,   C = A_L ... A_1,
 
-of a scalar S, the cosine of two embeddings. The row of C that S is read from, without the class
-token, is the map; a mean over tokens has no such row, see `row_of_mean`.
+of a scalar S, the cosine of two embeddings. A query's weights sum to one, so that what its keys
+share moves nothing; as published it stays in, and a map is nearly even where attention is. The
+product is the gradient of the scores before the softmax. The row of C that S is read from, without
+the class token, is the map; a mean over tokens has no such row, see `row_of_mean`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ def rollout(
     identity = torch.eye(count, dtype=attention[0].dtype, device=attention[0].device)
     total = identity
     for weights, gradient in zip(attention, gradients, strict=True):
-        relevance = identity + (gradient * weights).clamp(min=0).mean(dim=0)
+        shared = (gradient * weights).sum(dim=-1, keepdim=True)
+        relevance = identity + ((gradient - shared) * weights).clamp(min=0).mean(dim=0)
         total = relevance / relevance.sum(dim=1, keepdim=True) @ total
     return total
 

@@ -29,8 +29,8 @@ from heed_core.kernels.triton_calls import (
     why_not_triton,
 )
 
-MOST_CHANNELS = 256
-"""Of keys: a state of so many rows still fits on the chip."""
+MOST_CHANNELS = 128
+"""Of keys: states and products of so many rows still fit on any chip."""
 
 MOST_TOKENS = 128
 """Of a chunk."""

@@ -26,8 +26,8 @@ from torch.utils.flop_counter import register_flop_formula
 from heed_core.kernels.triton_calls import KernelImpl, takes_triton, why_not_triton
 from heed_core.precision import at_least_float32, without_autocast
 
-MOST_CHANNELS = 256
-"""Of keys and of values, on the kernel."""
+MOST_CHANNELS = 128
+"""Of keys and of values: tiles of so many still fit on any chip, backwards too."""
 
 _GIVEN = (
     "Tensor query, Tensor key, Tensor value, Tensor index, Tensor? kept, Tensor? bias, "

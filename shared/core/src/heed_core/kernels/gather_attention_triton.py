@@ -12,6 +12,9 @@ from torch import Tensor
 SLOTS = 16
 """Gathered keys of a tile."""
 
+STAGES = 1
+"""Tiles that are loaded at a time: with more, 128 channels would not fit on every chip."""
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def forward_kernel(  # type: ignore[no-untyped-def]
@@ -246,6 +249,7 @@ def _plan(
         "HAS_BIAS": bias is not None,
         "ROWS": rows,
         "SLOTS": SLOTS,
+        "num_stages": STAGES,
         "WIDTH": max(16, triton.next_power_of_2(width)),
         "VALUES": max(16, triton.next_power_of_2(value_width)),
     }

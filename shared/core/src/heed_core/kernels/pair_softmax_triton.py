@@ -12,6 +12,9 @@ from torch import Tensor
 TILE = 32
 """First and second keys of a tile."""
 
+STAGES = 1
+"""Tiles that are loaded at a time: with more, 128 channels would not fit on every chip."""
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(source, first, row, width, stop, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -349,6 +352,7 @@ def _plan(
         "HAS_MASK1": mask1 is not None,
         "HAS_MASK2": mask2 is not None,
         "TILE": TILE,
+        "num_stages": STAGES,
         "WIDTH": max(16, triton.next_power_of_2(query.shape[3])),
         "VALUES": max(16, triton.next_power_of_2(value1.shape[3])),
     }
