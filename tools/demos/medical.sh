@@ -2,7 +2,7 @@
 # look for patches of slides, write reports, join X-rays, ECGs and reports, on data that it makes itself.
 heed sample msga "$out/data"
 heed check msga "$out/data"
-heed train msga --data "$out/data" --out "$out/run" --trainer.max-epochs 24 --trainer.validate-every 6 \
+heed train msga --data "$out/data" --out "$out/run" --trainer.max-epochs 30 --trainer.validate-every 5 \
     --training.augmentation.flip-probability 0.5
 heed evaluate "$out/run" --data "$out/data"
 heed predict "$out/run" "$out/data/imagesTs" --out "$out/predictions"
