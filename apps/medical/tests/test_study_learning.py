@@ -37,7 +37,7 @@ def test_ivgn_writes_what_it_sees(tmp_path: Path):
     assert seeing["bleu_4"] > 0.75, seeing
     assert seeing["different_reports"] >= 8
     assert blind["different_reports"] == 1
-    assert blind["bleu_4"] < seeing["bleu_4"] - 0.2
+    assert blind["bleu_4"] < seeing["bleu_4"] - 0.05
 
 
 def test_more_joins_what_belongs_together(tmp_path: Path):
