@@ -13,5 +13,5 @@ heed predict "$out/eccnet" "$out/eccnet/sample/intersection/cross" --out "$out/s
 heed stimuli --experiments 1 --trials 2 --out "$out/stimuli"
 echo
 echo "Pictures to look at:"
-find "$out/oat" "$out/seen" "$out/ceiling" "$out/eccnet" "$out/searches" "$out/views" -name "*.png" -not -path "*/sample/*" |
+find "$out/oat" "$out/seen" "$out/ceiling" "$out/eccnet" "$out/searches" "$out/views" -name '*.png' -not -path '*/sample/*' |
     sort | head -n 30
