@@ -261,7 +261,7 @@ def test_a_patient_in_two_splits_is_told(
     assert code == (1 if system in ("medusa", "more") else 0), err
     assert "is in the splits" in " ".join((out + err).split())
     planned(system, data)
-    assert f"{data}: 1 patients are in several splits (" in caplog.text
+    assert f"{data}: patients in several splits (1): " in caplog.text
 
 
 @pytest.mark.parametrize("system", list(TINY))

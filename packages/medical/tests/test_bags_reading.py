@@ -17,7 +17,7 @@ from heed_medical.bags.data import BagSet, pad_bags, plan_data, thin_out
 from heed_medical.bags.files import read_bag, read_table
 from heed_medical.bags.listing import find_bags, find_inputs, list_bags
 from heed_medical.bags.settings import BagData
-from heed_medical.bags.splits import patients_in_two_splits, read_splits
+from heed_medical.bags.splits import patients_in_several_splits, read_splits
 
 NAMES = [f"s{i:02d}" for i in range(20)]
 rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_patients_stay_together_and_splits_are_reproducible(tmp_path: Path):
     data = clam(tmp_path)
     first, again = (list_bags(tmp_path, data).files for _ in range(2))
     assert [file.split for file in first] == [file.split for file in again]
-    assert not patients_in_two_splits(first)
+    assert not patients_in_several_splits(first)
     assert {file.split for file in first} == {"train", "val", "test"}
     other = list_bags(tmp_path, BagData(split_seed=5)).files
     assert [file.split for file in first] != [file.split for file in other]
@@ -164,7 +164,7 @@ def test_a_validation_part_is_taken_from_the_training_patients(tmp_path: Path):
     files = list_bags(tmp_path, BagData()).files
     held = [file for file in files if file.split == "val"]
     assert {file.label for file in held} == {"normal", "tumor"}
-    assert not patients_in_two_splits(files)
+    assert not patients_in_several_splits(files)
 
 
 def test_few_shot_and_merged_classes(tmp_path: Path):

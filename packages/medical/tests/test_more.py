@@ -45,7 +45,7 @@ from heed_medical.more.studies import (
     find_studies,
     plan_studies,
     prepare_xray,
-    subjects_in_two_splits,
+    subjects_in_several_splits,
 )
 from heed_medical.more.towers import ImageStem, Tower
 
@@ -435,7 +435,7 @@ def test_splits_are_drawn_by_subject_where_there_are_none(tmp_path: Path):
     assert [sum(s.split == split for s in studies) for split in ("train", "val", "test")] == [
         28, 4, 8,
     ]  # fmt: skip
-    assert not subjects_in_two_splits(studies)
+    assert not subjects_in_several_splits(studies)
     other = find_studies(tmp_path, MoreData(split_seed=1))
     assert [s.split for s in other] != [s.split for s in studies]
 

@@ -14,7 +14,8 @@ from heed_medical.segmentation.labels import CHAOS_LABELS
 from heed_medical.segmentation.layouts import find_cases, find_inputs, list_cases
 from heed_medical.segmentation.phantoms import write_sample
 from heed_medical.segmentation.planning import plan_data
-from heed_medical.segmentation.settings import SPLITS, SegmentationData
+from heed_medical.segmentation.settings import SegmentationData
+from heed_medical.splits import SPLITS
 
 LAYOUTS = ("nnunet", "msd", "nifti", "png", "chaos")
 SHAPE = (24, 32, 11)

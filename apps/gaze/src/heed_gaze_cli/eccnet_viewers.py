@@ -31,6 +31,7 @@ from heed_gaze.eccnet.viewers import (
 from heed_gaze.metrics.searching import performance_area, probability_mismatch
 from heed_gaze.plots import draw_performance
 from heed_gaze_cli.eccnet_settings import SearchPrediction
+from heed_gaze_cli.names import number_repeated
 from heed_runtime.recipe import Row, Table
 from heed_runtime.report import new_figure, style
 
@@ -49,23 +50,14 @@ def viewer_columns(prediction: SearchPrediction) -> Row:
     if not trial.viewers:
         return row
     when = found_by(trial.scene, trial.viewers, trial.rules)
-    names = _numbered([one.subject for one in trial.viewers])
+    # a viewer who saw the picture again is another one
+    names = number_repeated([one.subject for one in trial.viewers])
     row["found_by_viewers"] = json.dumps(dict(zip(names, when, strict=True)), ensure_ascii=False)
     for name, kinds in likeness(trial.scene, prediction.search, trial.viewers).items():
         for kind in SHOWN:
             value = kinds.get(kind, math.nan)
             row[f"{_SCORE}{name}, {kind}"] = value if math.isfinite(value) else None
     return row
-
-
-def _numbered(names: Sequence[str]) -> list[str]:
-    """A viewer who saw the picture again is another one."""
-    seen: dict[str, int] = {}
-    found = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return found
 
 
 def tables_of(rows: Sequence[Row]) -> list[Table]:

@@ -27,6 +27,7 @@ from heed_gaze.oat.shelves import Layout, Shelves, Trial, even_boxes, reading_or
 from heed_gaze.oat.splits import SplitOptions, split_trials
 from heed_gaze.readers.pictures import is_picture, picture_size
 from heed_gaze.readers.trials import Policy
+from heed_gaze_cli.names import number_repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ class SceneSet:
         self.groups, self.shelves, self.store = groups, shelves, CropStore(crops)
         self.table_rows, self.reference, self.labelled = table_rows, reference, labelled
         self.skipped = shelves.skipped
-        self.names = _unique([scene_name(group[0]) for group in groups])
+        self.names = number_repeated([scene_name(group[0]) for group in groups])
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -212,16 +213,6 @@ def scene_name(trial: Trial) -> str:
     if trial.target != NO_TARGET:
         parts.append(f"target-{trial.target}")
     return re.sub(r"[^\w.+-]+", "-", "_".join(parts))
-
-
-def _unique(names: Sequence[str]) -> list[str]:
-    """Number the names that occur several times."""
-    seen: dict[str, int] = {}
-    found = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return found
 
 
 def group_scenes(trials: Sequence[Trial]) -> list[list[Trial]]:

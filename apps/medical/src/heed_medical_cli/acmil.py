@@ -36,7 +36,7 @@ from heed_medical.bags.metrics import (
 from heed_medical.bags.prediction import BagPrediction, write_prediction
 from heed_medical.bags.sample import write_sample
 from heed_medical.bags.settings import BagData
-from heed_medical.bags.splits import patients_in_two_splits
+from heed_medical.bags.splits import patients_in_several_splits
 from heed_medical.slides.writing import write_features
 from heed_medical_cli.bag_pictures import (
     draw_concentration,
@@ -265,7 +265,7 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
     def plan(self, settings: AcmilSettings, root: Path) -> AcmilSettings:
         """Take classes and channels from the data."""
         data = plan_data(settings.data, root)
-        warn_of_leaks(root, patients_in_two_splits(list_bags(root, data).files))
+        warn_of_leaks(root, patients_in_several_splits(list_bags(root, data).files))
         assert data.in_dim is not None
         model = replace(settings.model, classes=len(data.classes), in_dim=data.in_dim)
         return replace(settings, model=model, data=data)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from heed_core import observe
 from heed_medical.ivgn import Ivgn, IvgnConfig, load_backbone, report_loss
 from heed_medical.pictures.reading import read_grey, resize_grey
-from heed_medical.reports.checking import check_reports, patients_in_two_splits
+from heed_medical.reports.checking import check_reports, patients_in_several_splits
 from heed_medical.reports.data import (
     ReportBatch,
     ReportCase,
@@ -351,7 +351,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
     def plan(self, settings: IvgnSettings, root: Path) -> IvgnSettings:
         """Take the layout and the vocabulary from the data."""
         data = plan_reports(settings.data, root)
-        warn_of_leaks(root, patients_in_two_splits(list_studies(root, data).studies))
+        warn_of_leaks(root, patients_in_several_splits(list_studies(root, data).studies))
         model = replace(settings.model, words=len(data.vocabulary))
         return replace(settings, model=model, data=data)
 

@@ -23,8 +23,7 @@ def warn_of_leaks(root: Path, splits_of: Mapping[str, Sequence[str]]) -> None:
     named = [f"{patient} in {' and '.join(splits)}" for patient, splits in splits_of.items()]
     more = ", ..." if len(named) > _SHOWN else ""
     logger.warning(
-        "%s: %d patients are in several splits (%s%s): the scores will be too good; check lists "
-        "them",
+        "%s: patients in several splits (%d): %s%s; the scores will be too good, check lists them",
         root,
         len(named),
         ", ".join(named[:_SHOWN]),

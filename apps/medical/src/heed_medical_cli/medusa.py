@@ -38,7 +38,7 @@ from heed_medical.medusa.inputs import (
 from heed_medical.medusa.phantoms import write_chests
 from heed_medical.pictures.checking import check_pictures
 from heed_medical.pictures.layouts import list_pictures
-from heed_medical.pictures.listers import splits_of_patients
+from heed_medical.pictures.listers import patients_in_several_splits
 from heed_medical.pictures.planning import plan_pictures
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical_cli.classification_plots import draw_plots
@@ -260,7 +260,7 @@ class MedusaRecipe(PictureRecipe[MedusaSettings, MedusaPrediction]):
     def plan(self, settings: MedusaSettings, root: Path) -> MedusaSettings:
         """Take the layout and the classes from the data."""
         data = plan_pictures(settings.data, root)
-        warn_of_leaks(root, splits_of_patients(list_pictures(root, data).pictures))
+        warn_of_leaks(root, patients_in_several_splits(list_pictures(root, data).pictures))
         weights = settings.training.class_weights
         if weights and len(weights) != len(data.classes):
             raise InputError(

@@ -35,7 +35,7 @@ from heed_medical.segmentation.layouts import find_cases, list_cases
 from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import SegmentationPrediction
 from heed_medical.segmentation.settings import SegmentationData
-from heed_medical.segmentation.splits import patients_in_two_splits
+from heed_medical.segmentation.splits import patients_in_several_splits
 from heed_medical_cli.classification_plots import draw_probability
 from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.segmentation_recipe import SegmentationRecipe, mean_dice
@@ -181,7 +181,7 @@ class BodyRecipe(SegmentationRecipe[BodySettings]):
     def plan(self, settings: BodySettings, root: Path) -> BodySettings:
         """Take the values of the masks from the data."""
         data = plan_data(settings.data, root)
-        warn_of_leaks(root, patients_in_two_splits(list_cases(root, data).cases))
+        warn_of_leaks(root, patients_in_several_splits(list_cases(root, data).cases))
         if len(data.table) != 2:
             raise InputError(
                 f"has masks of {len(data.table) - 1} classes "

@@ -19,7 +19,7 @@ from heed_medical.medusa.finding_phantoms import write_findings as write_sample
 from heed_medical.medusa.inputs import Lot, MedusaCase, MedusaData, to_batch, vary_sample
 from heed_medical.pictures.checking import check_pictures
 from heed_medical.pictures.layouts import list_pictures
-from heed_medical.pictures.listers import CHEXPERT_FINDINGS, splits_of_patients
+from heed_medical.pictures.listers import CHEXPERT_FINDINGS, patients_in_several_splits
 from heed_medical.pictures.planning import plan_pictures
 from heed_medical_cli.findings_recipe import FindingBatch, FindingsModule, FindingsRecipe
 from heed_medical_cli.findings_report import FindingsPrediction
@@ -167,7 +167,7 @@ class MedusaFindingsRecipe(
                 path=root,
                 remedy="train medusa on it, or name more with --data.findings",
             )
-        warn_of_leaks(root, splits_of_patients(list_pictures(root, data).pictures))
+        warn_of_leaks(root, patients_in_several_splits(list_pictures(root, data).pictures))
         model = replace(settings.model, classes=len(data.findings))
         return replace(settings, model=model, data=data)
 

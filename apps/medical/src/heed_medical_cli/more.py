@@ -41,7 +41,7 @@ from heed_medical.more.studies import (
     list_studies,
     plan_studies,
     subject_names,
-    subjects_in_two_splits,
+    subjects_in_several_splits,
 )
 from heed_medical.more.text import folder_config
 from heed_medical.more.weights import load_official
@@ -374,7 +374,7 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
     def plan(self, settings: MoreSettings, root: Path) -> MoreSettings:
         """Take modalities and findings from the data, the text tower's sizes from its folder."""
         data = plan_studies(settings.data, root)
-        warn_of_leaks(root, subjects_in_two_splits(list_studies(root, data).studies))
+        warn_of_leaks(root, subjects_in_several_splits(list_studies(root, data).studies))
         model = replace(settings.model, modalities=data.modalities)
         if settings.training.text_folder is not None:
             text = folder_config(settings.training.text_folder, model.text)

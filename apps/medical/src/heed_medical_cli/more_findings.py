@@ -29,7 +29,7 @@ from heed_medical.more.studies import (
     find_inputs,
     find_studies,
     list_studies,
-    subjects_in_two_splits,
+    subjects_in_several_splits,
 )
 from heed_medical_cli.findings_recipe import FindingBatch, FindingsModule, FindingsRecipe
 from heed_medical_cli.findings_report import named
@@ -219,7 +219,7 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
             before = pretrained(settings.training.start_from)
             model = replace(model, more=before.model)
             data = replace(data, equalise=before.data.equalise, ecg_part=before.data.ecg_part)
-        warn_of_leaks(root, subjects_in_two_splits(list_studies(root, data).studies))
+        warn_of_leaks(root, subjects_in_several_splits(list_studies(root, data).studies))
         train = find_studies(root, data, "train")
         there = {name for study in train for name in study.modalities}
         inputs = tuple(name for name in model.inputs if name in there)

@@ -21,7 +21,7 @@ from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import SegmentationPrediction, predict_volume
 from heed_medical.segmentation.settings import SegmentationData
 from heed_medical.segmentation.slices import SliceData, SliceSample
-from heed_medical.segmentation.splits import patients_in_two_splits
+from heed_medical.segmentation.splits import patients_in_several_splits
 from heed_medical_cli.attention_maps import attention_maps
 from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.pictures import draw_attention
@@ -197,7 +197,7 @@ class MsgaRecipe(SegmentationRecipe[MsgaSettings]):
     def plan(self, settings: MsgaSettings, root: Path) -> MsgaSettings:
         """Take classes, channels, slicing direction and slice size from the data."""
         data = plan_data(settings.data, root)
-        warn_of_leaks(root, patients_in_two_splits(list_cases(root, data).cases))
+        warn_of_leaks(root, patients_in_several_splits(list_cases(root, data).cases))
         channels = data.input_channels or settings.model.in_channels
         zoom = settings.model.zoom
         if zoom is None:

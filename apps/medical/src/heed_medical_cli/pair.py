@@ -17,7 +17,7 @@ import tyro
 
 from heed_core.errors import InputError
 from heed_medical.more.pairing import pair_mimic, write_manifest
-from heed_medical.more.settings import SPLITS
+from heed_medical.splits import SPLITS
 from heed_runtime.files import atomic_write, make_folder
 from heed_runtime.options import CommonOptions, Flag, OptionalPath, OutPath
 from heed_runtime.recipe import Row, Table

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int64
 
-from heed_medical.bags.settings import Split
+from heed_medical.splits import Split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.bags.data import BagSet
 from heed_medical.bags.listing import list_bags
-from heed_medical.bags.settings import SPLITS, BagData
-from heed_medical.bags.splits import patients_in_two_splits
+from heed_medical.bags.settings import BagData
+from heed_medical.bags.splits import patients_in_several_splits
+from heed_medical.splits import SPLITS
 
 CountRow = Mapping[str, str | int | float | None]
 
@@ -56,7 +57,7 @@ def check_data(data: BagData, root: Path) -> DataCheck:
         if bag.coords is None:
             no_coords.append(file.name)
     problems += _other_widths(root, widths)
-    for patient, splits in patients_in_two_splits(listing.files).items():
+    for patient, splits in patients_in_several_splits(listing.files).items():
         warnings.append(f"{root}: patient {patient} is in the splits {' and '.join(splits)}")
     if no_coords:
         warnings.append(

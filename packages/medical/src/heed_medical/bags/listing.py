@@ -12,8 +12,9 @@ from typing import Any
 from heed_core.errors import InputError
 from heed_medical.bags.bag import BagFile
 from heed_medical.bags.files import H5_SUFFIXES, SUFFIXES, read_table, slide_groups
-from heed_medical.bags.settings import SPLITS, BagData, Split
+from heed_medical.bags.settings import BagData
 from heed_medical.bags.splits import assign_splits, few_shot, strip_suffix
+from heed_medical.splits import SPLITS, Split
 
 SLIDE_COLUMNS = ("slide_id", "slide", "bag", "name", "image", "file", "path", "id")
 PATIENT_COLUMNS = ("case_id", "patient", "patient_id")

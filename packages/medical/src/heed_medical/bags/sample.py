@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage  # type: ignore[import-untyped]
 
-from heed_medical.bags.settings import SPLITS
 from heed_medical.slides.writing import write_features
+from heed_medical.splits import SPLITS
 
 CHANNELS = 64
 GRID = (24, 18)

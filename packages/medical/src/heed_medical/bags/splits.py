@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from heed_core.errors import InputError
 from heed_medical.bags.bag import BagFile
-from heed_medical.bags.settings import SPLITS, BagData, Split
+from heed_medical.bags.settings import BagData
+from heed_medical.splits import SPLITS, Split, in_several_splits
 
 SHARES: Mapping[Split, float] = {"train": 0.7, "val": 0.1, "test": 0.2}
 """Shares of the patients of each class in a split that is drawn by a seed, at least one each."""
@@ -44,13 +45,9 @@ def assign_splits(root: Path, files: Sequence[BagFile], data: BagData) -> list[B
     return _drawn(files, data)
 
 
-def patients_in_two_splits(files: Sequence[BagFile]) -> dict[str, list[str]]:
-    """Patients whose bags lie in more than one split."""
-    found: dict[str, set[str]] = {}
-    for file in files:
-        if file.split and file.patient:
-            found.setdefault(file.patient, set()).add(file.split)
-    return {name: sorted(splits) for name, splits in sorted(found.items()) if len(splits) > 1}
+def patients_in_several_splits(files: Iterable[BagFile]) -> dict[str, tuple[str, ...]]:
+    """Patients whose bags lie in more than one split -> these splits."""
+    return in_several_splits((file.patient, file.split) for file in files)
 
 
 def few_shot(files: Sequence[BagFile], data: BagData) -> list[BagFile]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from heed_core.errors import InputError, MissingExtra
 from heed_medical.bags.bag import Bag, BagFile
-from heed_medical.bags.settings import SPLITS
 from heed_medical.slides.writing import write_features
+from heed_medical.splits import SPLITS
 
 BagLayout = Literal["clam", "trident", "acmil", "pt", "npy", "csv"]
 BAG_LAYOUTS: tuple[BagLayout, ...] = get_args(BagLayout)

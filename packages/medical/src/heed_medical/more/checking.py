@@ -11,14 +11,15 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.ecg.reading import read_ecg
 from heed_medical.more.network import MODALITIES
-from heed_medical.more.settings import SPLITS, MoreData
+from heed_medical.more.settings import MoreData
 from heed_medical.more.studies import (
     StudyFile,
     clean_report,
     list_studies,
-    subjects_in_two_splits,
+    subjects_in_several_splits,
 )
 from heed_medical.pictures.reading import read_grey
+from heed_medical.splits import SPLITS
 
 CountRow = Mapping[str, str | int | float | None]
 
@@ -66,7 +67,7 @@ def check_studies(data: MoreData, root: Path, *, samples: int = 1000) -> StudyCh
     problems += [
         f"{root}: subject {subject} is in the splits {' and '.join(splits)}; keep all studies of a "
         f"subject in one split"
-        for subject, splits in subjects_in_two_splits(studies).items()
+        for subject, splits in subjects_in_several_splits(studies).items()
     ]
     empty = [s for s in studies if not any(map(clean_report, s.report))]
     if empty and len(empty) < len(studies):

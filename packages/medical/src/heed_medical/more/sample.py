@@ -17,7 +17,8 @@ from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 
 from heed_medical.ecg.reading import LEADS
 from heed_medical.ecg.writing import write_record
-from heed_medical.more.settings import CHEXPERT, SPLITS
+from heed_medical.more.settings import CHEXPERT
+from heed_medical.splits import SPLITS
 
 FINDINGS = CHEXPERT[2:6] + CHEXPERT[8:12]
 SIDE = 64

@@ -8,7 +8,6 @@ from typing import Literal
 
 from heed_medical.more.network import MODALITIES
 
-SPLITS = ("train", "val", "test")
 CHEXPERT = (
     "No Finding",
     "Enlarged Cardiomediastinum",

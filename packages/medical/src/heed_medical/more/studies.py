@@ -20,6 +20,7 @@ from heed_medical.more.network import MODALITIES, MoreConfig
 from heed_medical.more.settings import CHEXPERT, MoreData
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical.pictures.records import Rows, read_rows
+from heed_medical.splits import in_several_splits
 
 MANIFESTS = ("manifest.csv", "manifest.jsonl", "labels.csv")
 TABLE_SUFFIXES = (".csv", ".gz", ".jsonl", ".ndjson")
@@ -311,13 +312,9 @@ def _unique(studies: Sequence[StudyFile]) -> list[StudyFile]:
     return found
 
 
-def subjects_in_two_splits(studies: Iterable[StudyFile]) -> dict[str, list[str]]:
-    """Subject -> its splits, of those that are in more than one."""
-    splits: dict[str, set[str]] = defaultdict(set)
-    for study in studies:
-        if study.subject:
-            splits[study.subject].add(study.split)
-    return {subject: sorted(found) for subject, found in splits.items() if len(found) > 1}
+def subjects_in_several_splits(studies: Iterable[StudyFile]) -> dict[str, tuple[str, ...]]:
+    """Subjects whose studies lie in more than one split -> these splits."""
+    return in_several_splits((study.subject, study.split) for study in studies)
 
 
 def subject_names(studies: Sequence[StudyFile]) -> list[str]:

@@ -10,11 +10,12 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.pictures.findings import findings_of, unsure
 from heed_medical.pictures.layouts import Listing, list_pictures, unknown_labels
-from heed_medical.pictures.listers import finding_of, splits_of_patients
+from heed_medical.pictures.listers import finding_of, patients_in_several_splits
 from heed_medical.pictures.planning import plan_pictures
 from heed_medical.pictures.reading import read_grey
 from heed_medical.pictures.records import PictureFile
-from heed_medical.pictures.settings import SPLITS, PictureData
+from heed_medical.pictures.settings import PictureData
+from heed_medical.splits import SPLITS
 
 CountRow = Mapping[str, str | int | float | None]
 _ONE_SOURCE = 0.9
@@ -60,7 +61,7 @@ def check_pictures(data: PictureData, root: Path) -> PictureCheck:
     problems += [
         f"{root}: patient {patient} is in the splits {' and '.join(splits)}; "
         f"keep all pictures of a patient in one split"
-        for patient, splits in splits_of_patients(listing.pictures).items()
+        for patient, splits in patients_in_several_splits(listing.pictures).items()
     ]
     sizes: dict[str, tuple[int, int]] = {}
     constant = []

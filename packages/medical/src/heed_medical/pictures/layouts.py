@@ -11,7 +11,8 @@ from heed_core.errors import InputError
 from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.listers import LISTERS, find_table, is_picture, list_folders
 from heed_medical.pictures.records import PictureFile, first_line, plain_or_packed
-from heed_medical.pictures.settings import SPLITS, Layout, PictureData
+from heed_medical.pictures.settings import Layout, PictureData
+from heed_medical.splits import SPLITS
 
 _KNOWN = (
     "labels.csv with file, label and split, COVIDx lists, RSNA, CheXpert or MIMIC-CXR tables, or "

@@ -4,7 +4,6 @@ A function gives pictures and problems (a line each); a file that cannot be read
 `InputError`. Splits that a layout does not have are None here.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -13,7 +12,8 @@ from heed_medical.dicom import is_dicom
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.pictures.findings import finding_value
 from heed_medical.pictures.records import PictureFile, Rows, plain_or_packed, read_rows
-from heed_medical.pictures.settings import SPLITS, PictureData, parse_only
+from heed_medical.pictures.settings import PictureData, parse_only
+from heed_medical.splits import in_several_splits
 
 Found = tuple[list[PictureFile], list[str]]
 
@@ -360,10 +360,6 @@ LISTERS: Mapping[str, Callable[[Path, PictureData], Found]] = {
 }
 
 
-def splits_of_patients(pictures: Iterable[PictureFile]) -> dict[str, tuple[str, ...]]:
+def patients_in_several_splits(pictures: Iterable[PictureFile]) -> dict[str, tuple[str, ...]]:
     """Patients whose pictures lie in more than one split -> these splits."""
-    seen: dict[str, set[str]] = defaultdict(set)
-    for picture in pictures:
-        if picture.patient and picture.split:
-            seen[picture.patient].add(picture.split)
-    return {p: tuple(s for s in SPLITS if s in f) for p, f in seen.items() if len(f) > 1}
+    return in_several_splits((picture.patient, picture.split) for picture in pictures)

@@ -6,8 +6,6 @@ from typing import Literal
 
 Layout = Literal["auto", "table", "covidx", "rsna", "chexpert", "mimic", "folders"]
 Balance = Literal["none", "classes", "positive"]
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Read a whole set of studies and report everything that is broken or treacherous."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,9 @@ from heed_core.errors import InputError
 from heed_medical.pictures.reading import read_grey
 from heed_medical.reports.data import plan_reports
 from heed_medical.reports.layouts import Listing, Study, list_studies
-from heed_medical.reports.settings import SPLITS, ReportData
+from heed_medical.reports.settings import ReportData
 from heed_medical.reports.words import clean_report
+from heed_medical.splits import SPLITS, in_several_splits
 
 CountRow = Mapping[str, str | int | float | None]
 _RELEASES = {
@@ -122,15 +123,11 @@ def _warnings(listing: Listing, data: ReportData, root: Path) -> list[str]:
         )
     found += [
         f"{root}: patient {patient} is in the splits {' and '.join(splits)}"
-        for patient, splits in patients_in_two_splits(listing.studies).items()
+        for patient, splits in patients_in_several_splits(listing.studies).items()
     ]
     return found
 
 
-def patients_in_two_splits(studies: Iterable[Study]) -> dict[str, list[str]]:
+def patients_in_several_splits(studies: Iterable[Study]) -> dict[str, tuple[str, ...]]:
     """Patients whose studies lie in more than one split -> these splits."""
-    seen: dict[str, set[str]] = defaultdict(set)
-    for study in studies:
-        if study.patient:
-            seen[study.patient].add(str(study.split))
-    return {name: sorted(splits) for name, splits in sorted(seen.items()) if len(splits) > 1}
+    return in_several_splits((study.patient, study.split) for study in studies)

@@ -15,7 +15,8 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.dicom import is_dicom
 from heed_medical.images import file_kind
-from heed_medical.reports.settings import SPLITS, Layout, ReportData
+from heed_medical.reports.settings import Layout, ReportData
+from heed_medical.splits import SPLITS
 
 _TEXTS = ("report", "text", "caption")
 _PICTURES = ("image", "image_path", "file", "path", "filename")

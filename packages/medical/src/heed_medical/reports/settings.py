@@ -8,8 +8,6 @@ from heed_medical.reports.words import UNKNOWN, Dialect
 
 Layout = Literal["auto", "r2gen", "table", "openi", "kaggle", "mimic"]
 Section = Literal["findings", "impression"]
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)

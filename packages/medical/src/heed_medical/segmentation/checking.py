@@ -12,8 +12,9 @@ from heed_medical.images import is_colour
 from heed_medical.segmentation.cases import CaseFiles, SegmentationCase, read_case
 from heed_medical.segmentation.layouts import Listing, list_cases
 from heed_medical.segmentation.planning import plan_data
-from heed_medical.segmentation.settings import SPLITS, SegmentationData
-from heed_medical.segmentation.splits import patient_of, patients_in_two_splits
+from heed_medical.segmentation.settings import SegmentationData
+from heed_medical.segmentation.splits import patient_of, patients_in_several_splits
+from heed_medical.splits import SPLITS
 
 CountRow = Mapping[str, str | int | float | None]
 
@@ -53,7 +54,7 @@ def check_data(settings: SegmentationData, root: Path) -> DataCheck:
         planned = plan_data(replace(settings, on_error="skip"), root)
     except InputError as error:
         return DataCheck(counts=(), problems=(*problems, str(error)), warnings=())
-    for patient, splits in patients_in_two_splits(listing.cases).items():
+    for patient, splits in patients_in_several_splits(listing.cases).items():
         problems.append(
             f"{root}: patient {patient} is in the splits {' and '.join(splits)}; "
             f"keep all cases of a patient in one split"

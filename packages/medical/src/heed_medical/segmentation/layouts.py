@@ -20,8 +20,9 @@ from heed_medical.segmentation.listers import (
     image_files,
     mask_stem,
 )
-from heed_medical.segmentation.settings import SPLITS, Layout, SegmentationData
+from heed_medical.segmentation.settings import Layout, SegmentationData
 from heed_medical.segmentation.splits import assign_splits, read_json, read_tables
+from heed_medical.splits import SPLITS
 
 _KNOWN_LAYOUTS = (
     "a folder with {train,val,test}/{Img,GT}, images/ and labels/ (or masks/), imagesTr/ and "

@@ -10,8 +10,9 @@ from heed_core.errors import InputError
 from heed_medical.dicom import list_series
 from heed_medical.images import file_kind, file_stem
 from heed_medical.segmentation.cases import CaseFiles
-from heed_medical.segmentation.settings import SPLITS, SegmentationData
+from heed_medical.segmentation.settings import SegmentationData
 from heed_medical.segmentation.splits import read_tables
+from heed_medical.splits import SPLITS
 
 SLICE_NAME = re.compile(r"(?P<subject>Subj_(?P<id>.+?))slice_(?P<slice>\d+)")
 MODALITY_NAME = re.compile(r"(?P<case>.+)_(?P<modality>\d{4})")

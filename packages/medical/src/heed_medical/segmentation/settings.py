@@ -10,8 +10,6 @@ Axis = Literal["auto", "coronal", "sagittal", "axial"]
 LabelMode = Literal["auto", "ids", "grey", "binary"]
 Channels = Literal["auto", "grey", "rgb"]
 Normalise = Literal["minmax", "percentile", "zscore", "slice-minmax", "slice-zscore"]
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 AXES: dict[str, int] = {"coronal": 0, "sagittal": 1, "axial": 2}
 """Slicing direction -> axis in memory (posterior, left, superior)."""

@@ -11,7 +11,7 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.images import file_kind, file_stem
 from heed_medical.segmentation.cases import CaseFiles
-from heed_medical.segmentation.settings import SPLITS
+from heed_medical.splits import SPLITS, in_several_splits
 
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training", "tr"), "train"),
@@ -188,12 +188,6 @@ def patient_of(case: CaseFiles) -> str:
     return case.patient or case.name
 
 
-def patients_in_two_splits(cases: Iterable[CaseFiles]) -> dict[str, tuple[str, ...]]:
+def patients_in_several_splits(cases: Iterable[CaseFiles]) -> dict[str, tuple[str, ...]]:
     """Patients whose cases lie in more than one split -> these splits."""
-    seen: dict[str, set[str]] = {}
-    for case in cases:
-        if case.split is not None:
-            seen.setdefault(patient_of(case), set()).add(case.split)
-    return {
-        p: tuple(s for s in SPLITS if s in found) for p, found in seen.items() if len(found) > 1
-    }
+    return in_several_splits((patient_of(case), case.split) for case in cases)

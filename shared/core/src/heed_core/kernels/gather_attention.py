@@ -10,7 +10,8 @@ zero gradients. Sums run in float32 at least.
 
 The Triton kernels read keys through the indices, tile by tile; gradients of keys are added
 atomically, in an order that is not fixed. They were compared with the torch form in Triton's
-interpreter only, never compiled or timed on a GPU, so that they run only when asked for by name.
+interpreter and compiled for a GPU, but never run on one, so that they run only when asked for by
+name.
 """
 
 from __future__ import annotations

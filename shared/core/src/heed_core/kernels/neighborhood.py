@@ -8,8 +8,8 @@ and one band. The gradient is the same read backwards; windows are never held, s
 needs no k^2 copies of the values. Sums run in float32 at least.
 
 The Triton kernels read weights and values once for each tile of places and channels. They were
-compared with the torch form in Triton's interpreter only, never compiled or timed on a GPU, so that
-they run only when asked for by name.
+compared with the torch form in Triton's interpreter and compiled for a GPU, but never run on one,
+so that they run only when asked for by name.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ tile beside inputs and outputs. Tensors are float32 or float64.
 
 The Triton kernels take a query at a time, and backwards also a tile of first keys, so that every
 number is written by one program. They were compared with the torch form in Triton's interpreter
-only, never compiled or timed on a GPU, so that they run only when asked for by name.
+and compiled for a GPU, but never run on one, so that they run only when asked for by name.
 """
 
 from __future__ import annotations
