@@ -90,6 +90,12 @@ def test_a_single_picture_is_searched(run, tmp_path):
     assert [(row["x"], row["y"]) for row in rows] == [("45.0", "30.0"), ("75.0", "45.0")]
     for suffix in ("png", "gif"):
         assert (tmp_path / "out" / f"scene.{suffix}").stat().st_size > 100
+    call(
+        APP, "explain", run, tmp_path / "scene.png", "--out", tmp_path / "why", *words,
+        "--data.searcher", "pixel-match", "--device", "cpu",
+    )  # fmt: skip
+    with Image.open(tmp_path / "why" / "scene_steps.gif") as film:
+        assert film.n_frames == 2
     said = fault("predict", run, tmp_path / "scene.png", "--out", tmp_path / "again")
     assert "--data.target" in said
 

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from heed_core.errors import InputError
+from heed_lidar.clouds.cloud import CloudOptions
+from heed_lidar.clouds.ply import read_ply
 from heed_lidar.clouds.reading import read_cloud
 from heed_lidar.curbnet import CurbNetConfig
 from heed_lidar.cylinder3d import Cylinder3dConfig
@@ -368,6 +370,33 @@ def test_explanations_hold_what_they_say(module, planned, data: Path):
     entropy = found.arrays["down0_column_entropy"]
     assert len(entropy) == len(found.arrays["column_cells"])
     assert ((entropy > 0) & (entropy <= 1 + 1e-6)).all()
+
+
+def test_explanations_of_points_are_coloured_clouds(module, planned, data: Path, tmp_path: Path):
+    scan = first_scan(data, planned)
+    found = explain_network(module, module.predict_step([scan], 0)[0])
+    assert set(found.files) == {
+        "gradient.ply", "columns_down0.ply", "columns_up3.ply", "channels_down0.ply",
+        "channels_up3.ply",
+    }  # fmt: skip
+    for name, write in found.files.items():
+        write(tmp_path / name)
+    values = read_ply(tmp_path / "channels_up3.ply", CloudOptions()).values
+    np.testing.assert_allclose(
+        np.stack([values[axis] for axis in "xyz"], 1), scan.cloud.xyz, atol=1e-4
+    )
+    np.testing.assert_array_equal(
+        np.unique(values["channel"]), np.unique(found.arrays["up3_column_channel"])
+    )
+    np.testing.assert_allclose(
+        np.unique(values["entropy"]),
+        np.unique(found.arrays["up3_column_entropy"].astype(np.float32)),
+    )
+    colours = np.stack([values[band] for band in ("red", "green", "blue")], 1)
+    for channel in np.unique(values["channel"]):
+        assert len(np.unique(colours[values["channel"] == channel], axis=0)) == 1
+    gradient = read_ply(tmp_path / "gradient.ply", CloudOptions()).values
+    np.testing.assert_array_equal(gradient["gradient_x_input"], found.arrays["gradient_x_input"])
 
 
 def test_weights_of_columns_belong_to_the_columns_that_are_named(module, planned, data: Path):

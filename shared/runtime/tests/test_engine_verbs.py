@@ -121,6 +121,10 @@ def test_predict_skips_what_the_run_was_told_to_skip(data, tmp_path, capsys):
     assert (scores["n"], len(scores["skipped"])) == (5, 1)
     explained = call(APP, "explain", tmp_path / "run", root / "test", "--out", tmp_path / "why")
     assert (explained["n"], len(explained["skipped"])) == (5, 1)
+    tables = [path for path in explained["files"] if path.endswith("_attention.csv")]
+    assert len(tables) == 5
+    attention = np.load(tables[0].replace("_attention.csv", ".npz"))["attention"]
+    np.testing.assert_allclose(np.loadtxt(tables[0], delimiter=","), attention, atol=1e-5)
     (root / "labels.csv").write_text("file,split\n")
     assert APP.call(["evaluate", str(tmp_path / "run")]) == 2
     assert "no column 'label'" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +38,7 @@ from heed_gaze.eccnet.search import (
 )
 from heed_gaze.eccnet.weights import load_weights
 from heed_gaze_cli import eccnet_bench
-from heed_gaze_cli.eccnet_pictures import draw_retina, draw_steps, write_search
+from heed_gaze_cli.eccnet_pictures import draw_retina, draw_steps, write_film, write_search
 from heed_gaze_cli.eccnet_scoring import (
     picture_row,
     report_pictures,
@@ -360,7 +361,7 @@ class EccNetRecipe(Recipe[EccNetSettings, Case, Prediction]):
     def explain(
         self, settings: EccNetSettings, module: L.LightningModule, case: Case
     ) -> Explanation:
-        """Attention, rings and path at each fixation; the retina."""
+        """Attention, rings and path at each fixation, also as a film; the retina."""
         assert isinstance(module, EccNetModule)
         assert isinstance(case, Trial)
         prediction = module.predict_step([case], 0)[0]
@@ -370,8 +371,11 @@ class EccNetRecipe(Recipe[EccNetSettings, Case, Prediction]):
         maps = np.zeros((0, height, width)) if not steps else np.stack([s.values for s in steps])
         retina = settings.model.retina
         figures = {"retina": draw_retina(prediction, retina)}
+        films = {}
         if steps:
             figures["steps"] = draw_steps(prediction, retina)
+            if settings.data.gif:
+                films["steps.gif"] = partial(write_film, prediction)
         found = prediction.search.found_at
         return Explanation(
             name=case.name,
@@ -381,6 +385,7 @@ class EccNetRecipe(Recipe[EccNetSettings, Case, Prediction]):
                 "found_at": np.array(-1 if found is None else found),
             },
             figures=figures,
+            files=films,
         )
 
     def exportable(self, settings: EccNetSettings, model: nn.Module) -> Exportable:

@@ -56,7 +56,7 @@ class EccNetData:
     inhibition: int | None = None
     """Side in pixels of what is tested and inhibited at a fixation. None: by the rules."""
     gif: bool = True
-    """`predict` also writes an animation of each search."""
+    """`predict` and `explain` also write an animation of each search."""
     reuse_surround: bool = True
     """Compute features only where the picture is; the same numbers, faster."""
     on_error: Literal["stop", "skip"] = "stop"

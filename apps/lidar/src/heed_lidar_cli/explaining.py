@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int64, UInt8
+from jaxtyping import Float, Float32, Float64, Int64, Num, UInt8
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from heed_core import observe
 from heed_core.attention.multi_scale_column import MSCA
 from heed_core.sparse import SparseTensor
+from heed_lidar.clouds.ply import write_ply
 from heed_lidar.curb_labels import ground_heights
 from heed_lidar.curbnet import CurbNetConfig
 from heed_lidar.cylindrical import collate, voxelise
 from heed_lidar.drawing import Caption, Picture, birds_eye
-from heed_lidar.pictures import draw_scan, draw_values, shown_region
+from heed_lidar.pictures import (
+    draw_scan,
+    draw_values,
+    heat_colours,
+    shown_region,
+    value_limits,
+)
+from heed_lidar.settings import to_file_frame
 from heed_lidar_cli.prediction import StreetPrediction, curb_class
 from heed_lidar_cli.street import SegmentationModule
 from heed_runtime.recipe import Explanation
@@ -53,22 +63,32 @@ def explain_network(module: SegmentationModule, prediction: StreetPrediction) ->
       weighs (entropy over that of even weights) and which channel it weighs most.
     * `scales`: how much each scale of the finest pyramids contributes, by range.
 
-    The last two need multi-scale channel attention. A scan without points gives no maps.
+    The last two need multi-scale channel attention. A scan without points gives no maps. What has a
+    value per point is also written as a coloured cloud, in the coordinates of the input's file.
     """
     arrays: dict[str, np.ndarray] = {"curb_score": prediction.curb_score}
     figures: dict[str, Figure | Picture] = {"prediction": _draw_prediction(module, prediction)}
+    clouds: dict[str, Callable[[Path], object]] = {}
     if len(prediction.scan):
         question = ask(module, prediction)
         parts = [_heights(module, prediction, question), _gradient(module, prediction, question)]
         if any(isinstance(part, MSCA) for part in module.model.modules()):
             parts += [_attention(module, prediction)]
-        for found_arrays, found_figures in parts:
-            arrays.update(found_arrays)
-            figures.update(found_figures)
-    return Explanation(name=prediction.name, arrays=arrays, figures=figures)
+        for part in parts:
+            arrays.update(part.arrays)
+            figures.update(part.figures)
+            clouds.update({f"{name}.ply": write for name, write in part.clouds.items()})
+    return Explanation(name=prediction.name, arrays=arrays, figures=figures, files=clouds)
 
 
-Part = tuple[Mapping[str, np.ndarray], Mapping[str, Figure | Picture]]
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One kind of explanation."""
+
+    arrays: Mapping[str, np.ndarray]
+    figures: Mapping[str, Figure | Picture]
+    clouds: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
+    """Name -> what writes a coloured cloud."""
 
 
 def ask(module: SegmentationModule, prediction: StreetPrediction) -> Question:
@@ -164,7 +184,7 @@ def _heights(module: SegmentationModule, prediction: StreetPrediction, asked: Qu
         "height_logit_fall": falls,
         "height_points": counts,
     }
-    return arrays, {"height": figure}
+    return Part(arrays=arrays, figures={"height": figure})
 
 
 def _gradient(module: SegmentationModule, prediction: StreetPrediction, asked: Question) -> Part:
@@ -175,14 +195,32 @@ def _gradient(module: SegmentationModule, prediction: StreetPrediction, asked: Q
         logit = logit_of(module, entering, cells, asked)
         (gradient,) = torch.autograd.grad(logit, entering)
     share = (gradient * entering).sum(dim=1).detach().cpu().numpy() * len(asked.rows)
+    values = share.astype(np.float64)
     drawn = draw_values(
         xyz,
-        share.astype(np.float64),
+        values,
         name="gradient x input",
         signed=True,
         title=f"{prediction.name}: what raises the logit of {asked.what}",
     )
-    return {"gradient_x_input": share}, {"gradient": drawn["birds-eye"]}
+    colours = heat_colours(values, limits=value_limits(values, signed=True), signed=True)
+    return Part(
+        arrays={"gradient_x_input": share},
+        figures={"gradient": drawn["birds-eye"]},
+        clouds={"gradient": _cloud(module, prediction, colours, gradient_x_input=share)},
+    )
+
+
+def _cloud(
+    module: SegmentationModule,
+    prediction: StreetPrediction,
+    colours: UInt8[np.ndarray, "n 3"],
+    **values: Num[np.ndarray, " n"],
+) -> Callable[[Path], object]:
+    """What writes the points with colours and values."""
+    cloud = prediction.scan.cloud
+    xyz = to_file_frame(cloud.xyz, module.settings.data, origin=cloud.origin)
+    return partial(write_ply, xyz=xyz, colours=colours, attributes=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +322,7 @@ def _attention(module: SegmentationModule, prediction: StreetPrediction) -> Part
     of_point = of_point.reshape(-1)
     arrays: dict[str, np.ndarray] = {"column_cells": columns, "ring_edges_m": np.array(RINGS_M)}
     figures: dict[str, Figure | Picture] = {}
+    clouds: dict[str, Callable[[Path], object]] = {}
     rings = {name: _by_range(module, seen, shares) for name, shares in seen.shares.items()}
     for name, weights in seen.weights.items():
         block = name.removesuffix(".body").replace(".", "")
@@ -294,18 +333,21 @@ def _attention(module: SegmentationModule, prediction: StreetPrediction) -> Part
             f"{block}_scale_share": rings[name],
         }
         title = f"{prediction.name}: channel attention of {block}"
+        evenness, channel = entropy[of_point], top[of_point]
         drawn = draw_values(
-            prediction.scan.cloud.xyz,
-            entropy[of_point],
-            name="entropy (1: even)",
-            title=title,
+            prediction.scan.cloud.xyz, evenness, name="entropy (1: even)", title=title
         )
         figures[f"columns_{block}"] = drawn["birds-eye"]
-        figures[f"channels_{block}"] = _draw_channels(prediction, top[of_point], title)
+        figures[f"channels_{block}"] = _draw_channels(prediction, channel, title)
+        entropies = heat_colours(evenness, limits=value_limits(evenness))
+        values = {"entropy": evenness.astype(np.float32), "channel": channel}
+        clouds[f"columns_{block}"] = _cloud(module, prediction, entropies, **values)
+        channels = channel_table(channel)[channel]
+        clouds[f"channels_{block}"] = _cloud(module, prediction, channels, **values)
     config = module.settings.model
     assert isinstance(config, CurbNetConfig)
     figures["scales"] = _draw_scales(prediction, rings, config.scales)
-    return arrays, figures
+    return Part(arrays=arrays, figures=figures, clouds=clouds)
 
 
 def _by_range(
@@ -324,20 +366,31 @@ def _by_range(
     return np.array(rows, dtype=np.float64)
 
 
+def _most_frequent(channel: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " k"]:
+    numbers, counts = np.unique(channel, return_counts=True)
+    return np.asarray(numbers[np.argsort(-counts, kind="stable")], dtype=np.int64)
+
+
+def channel_table(channel: Int64[np.ndarray, " n"]) -> UInt8[np.ndarray, "k 3"]:
+    """Colour of each channel: those that most points have differ, the others are grey."""
+    order = _most_frequent(channel)
+    table = np.full((int(channel.max()) + 1, 3), 110, dtype=np.uint8)
+    table[order[: len(CHANNEL_COLOURS)]] = CHANNEL_COLOURS[: len(order)]
+    return table
+
+
 def _draw_channels(
     prediction: StreetPrediction, channel: Int64[np.ndarray, " n"], title: str
 ) -> Picture:
-    numbers, counts = np.unique(channel, return_counts=True)
-    order = numbers[np.argsort(-counts, kind="stable")]
-    table = np.full((int(channel.max()) + 1, 3), 110, dtype=np.uint8)
-    table[order[: len(CHANNEL_COLOURS)]] = CHANNEL_COLOURS[: len(order)]
     legend = [
         (f"channel {number}", (int(r), int(g), int(b)))
-        for number, (r, g, b) in zip(order, CHANNEL_COLOURS, strict=False)
+        for number, (r, g, b) in zip(_most_frequent(channel), CHANNEL_COLOURS, strict=False)
     ]
     xyz = prediction.scan.cloud.xyz
     caption = Caption(title=f"{title}: the strongest", legend=legend)
-    return birds_eye(xyz, table[channel], region=shown_region(xyz), caption=caption)
+    return birds_eye(
+        xyz, channel_table(channel)[channel], region=shown_region(xyz), caption=caption
+    )
 
 
 CHANNEL_COLOURS: UInt8[np.ndarray, "k 3"] = np.array(

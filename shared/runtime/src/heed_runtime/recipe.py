@@ -116,6 +116,8 @@ class Explanation:
     """Written together as `<name>.npz`."""
     figures: Mapping[str, Figure | UInt8[np.ndarray, "height width 3"]]
     """File stem suffix -> figure or picture, written as `<name>_<suffix>.png`."""
+    files: Mapping[str, Callable[[Path], object]] = field(default_factory=dict)
+    """Suffix with its ending -> what writes a format of the domain as `<name>_<suffix>`."""
 
 
 @dataclass(frozen=True, kw_only=True)

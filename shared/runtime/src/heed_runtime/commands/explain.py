@@ -73,7 +73,7 @@ def run(app: App, options: Options, settings: Any) -> Result:
 
 
 def write(explanation: Explanation, out: Path) -> list[Path]:
-    """Write the arrays of an explanation as one npz file and its figures as PNG."""
+    """Write the arrays of an explanation as one npz file, its figures as PNG, its own files."""
     import numpy as np
 
     arrays = out / f"{explanation.name}.npz"
@@ -84,4 +84,7 @@ def write(explanation: Explanation, out: Path) -> list[Path]:
         save_figure(figure, out / f"{explanation.name}_{suffix}.png")
         for suffix, figure in explanation.figures.items()
     ]
-    return [*figures, arrays]
+    files = [out / f"{explanation.name}_{suffix}" for suffix in explanation.files]
+    for path, save in zip(files, explanation.files.values(), strict=True):
+        save(path)
+    return [*figures, *files, arrays]

@@ -382,7 +382,10 @@ class TokenRecipe(Recipe[Settings, Case, Prediction]):
             module.predict_step([case], 0)
         weights = record["attend"][0].mean(dim=0).detach().float().cpu().numpy()  # (n, n)
         return Explanation(
-            name=case.name, arrays={"attention": weights}, figures={"attention": _draw(weights)}
+            name=case.name,
+            arrays={"attention": weights},
+            figures={"attention": _draw(weights)},
+            files={"attention.csv": partial(np.savetxt, X=weights, delimiter=",", fmt="%.5f")},
         )
 
     def exportable(self, settings: Settings, model: nn.Module) -> Exportable:
