@@ -1,5 +1,8 @@
 """Complex attention: the formula in loops, its limits, decoding."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +108,35 @@ def test_half_precision_keeps_far_positions_apart() -> None:
             module(x, positions=torch.tensor(places))
         maps.append(record["attend"])
     torch.testing.assert_close(*maps, rtol=0, atol=0.05)
+
+
+def peak_bytes(impl: str) -> int:
+    """Of a process of its own: torch, the layer and its forward pass of 4096 tokens."""
+    program = f"""
+import torch
+from pathlib import Path
+from heed_core.attention.complex import ComplexAttention
+torch.set_num_threads(1)
+with torch.no_grad():
+    ComplexAttention(512, heads=8, causal=True, impl={impl!r})(torch.randn(1, 4096, 512))
+# Unlike ru_maxrss, this begins anew with the program.
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout) * 1024
+
+
+def test_a_long_sequence_needs_no_map_of_all_pairs() -> None:
+    """Cosines per pair and channel would be 17 GB, scores of all pairs 0.5 GB and their softmax."""
+    assert peak_bytes("auto") < 1.5e9
+
+
+@pytest.mark.slow
+def test_the_measure_of_memory_sees_a_map_of_all_pairs() -> None:
+    assert peak_bytes("reference") > 2.0e9
 
 
 @pytest.mark.bad_input
