@@ -1,7 +1,6 @@
 """A sequence that processes share: equal to one process, bytes as the formulas say."""
 
 import math
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +26,7 @@ from heed_core.context_parallel import (
 )
 from heed_core.exchange import head_shares
 from heed_core.sites import Attend, observe, steer
+from heed_core.testing.processes import run_together
 
 BATCH, WIDTH = 2, 4
 
@@ -47,6 +46,8 @@ CASES = {
 def expected_bytes(method: str, heads: int, groups: int, token_bytes: int) -> tuple[int, int]:
     """Forwards and backwards, of the formulas; `token_bytes` of one head of this process."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    if world == 1:
+        return 0, 0
     around = 2 * (world - 1) * groups * token_bytes
     if method == "ring":  # backwards k and v again, and P times their gradients
         return around, around + 2 * world * groups * token_bytes
@@ -64,15 +65,24 @@ def expected_bytes(method: str, heads: int, groups: int, token_bytes: int) -> tu
 
 
 def equal_to_one_process(
-    length: int, heads: int, groups: int, method: str, layout: str, dtype=torch.float64
+    length: int,
+    heads: int,
+    groups: int,
+    method: str,
+    layout: str,
+    dtype=torch.float64,
+    *,
+    width: int = WIDTH,
+    hidden: int = 3,
 ) -> None:
+    """All cases; `hidden` tokens at the end of the second sample are padding of its own."""
     world = dist.get_world_size()
     torch.manual_seed(3)
-    whole = [torch.randn(BATCH, h, length, WIDTH, dtype=dtype) for h in (heads, groups, groups)]
-    probe = torch.randn(BATCH, heads, length, WIDTH, dtype=dtype)
-    real = torch.arange(length) < torch.tensor([[length], [length - 3]])
+    whole = [torch.randn(BATCH, h, length, width, dtype=dtype) for h in (heads, groups, groups)]
+    probe = torch.randn(BATCH, heads, length, width, dtype=dtype)
+    real = torch.arange(length) < torch.tensor([[length], [length - hidden]])
     share = padded_length(length, world, layout) // world
-    token_bytes = BATCH * share * WIDTH * whole[0].element_size()
+    token_bytes = BATCH * share * width * whole[0].element_size()
     for options in CASES.values():
         leaves = [x.clone().requires_grad_() for x in whole]
         place = torch.arange(length)
@@ -80,11 +90,11 @@ def equal_to_one_process(
         if "mask_fn" in options:
             mask = mask & near(place[:, None], place[None])
         causal = options.get("causal", False)
-        given = {"bias": None, "causal": causal, "scale": WIDTH**-0.5, "dropout": 0.0}
+        given = {"bias": None, "causal": causal, "scale": width**-0.5, "dropout": 0.0}
         exact = written_out(*leaves, mask=mask, **given)
         wanted = torch.autograd.grad((exact * probe).sum(), leaves)
         seen = mask & (place <= place[:, None]) if causal else mask
-        products = all_scores(*leaves[:2], scale=WIDTH**-0.5).masked_fill(~seen, -torch.inf)
+        products = all_scores(*leaves[:2], scale=width**-0.5).masked_fill(~seen, -torch.inf)
         wanted_lse = products.detach().logsumexp(-1)
         own = [shard_sequence(x, None, layout=layout, dim=2).requires_grad_() for x in whole]
         part = shard_sequence(probe, None, layout=layout, dim=2)
@@ -94,6 +104,8 @@ def equal_to_one_process(
             "padding_mask": shard_sequence(real, None, layout=layout, dim=1),
             **options,
         }
+        if bool(real.all()) and share * world == length:
+            del options["padding_mask"]
         with CommCounter() as forwards:
             out = context_parallel_attention(*own, **options)
         with CommCounter() as backwards:
@@ -188,6 +200,27 @@ def thorough(world: int) -> None:
             can_be_watched(method, layout)
 
 
+def one_other_length_raises_everywhere(world: int) -> None:
+    for method in ("ring", "allgather", "ulysses"):
+        x = torch.randn(1, world, 4 + (dist.get_rank() == world - 1), WIDTH)
+        with pytest.raises(ValueError, match="one shape on all processes"):
+            context_parallel_attention(x, x, x, method=method)
+
+
+def wide(world: int) -> None:
+    """Sequences of many blocks, that the processes divide and that they do not."""
+    for length, hidden in ((96, 0), (97, 3)):
+        for groups in (4, 2):
+            for method in ("ring", "allgather", "ulysses"):
+                for layout in ("contiguous", "zigzag"):
+                    for dtype in (torch.float64, torch.float32):
+                        equal_to_one_process(
+                            length, 4, groups, method, layout, dtype, width=8, hidden=hidden
+                        )
+    if world > 1:
+        one_other_length_raises_everywhere(world)
+
+
 class Held(TorchDispatchMode):
     """The most bytes that tensors made meanwhile hold at a time."""
 
@@ -219,28 +252,12 @@ def note_memory(folder: Path, method: str, tokens: int, world: int) -> None:
 def memory(method: str, tokens: int, world: int) -> int:
     """Of the process that holds most."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(world, partial(note_memory, Path(folder), method, tokens))
+        run_together(world, partial(note_memory, Path(folder), method, tokens))
         return max(int(path.read_text()) for path in Path(folder).iterdir())
 
 
-def worker(rank: int, world: int, file: str, job) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    try:
-        job(world)
-    finally:
-        dist.destroy_process_group()
-
-
-def spawn(world: int, job) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder) / "meeting")
-        mp.start_processes(worker, args=(world, file, job), nprocs=world, start_method="fork")
-
-
 def test_two_processes() -> None:
-    spawn(2, quick)
+    run_together(2, quick)
 
 
 def test_a_longer_sequence_of_more_processes_needs_no_more_memory() -> None:
@@ -256,7 +273,13 @@ def test_no_map_of_all_pairs_is_held() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_more_processes_lengths_and_heads(world: int) -> None:
-    spawn(world, thorough)
+    run_together(world, thorough)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_long_sequences_of_more_processes(world: int) -> None:
+    run_together(world, wide)
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])

@@ -19,7 +19,8 @@ of their sum; tiles that causality hides are left out. Outputs and gradients are
 at least. With layout "zigzag" the sequence is cut into 2 P chunks, of which process r holds chunks
 r and 2 P - 1 - r: causal, all have the same work. Lengths that do not divide are padded
 (`shard_sequence`); padded keys are hidden by a padding mask. Rotary codes need the places of
-`global_positions`. There is no dropout.
+`global_positions`. There is no dropout. Where the sequence fits and the weights do not, share the
+heads instead: `head_parallel`.
 
 An `Attend` site can be passed to `allgather` and `ulysses`: while something is attached to it,
 attention runs there with a whole map, keys in the order of the sequence. With `allgather` its rows

@@ -98,6 +98,29 @@ def tokens_for_heads(
     return _exchange(parts.flatten(0, 1), [shares[rank]] * world, shares, group).transpose(0, 1)
 
 
+def sum_of_all(
+    x: Float[Tensor, "*shape"], group: dist.ProcessGroup | None
+) -> Float[Tensor, "*shape"]:
+    """The sum over all processes, bit for bit the same on all, added in float32 at least.
+
+    Backwards the gradient passes: what follows is the same computation on all processes. A process
+    receives 2 (P - 1) / P of the bytes of `x`, whose numbers are padded until P divides them.
+    """
+    found: Tensor = _SumOfAll.apply(x, group)  # type: ignore[no-untyped-call]
+    return found
+
+
+def same_for_all(
+    x: Float[Tensor, "*shape"], group: dist.ProcessGroup | None
+) -> Float[Tensor, "*shape"]:
+    """A tensor that all processes hold, on its way to what they do not do alike.
+
+    Backwards the gradients of all are summed, as in `sum_of_all`.
+    """
+    found: Tensor = _SameForAll.apply(x, group)  # type: ignore[no-untyped-call]
+    return found
+
+
 def from_all(x: Shaped[Tensor, "*shape"], group: dist.ProcessGroup | None) -> list[Tensor]:
     """The tensors of all processes, not counted and without gradients."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
@@ -137,6 +160,39 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchanged(grads[0], ctx.taken, ctx.given, ctx.group), None, None, None
+
+
+class _SumOfAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _SameForAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _summed(grads[0], ctx.group), None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Each process sums a share of the numbers, in the order of the processes, for all."""
+    world = dist.get_world_size(group)
+    flat = x.flatten()
+    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % world)])
+    share = flat.numel() // world
+    parts = _exchanged(flat, [share] * world, [share] * world, group).view(world, share)
+    own = at_least_float32(parts).sum(0).to(x.dtype)
+    CommCounter.note((world - 1) * _bytes(own))
+    return torch.cat(from_all(own, group))[: x.numel()].view(x.shape)
 
 
 def _exchange(
