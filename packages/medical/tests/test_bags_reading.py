@@ -281,6 +281,17 @@ def test_check_lists_every_problem(tmp_path: Path):
     assert find_bags(tmp_path, skipping, "train")
 
 
+def test_check_warns_of_a_label_that_only_some_splits_have(tmp_path: Path):
+    clam(tmp_path)
+    labels = tmp_path / "labels.csv"
+    lines = labels.read_text().splitlines()
+    lines[1] = lines[1].rsplit(",", 1)[0] + ",tumour"
+    labels.write_text("\n".join(lines) + "\n")
+    warnings = check_data(BagData(), tmp_path).warnings
+    assert f"{tmp_path}: the split val has no bag with the label tumour" in warnings
+    assert f"{tmp_path}: the split test has no bag with the label tumour" in warnings
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [

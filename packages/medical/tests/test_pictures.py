@@ -237,6 +237,14 @@ def test_a_short_covidx_line_is_named(tmp_path: Path):
     assert "row 2: has 3 fields" in listing.problems[0]
 
 
+def test_an_empty_covidx_list_is_named(tmp_path: Path):
+    save(tmp_path / "train/a.png")
+    (tmp_path / "train_COVIDx9B.txt").write_text("1 a.png negative rsna\n")
+    empty = tmp_path / "test_COVIDx9B.txt"
+    empty.write_text("\n")
+    assert list_pictures(tmp_path, PictureData()).problems == (f"{empty}: lists no picture",)
+
+
 def test_classes_keep_the_order_of_the_known_lists():
     assert order_classes({"COVID-19", "normal", "pneumonia"}) == ("normal", "pneumonia", "COVID-19")
     assert order_classes({"level1", "level2"}) == ("level2", "level1")

@@ -64,6 +64,7 @@ def check_data(data: BagData, root: Path) -> DataCheck:
             f"{root}: {len(no_coords)} bags have no coordinates, their attention cannot be drawn "
             f"({', '.join(no_coords[:5])})"
         )
+    every = sorted({str(file.label) for file in listing.files})
     counts: list[CountRow] = []
     for split in SPLITS:
         files = [file for file in listing.files if file.split == split]
@@ -72,6 +73,11 @@ def check_data(data: BagData, root: Path) -> DataCheck:
             continue
         patches = [sizes[file.name] for file in files if file.name in sizes]
         labels = Counter(str(file.label) for file in files)
+        warnings += [
+            f"{root}: the split {split} has no bag with the label {label}"
+            for label in every
+            if not labels[label]
+        ]
         counts.append(
             {
                 "split": split,

@@ -145,7 +145,10 @@ def list_covidx(root: Path, data: PictureData) -> Found:
         if split is None:
             problems.append(f"{path}: has no split in its name; call it train_... or test_...")
             continue
-        for number, line in enumerate(_lines(path), start=1):
+        lines = _lines(path)
+        if not any(line.strip() for line in lines):
+            problems.append(f"{path}: lists no picture")
+        for number, line in enumerate(lines, start=1):
             place = f"{path}, row {number}"
             fields = line.split()
             if not fields:
