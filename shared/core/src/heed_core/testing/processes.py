@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 PATIENCE = timedelta(seconds=60)
 """How long a process waits for another before it raises."""
@@ -26,7 +26,9 @@ def run_together(world: int, job: Callable[[int], None]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "meeting")
-        mp.start_processes(_worker, args=(world, file, job), nprocs=world, start_method="fork")
+        start_processes(  # type: ignore[no-untyped-call]
+            _worker, args=(world, file, job), nprocs=world, start_method="fork"
+        )
 
 
 def _worker(rank: int, world: int, file: str, job: Callable[[int], None]) -> None:

@@ -1,4 +1,4 @@
-"""Reduced and conditional attention for the conformance suite."""
+"""Reduced, conditional and class attention for the conformance suite."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from heed_core.attention.class_attention import ClassAttentionBlock
 from heed_core.attention.conditional import ConditionalCrossAttention
 from heed_core.attention.reduced import ReducedAttention
-from heed_core.testing.conformance import Inputs, Mechanism, permutation, unseen_masked
+from heed_core.testing.conformance import (
+    Inputs,
+    Mechanism,
+    Symmetry,
+    permutation,
+    unseen_masked,
+)
 from heed_core.testing.oracle import naive_attention
-from heed_core.testing.vision_formulas import linear
+from heed_core.testing.vision_formulas import layer_norm, linear
 
 
 def _triangular(module: nn.Module) -> Tensor:
@@ -56,6 +63,33 @@ def _conditional(module: nn.Module, inputs: Inputs) -> Tensor:
     return linear(module.out, mixed.transpose(1, 2).flatten(2))
 
 
+def _class_block(module: nn.Module, inputs: Inputs) -> Tensor:
+    module, x = cast(ClassAttentionBlock, module), inputs["x"]
+    assert module.scales is not None
+    tokens, layers = layer_norm(module.norm, x), module.attention
+    rows = (linear(layers.query, tokens[:, :1]), linear(layers.key, tokens))
+    cut = [_heads(t, 2) for t in (*rows, linear(layers.value, tokens))]
+    mixed = naive_attention(*cut, mask=inputs["padding_mask"][:, None, None])
+    seen = linear(layers.out, mixed.transpose(1, 2).flatten(2))
+    first = x[:, :1] + module.scales[0] * seen
+    hidden = linear(module.ffn.expand, layer_norm(module.ffn_norm, first))
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden * 0.5**0.5))
+    first = first + module.scales[1] * linear(module.ffn.contract, hidden)
+    return torch.cat([first, x[:, 1:]], dim=1)
+
+
+def _class_tokens(batch: int, size: int) -> Inputs:
+    real = torch.arange(size) < size - 1 - torch.arange(batch)[:, None] % 2
+    return {**_tokens(batch, size), "padding_mask": real}
+
+
+def _others_reversed(inputs: Inputs) -> Inputs:
+    return {
+        name: torch.cat([x[:, :1], x[:, 1:].flip(1)], dim=1) if x.dim() > 1 else x
+        for name, x in inputs.items()
+    }
+
+
 def _tokens(batch: int, size: int) -> Inputs:
     return {"x": torch.randn(batch, size, 8)}
 
@@ -78,6 +112,11 @@ def _spoilt(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Inputs],
 def _first_rows(output: Tensor) -> Tensor:
     """Those of tokens that are never hidden: a hidden token's own row depends on it."""
     return output[:, :2]
+
+
+def _class_row(output: Tensor) -> Tensor:
+    """The other rows are the input's."""
+    return output[:, :1]
 
 
 _WRONG = (
@@ -140,5 +179,29 @@ REDUCED_MECHANISMS: tuple[Mechanism, ...] = (
         ),
         dynamic={"x": {1: "n"}, "mask": {1: "n"}},
     ),
+    Mechanism(
+        name="class-block",
+        build=lambda dropout: ClassAttentionBlock(
+            8, heads=2, hidden=12, layer_scale=0.5, norm_eps=1e-5, dropout=dropout
+        ),
+        inputs=_class_tokens,
+        reference=_class_block,
+        smallest=3,
+        exponent=1.0,
+        unseen=(replace(unseen_masked(("x",), "padding_mask", axis=1), select=_class_row),),
+        symmetries=(
+            Symmetry(
+                name="order of the others",
+                on_inputs=_others_reversed,
+                on_output=lambda y: torch.cat([y[:, :1], y[:, 1:].flip(1)], dim=1),
+            ),
+        ),
+        wrong=(
+            *_WRONG,
+            (_spoilt("padding_mask", lambda m: m[:, 1:]), "padding_mask must be"),
+            (_spoilt("padding_mask", lambda m: m.float()), "padding_mask must be boolean"),
+        ),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
+    ),
 )
-"""Reduced and conditional attention."""
+"""Reduced, conditional and class attention."""
