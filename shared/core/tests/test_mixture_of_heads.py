@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,6 +11,7 @@ from heed_core.attention.mixture_of_heads import MixtureOfHeads
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.head_routing import balance_loss, choose_heads, mixture_gates, norm_gates
 from heed_core.relative import RotaryPositions
+from heed_core.testing.processes import run_together
 
 
 def pair(**options) -> tuple[MixtureOfHeads, MixtureOfHeads]:
@@ -264,6 +266,147 @@ def test_a_stage_of_the_published_vit_has_its_number_of_parameters() -> None:
     assert sum(p.numel() for p in whole.parameters()) == plain + 32 * 8
 
 
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "shared", "active", "pooled", "published"),
+    [(288, 12, 3, 6, True, 431_568), (576, 24, 8, 12, False, 1_358_832)],
+    ids=["third-stage", "fourth-stage"],
+)
+def test_a_stage_of_the_vision_model_has_its_number_of_parameters(
+    dim: int, heads: int, shared: int, active: int, pooled: bool, published: int
+) -> None:
+    """Ours are projections and routers; the rest makes scores of another kind, by this list."""
+    with torch.device("meta"):
+        ours = parameters(MixtureOfHeads(dim, heads=heads, shared=shared, active=active))
+    scores = dim + heads  # query embedding, temperature
+    scores += (2 * 512 + 512) + (512 * heads + heads)  # position bias
+    if pooled:
+        scores += dim * dim + dim + 2 * dim  # reduction before pooling, its norm
+        scores += 9 * heads + 9 * dim + 9 * heads  # of the 3 x 3 window: bias, tokens, their bias
+    assert ours + scores == published
+
+
+def in_turn(*parts: tuple[int, int]) -> list[int]:
+    return [value for value, times in parts for _ in range(times)]
+
+
+SMALL, BASE = (384, in_turn((6, 12))), (768, in_turn((12, 12)))
+LARGE = (1024, in_turn((8, 8), (16, 8), (24, 8)))
+XL = (1152, in_turn((8, 9), (16, 10), (24, 9)))
+DIFFUSION = {
+    "S-90": (*SMALL, 64, in_turn((3, 8), (6, 4)), in_turn((2, 8), (0, 4)), 32_997_152),
+    "S-75": (*SMALL, 64, in_turn((2, 2), (3, 8), (6, 2)), in_turn((1, 6), (2, 4), (0, 2)),
+             32_998_688),
+    "B-90": (*BASE, 64, in_turn((6, 5), (7, 5), (12, 2)), in_turn((4, 10), (0, 2)), 130_638_368),
+    "B-75": (*BASE, 64, in_turn((4, 2), (6, 8), (12, 2)), in_turn((2, 2), (3, 8), (0, 2)),
+             130_638_368),
+    "L-90": (*LARGE, 64, in_turn((8, 8), (16, 16)),
+             in_turn((0, 16), (3, 8)), 458_512_416),
+    "L-75": (*LARGE, 64, in_turn((8, 16), (12, 8)),
+             in_turn((0, 8), (4, 16)), 458_528_800),
+    "XL-90": (*XL, 72, in_turn((8, 9), (16, 19)), in_turn((0, 19), (3, 9)), 675_666_464),
+    "XL-75": (*XL, 72, in_turn((8, 9), (10, 10), (14, 9)), in_turn((0, 9), (2, 19)),
+              675_689_504),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_diffusion_transformers_have_their_numbers_of_parameters(name: str) -> None:
+    """All attentions are ours, one per layer; the rest of a diffusion transformer by its list."""
+    dim, heads, head_dim, shared, active, published = DIFFUSION[name]
+    total = 0
+    with torch.device("meta"):
+        for h, s, k in zip(heads, shared, active, strict=True):
+            total += parameters(MixtureOfHeads(dim, heads=h, shared=s, active=k, head_dim=head_dim))
+            total += 8 * dim * dim + 5 * dim  # two linear maps to and from 4 dim
+            total += 6 * dim * dim + 6 * dim  # modulation
+    total += 16 * dim + dim + 256 * dim  # patches of 2 x 2 x 4, their places
+    total += 256 * dim + dim + dim * dim + dim + 1001 * dim  # time, labels
+    total += 2 * dim * dim + 2 * dim + 32 * dim + 32  # last modulation, output
+    assert total == published
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True, "rotary": RotaryPositions(4)}, {"router": "norm", "kv_heads": 3}],
+    ids=["plain", "causal-rotary", "norm-grouped"],
+)
+def test_graphs_with_a_capacity_drop_no_token(options) -> None:
+    """One graph serves calls that fit, calls in which all tokens want the same heads, lengths."""
+    settings = {"heads": 6, "shared": 2, "active": 2, "head_dim": 4} | options
+    module = MixtureOfHeads(12, **settings, capacity=1.25).eval()
+    torch._dynamo.reset()
+    graph = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    spread = torch.randn(2, 41, 12)
+    alike = torch.randn(12).repeat(2, 41, 1)
+    with torch.no_grad():
+        for x in (spread, alike, spread[:, :23].clone()):
+            torch.testing.assert_close(graph(x), module(x), rtol=1e-5, atol=1e-6)
+        exported = torch.export.export(module, (spread,)).module()
+        for x in (spread, alike):
+            torch.testing.assert_close(exported(x)[0], module(x).output, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.compile
+def test_graphs_with_a_capacity_compute_so_many_rows() -> None:
+    n, c, heads, shared, active = 64, 48, 6, 2, 2
+    module = MixtureOfHeads(c, heads=heads, shared=shared, active=active, capacity=1.25)
+    module.eval().requires_grad_(False)
+    module.attend.impl = "reference"  # whose operations are counted
+    graph = torch.export.export(module, (torch.randn(1, n, c),)).graph_module
+    (choice,) = (node for node in graph.graph.nodes if "cond" in str(node.target))
+    given = [getattr(x, "meta", {}).get("val", x) for x in choice.args[3]]
+    counts = []
+    for branch in choice.args[1:3]:
+        with FlopCounterMode(display=False) as counter:
+            getattr(graph, branch.target)(*given)
+        counts.append(counter.get_total_flops())
+    routed, width = heads - shared, c // heads
+    rows = -(-n * 5 * active // (4 * routed))
+    each = 4 * c * width + 4 * n * width  # of a row of one head: projections, products
+    assert counts == [each * (shared * n + routed * rows), each * heads * n]
+    assert counts[0] == 0.75 * counts[1]
+
+
+def balance_of_all_tokens_on_every_process(world: int) -> None:
+    """Processes with other numbers of samples and padding: as one process that has them all."""
+    rank = dist.get_rank()
+    torch.manual_seed(1)
+    module = MixtureOfHeads(12, heads=6, shared=2, active=2, head_dim=4).double()
+    x = torch.randn(5, 9, 12, dtype=torch.float64)
+    real = torch.arange(9) < torch.tensor([9, 4, 7, 1, 9])[:, None]
+    whole = module(x, padding_mask=real).balance_loss
+    wanted = torch.autograd.grad(whole, module.route.weight)[0]
+    own = slice(0, 2) if rank == 0 else slice(2, 5)
+    errors = {}
+    for sync in (True, False):
+        module.sync_balance = sync
+        loss = module(x[own], padding_mask=real[own]).balance_loss
+        found = torch.autograd.grad(loss, module.route.weight)[0]
+        dist.all_reduce(found)
+        errors[sync] = [float((loss - whole).abs().detach())]
+        errors[sync].append(float((found / world - wanted).abs().max()))
+    assert max(errors[True]) < 1e-12, errors
+    assert min(errors[False]) > 1e-4, errors
+
+
+def test_balance_loss_over_processes_is_that_of_one_process() -> None:
+    run_together(2, balance_of_all_tokens_on_every_process)
+
+
+def test_one_process_is_all_processes() -> None:
+    x = torch.randn(2, 7, 12)
+    module = MixtureOfHeads(12, heads=6, shared=2, active=2, head_dim=4, sync_balance=True)
+    together = module(x).balance_loss
+    module.sync_balance = False
+    assert torch.equal(together, module(x).balance_loss)
+
+
 def test_without_routed_heads_the_loss_is_zero() -> None:
     found = MixtureOfHeads(12, heads=3, shared=3, active=0)(torch.randn(1, 4, 12))
     assert found.balance_loss.shape == ()
@@ -281,6 +424,9 @@ def test_wrong_options_are_named() -> None:
         ({"shared": 2, "active": 2, "gating": "soft"}, "gating must be one of"),
         ({"shared": 2, "active": 2, "router": "norm", "gating": "paper"}, "no effect"),
         ({"shared": 2, "active": 2, "straight_through": True}, "no effect"),
+        ({"shared": 2, "active": 2, "capacity": 0.9}, "capacity must be at least 1"),
+        ({"shared": 2, "active": 2, "capacity": 1.5, "skip": False}, "no effect"),
+        ({"shared": 6, "active": 0, "capacity": 1.5}, "no effect without routed heads"),
     ):
         with pytest.raises(ValueError, match=said):
             MixtureOfHeads(12, heads=6, head_dim=4, **options)

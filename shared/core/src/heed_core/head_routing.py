@@ -6,9 +6,10 @@ whose head outputs are multiplied by them (Jin et al., arXiv 2410.11842).
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -107,6 +108,8 @@ def balance_loss(
     probabilities: Float[Tensor, "b n e"],
     chosen: Bool[Tensor, "b n e"],
     padding_mask: Bool[Tensor, "b n"] | None = None,
+    *,
+    sync: bool = False,
 ) -> Float[Tensor, ""]:
     """E sum_e P_e F_e: of head e the mean probability P and how often it was chosen, F.
 
@@ -114,19 +117,35 @@ def balance_loss(
         probabilities: Of the routed heads.
         chosen: Whether a token uses them.
         padding_mask: True = real token; others do not count.
+        sync: Count the tokens of all processes of `torch.distributed`, which must all call; where
+            it was not started there is one. The average of their gradients, which
+            `DistributedDataParallel` takes, is then the gradient of one process with all tokens.
     """
     heads = probabilities.shape[-1]
-    used = chosen.to(probabilities.dtype)
-    if padding_mask is None:
-        likely, often = probabilities.mean((0, 1)), used.mean((0, 1))
-    else:
-        real = padding_mask[..., None].to(probabilities.dtype)
-        count = real.sum().clamp(min=1.0)
-        likely, often = (
-            (probabilities * real).sum((0, 1)) / count,
-            (used * real).sum((0, 1)) / count,
-        )
-    return heads * (likely * often).sum()
+    kind = probabilities.dtype
+    one = probabilities.new_ones(*probabilities.shape[:2], 1)
+    real = one if padding_mask is None else padding_mask[..., None].to(kind)
+    sums = (torch.cat([probabilities, chosen.to(kind), one], dim=-1) * real).sum((0, 1))
+    if sync and heads and dist.is_available() and dist.is_initialized():
+        sums = _SumOfProcesses.apply(sums)  # type: ignore[no-untyped-call]
+    mean = sums / sums[-1].clamp(min=1.0)
+    return heads * (mean[:heads] * mean[heads:-1]).sum()
+
+
+class _SumOfProcesses(torch.autograd.Function):
+    """Everybody gets the sum; everybody's gradient of it comes back to all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
 
 
 def _logits(x: Tensor, weight: Tensor | None, width: int = 1) -> Tensor:

@@ -15,13 +15,18 @@ Cost for n queries and m keys, with the share a = (S + K) / (S + E) of heads in 
 per head plus the projections, of which only keys and values are made for every head. To skip,
 tokens are gathered for each routed head, which needs their number: compiled, exported, observed
 and steered calls compute every head and multiply by the gates, with the same result up to rounding.
+With a `capacity`, graphs gather so many times n K / E tokens for each routed head, and compute
+every head only in calls where some head is asked by more: no token is dropped. Exported so, a
+mixture has the length of its example.
 
 The site is `attend`: weights of all heads (b, h, n, m), before the gates. Gates are returned.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -77,6 +82,10 @@ class MixtureOfHeads(nn.Module):
         straight_through: Of the norm router, see `norm_gates`.
         skip: Compute chosen heads only; True or False, or from 512 tokens on (4096 if causal) if
             not given. Where a graph or a record needs all heads, all are computed all the same.
+        capacity: Let compiled and exported graphs skip too: tokens of a routed head over those
+            that it has where heads are used alike, at least 1; 1.25 leaves room for chance. Graphs
+            compute all heads if not given.
+        sync_balance: Take the balance loss over all processes, see `head_routing.balance_loss`.
         impl: Back-end of `attend`.
 
     Example:
@@ -105,12 +114,15 @@ class MixtureOfHeads(nn.Module):
         gating: Gating = "code",
         straight_through: bool = False,
         skip: bool | None = None,
+        capacity: float | None = None,
+        sync_balance: bool = False,
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         check_heads(dim, heads, kv_heads, head_dim)
         _check_routing(heads, shared, active, router, gating, straight_through)
+        _check_capacity(capacity, active, skip)
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
         self.shared, self.active, self.context_dim, self.causal = (
@@ -120,6 +132,7 @@ class MixtureOfHeads(nn.Module):
             causal,
         )
         self.router, self.straight_through, self.skip = router, straight_through, skip
+        self.capacity, self.sync_balance = capacity, sync_balance
         self.gating: Gating = gating
         self.rotary = rotary
         source = dim if context_dim is None else context_dim
@@ -210,22 +223,27 @@ class MixtureOfHeads(nn.Module):
             positions = torch.arange(offset, offset + x.shape[1], device=x.device)
         key, value = self._keys(x, context, positions, cache)
         mask = with_padding(mask, padding_mask, key)
-        skips = self._skips(x)
-        query = None if skips and self.router == "learned" else self._heads(self.query(x))
+        skips, room = self._skips(x), self._room(x)
+        later = (skips or room is not None) and self.router == "learned"
+        query = None if later else self._heads(self.query(x))
         routing = self._routed(x, query)
+        real = None
         if context is None and padding_mask is not None:
             real = padding_mask[:, -x.shape[1] :]
             routing = _without_padding(routing, real, self.shared)
-            loss = balance_loss(routing.probabilities, routing.chosen, real)
-        else:
-            loss = balance_loss(routing.probabilities, routing.chosen)
-        if skips:
-            output = self._skipping(x, query, key, value, mask, positions, routing.gates)
-        else:
+        loss = balance_loss(routing.probabilities, routing.chosen, real, sync=self.sync_balance)
+        turned: Tensor | None = positions
+        if room is not None and self.rotary is not None:  # whose base no branch can hold
             query = self._rotated(self._heads(self.query(x)) if query is None else query, positions)
-            mixed: Tensor = self.attend(query, key, value, mask=mask)
-            gated = mixed * routing.gates.transpose(1, 2)[..., None].to(mixed.dtype)
-            output = self.out(gated.transpose(1, 2).flatten(2))
+            turned = None
+        given = (x, query, key, value, mask, turned, routing.gates)
+        if room is not None:
+            fits = (routing.chosen.sum(1) <= room).all()
+            output = torch.cond(
+                fits, lambda: self._skipping(*given, room), lambda: self._computing_all(*given)
+            )
+        else:
+            output = self._skipping(*given) if skips else self._computing_all(*given)
         return Mixture(output, loss, routing.gates)
 
     def new_cache(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> KVCache:
@@ -241,6 +259,17 @@ class MixtureOfHeads(nn.Module):
         return KVCache(
             batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=weight.device
         )
+
+    def _room(self, x: Tensor) -> int | None:
+        """Tokens that a graph gathers for each routed head; None if it computes all heads."""
+        plain = not torch.compiler.is_compiling() or self.attend.attachments is not None
+        if self.capacity is None or plain:
+            return None
+        share = Fraction(self.capacity).limit_denominator(1000) * self.active
+        share /= self.heads - self.shared
+        if share >= 1:  # room for every token
+            return None
+        return (x.shape[1] * share.numerator + share.denominator - 1) // share.denominator
 
     def _skips(self, x: Tensor) -> bool:
         if x.is_meta or torch.compiler.is_compiling() or self.attend.attachments is not None:
@@ -274,6 +303,22 @@ class MixtureOfHeads(nn.Module):
         value = self._heads(self.value(source))
         return (key, value) if cache is None else cache.append(key, value)
 
+    def _computing_all(
+        self,
+        x: Tensor,
+        query: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        gates: Tensor,
+    ) -> Tensor:
+        """Every head for every token, times its gate. Without positions queries are turned."""
+        query = self._rotated(self._heads(self.query(x)) if query is None else query, positions)
+        mixed: Tensor = self.attend(query, key, value, mask=mask)
+        gated = mixed * gates.transpose(1, 2)[..., None].to(mixed.dtype)
+        return cast(Tensor, self.out(gated.transpose(1, 2).flatten(2)))
+
     def _skipping(
         self,
         x: Tensor,
@@ -281,21 +326,22 @@ class MixtureOfHeads(nn.Module):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        positions: Tensor,
+        positions: Tensor | None,
         gates: Tensor,
+        room: int | None = None,
     ) -> Tensor:
-        """Shared heads for all tokens, each routed head for those that chose it."""
-        positions = positions.expand(x.shape[0], -1)
+        """Shared heads for all tokens, each routed head for those that chose it, `room` at most."""
+        places = None if positions is None else positions.expand(x.shape[0], -1)
         parts = [] if query is None else list(query.unbind(1))
         output = self._shared_heads(x, query, key, value, mask, positions, gates)
         first = x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]  # of each sample
         for head in range(self.shared, self.heads):
             rows = slice(head * self.head_dim, (head + 1) * self.head_dim)
             group = head * self.kv_heads // self.heads
-            for start, stop, seen in self._pieces(x.shape[1], key.shape[2]):
-                index, weight = _rows(gates[:, start:stop, head])
+            for start, stop, seen in self._pieces(x.shape[1], key.shape[2], room):
+                index, weight = _rows(gates[:, start:stop, head], room)
                 index = index + start
-                if index.shape[1] == 0:
+                if room is None and index.shape[1] == 0:
                     continue
                 if query is None:
                     bias = self.query.bias
@@ -306,7 +352,9 @@ class MixtureOfHeads(nn.Module):
                     )
                 else:
                     one = _gather(parts[head], index)
-                one = self._rotated(one[:, None], positions.gather(1, index))
+                one = self._rotated(
+                    one[:, None], None if places is None else places.gather(1, index)
+                )
                 allowed = self._allowed(mask, index, head, x.shape[1], key.shape[2], seen)
                 pair = (slice(None), slice(group, group + 1), slice(seen))
                 mixed = self.attend(one, key[pair], value[pair], mask=allowed, causal=False)
@@ -325,7 +373,7 @@ class MixtureOfHeads(nn.Module):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        positions: Tensor,
+        positions: Tensor | None,
         gates: Tensor,
     ) -> Tensor:
         """What the shared heads give, and the bias of the output."""
@@ -350,9 +398,9 @@ class MixtureOfHeads(nn.Module):
         gated = mixed * gates[..., : self.shared].transpose(1, 2)[..., None].to(mixed.dtype)
         return F.linear(gated.transpose(1, 2).flatten(2), self.out.weight[:, :width], self.out.bias)
 
-    def _pieces(self, queries: int, keys: int) -> list[tuple[int, int, int]]:
+    def _pieces(self, queries: int, keys: int, room: int | None) -> list[tuple[int, int, int]]:
         """Runs of queries: first, behind the last, and how many keys they can see."""
-        if not self.causal:
+        if not self.causal or room is not None:  # a graph's length may change
             return [(0, queries, keys)]
         step = -(-queries // PIECES)
         starts = range(0, queries, step)
@@ -384,8 +432,8 @@ class MixtureOfHeads(nn.Module):
         batch, length, width = tokens.shape
         return tokens.view(batch, length, width // self.head_dim, self.head_dim).transpose(1, 2)
 
-    def _rotated(self, heads: Tensor, positions: Tensor) -> Tensor:
-        if self.rotary is None:
+    def _rotated(self, heads: Tensor, positions: Tensor | None) -> Tensor:
+        if self.rotary is None or positions is None:
             return heads
         return cast(Tensor, self.rotary(heads, positions=positions))
 
@@ -452,11 +500,15 @@ def _without_padding(routing: Routing, real: Tensor, shared: int) -> Routing:
     return Routing(routing.gates.masked_fill(~kept, 0.0), routing.probabilities, chosen)
 
 
-def _rows(gates: Float[Tensor, "b n"]) -> tuple[Int[Tensor, "b r"], Float[Tensor, "b r"]]:
+def _rows(
+    gates: Float[Tensor, "b n"], room: int | None
+) -> tuple[Int[Tensor, "b r"], Float[Tensor, "b r"]]:
     """The tokens with a gate, in order, and their gates: 0 where a sample has fewer than others."""
     unused = gates.detach() == 0
-    most = int((~unused).sum(1).max()) if unused.numel() else 0
-    index = unused.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    if room is None:
+        room = int((~unused).sum(1).max()) if unused.numel() else 0
+    first = torch.arange(room, device=gates.device).expand(gates.shape[0], -1)
+    index = unused.to(torch.uint8).argsort(dim=1, stable=True).gather(1, first)
     return index, gates.gather(1, index)
 
 
@@ -486,3 +538,15 @@ def _check_routing(
         raise ValueError(f"gating={gating!r} has no effect with router='norm'")
     if straight_through and router != "norm":
         raise ValueError("straight_through has no effect without router='norm'")
+
+
+def _check_capacity(capacity: float | None, active: int, skip: bool | None) -> None:
+    if capacity is None:
+        return
+    if not 1.0 <= capacity < math.inf:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    if active == 0 or skip is False:
+        raise ValueError(
+            f"capacity={capacity} has no effect without routed heads (active={active}) or with "
+            f"skip=False (skip={skip})"
+        )
