@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from heed_core import attend, observe
@@ -16,8 +17,11 @@ from heed_core.attention.bilevel import (
     region_affinity,
     region_topk,
     routed_attention,
+    routed_block_mask,
     to_regions,
 )
+from heed_core.attention.multi_axis import PartitionAttention
+from heed_core.dispatch import UnsupportedBackend
 from heed_core.testing.golden_fixtures import GoldenFixture
 
 GOLDEN = Path(__file__).parent / "golden" / "biformer"
@@ -249,3 +253,122 @@ def test_gathering_by_indices_has_no_dropout() -> None:
         BilevelAttention(8, heads=2, regions=(2, 3), topk=2, gather="torch", dropout=0.1)
     with pytest.raises(ValueError, match="gather must be one of"):
         BilevelAttention(8, heads=2, regions=(2, 3), topk=2, gather="cuda")
+
+
+def dense_mask(routes: torch.Tensor, cells: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Which cell may attend to which, pair by pair of regions."""
+    batch, regions, _ = routes.shape
+    allowed = torch.zeros(batch, regions, cells, regions, cells, dtype=torch.bool)
+    for b in range(batch):
+        for r in range(regions):
+            for s in routes[b, r].tolist():
+                allowed[b, r, :, s] = True if mask is None else mask[b, s]
+    return allowed.flatten(3).flatten(1, 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_mask_says_of_every_pair_what_the_routes_say(masked: bool) -> None:
+    from torch.nn.attention.flex_attention import create_mask
+
+    query, key, _ = qkv()
+    mask = torch.rand(2, 6, 4) > 0.4 if masked else None
+    routes = region_topk(query, key, topk=3)
+    blocks = routed_block_mask(routes, 4, mask=mask)
+    wanted = dense_mask(routes, 4, mask)
+    found = create_mask(blocks.mask_mod, 2, 1, 24, 24, device="cpu")[:, 0]
+    assert torch.equal(found, wanted)
+    by_region = wanted.unflatten(1, (6, 4)).unflatten(3, (6, 4)).any(4).any(2)
+    assert (blocks.to_dense()[:, 0].bool() | ~by_region).all()  # nothing allowed is left out
+    assert int(blocks.to_dense().sum()) == 2 * 6 * 3
+    assert blocks.BLOCK_SIZE == (4, 4)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_gathering_and_a_dense_mask_give_the_same(masked: bool) -> None:
+    query, key, value = qkv(cells=16).float()
+    mask = torch.rand(2, 6, 16) > 0.4 if masked else None
+    routes = region_topk(query, key, topk=2, mask=mask)
+    found = routed_attention(query, key, value, routes, heads=2, mask=mask, gather="flex")
+    wanted = routed_attention(query, key, value, routes, heads=2, mask=mask)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    flat = [by_head(x.flatten(1, 2)) for x in (query, key, value)]
+    dense = attend(*flat, mask=dense_mask(routes, 16, mask)[:, None])
+    torch.testing.assert_close(by_head(found.flatten(1, 2)), dense, rtol=1e-5, atol=1e-5)
+
+
+def test_a_dense_mask_has_the_gradients_of_gathering() -> None:
+    leaves = list(qkv().requires_grad_().unbind(0))
+    routes = region_topk(leaves[0], leaves[1], topk=2)
+    found = routed_attention(*leaves, routes, heads=2)
+    flat = [by_head(x.flatten(1, 2)) for x in leaves]
+    dense = attend(*flat, mask=dense_mask(routes, 4, None)[:, None])
+    probe = torch.randn_like(found)
+    gradients = torch.autograd.grad((found * probe).sum(), leaves, retain_graph=True)
+    wanted = torch.autograd.grad((dense * by_head(probe.flatten(1, 2))).sum(), leaves)
+    torch.testing.assert_close(gradients, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_module_of_blocks_is_the_module_that_gathers() -> None:
+    """Sizes that do not divide, so that padding is masked; while observed, it gathers."""
+    plain = BilevelAttention(8, heads=2, regions=(2, 3), topk=2).eval()
+    other = BilevelAttention(8, heads=2, regions=(2, 3), topk=2, gather="flex").eval()
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 7, 12, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), plain(x), rtol=1e-5, atol=1e-5)
+        with observe(other) as record:
+            torch.testing.assert_close(other(x), plain(x), rtol=1e-5, atol=1e-5)
+    assert set(record) == {"attend"}
+    with pytest.raises(UnsupportedBackend, match="no backward pass on the CPU"):
+        other(x)
+    with pytest.raises(UnsupportedBackend, match=r"does not take torch\.float64"), torch.no_grad():
+        other.double()(x.double())
+
+
+@pytest.mark.gpu
+@pytest.mark.compile
+@pytest.mark.parametrize("cells", [16, 64])
+def test_blocks_on_cuda_with_gradients(cells: int) -> None:
+    leaves = list(torch.randn(3, 2, 9, cells, 32, device="cuda").requires_grad_().unbind(0))
+    routes = region_topk(leaves[0], leaves[1], topk=4)
+    results = []
+    for gather in ("flex", "auto"):
+        y = routed_attention(*leaves, routes, heads=2, gather=gather)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=5e-3, atol=5e-3)
+
+
+class Living(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile hold at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._made = 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self._made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._made = {at: item for at, item in self._made.items() if not item[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return made
+
+
+def test_routes_hold_little_more_than_windows() -> None:
+    """The first stage of a picture of 448 x 448; with all 49 routes a copy would be 49 times."""
+    x = torch.randn(1, 112, 112, 32)
+    held = []
+    for module in (
+        BilevelAttention(32, heads=1, regions=(7, 7), topk=4, lepe_kernel=None),
+        PartitionAttention(32, heads=1, size=(16, 16), mode="block"),
+    ):
+        with torch.no_grad(), Living() as living:
+            module.eval()(x)
+        held.append(living.peak)
+    assert held[0] <= 1.3 * held[1], held

@@ -10,7 +10,8 @@ heads share the routes, and the published scale is dim ** -0.5, not head_dim ** 
 
 Cost for N cells of width C in R regions: time N C (topk N / R) + R^2 C, so N^2 with a fixed number
 of regions and N^(4/3) with R ~ N^(2/3); memory N C + R^2. Gathered keys and values, topk times the
-originals, exist in pieces only, unless a gradient needs them; with `gather="torch"` not even then.
+originals, exist in pieces only, unless a gradient needs them; with `gather="torch"` not even then,
+and with `gather="flex"` never.
 
 Differs from the published code, where sizes need not divide: what pads the grid takes no part in
 the means and is masked; the published code attends to it. `LepeAttention` is the full attention of
@@ -20,7 +21,7 @@ the last stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,19 @@ from heed_core.attend import attend
 from heed_core.attention.axial import check_cell_mask, check_grid
 from heed_core.attention.multi_axis import partition, unpartition
 from heed_core.attention.multi_head import check_heads
-from heed_core.dispatch import Impl
+from heed_core.backends import flex
+from heed_core.dispatch import Facts, Impl, UnsupportedBackend
 from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Attend
 from heed_core.tokens import check_some
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Gather = Literal["auto", "torch", "triton", "flex"]
+"""How the cells on the routes are reached, see `routed_attention`."""
 
 PIECE_BYTES = 2**20
 """Gathered keys and values that exist at a time where no gradient needs them."""
@@ -122,7 +130,7 @@ def routed_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     impl: Impl = "auto",
-    gather: KernelImpl = "auto",
+    gather: Gather = "auto",
 ) -> Float[Tensor, "b r n e"]:
     """Attend from the cells of each region to the cells of the regions on its routes.
 
@@ -137,7 +145,13 @@ def routed_attention(
         dropout: Probability of dropping a weight.
         impl: Back-end of `attend`.
         gather: "auto" gathers keys and values and calls `attend`; "torch" and "triton" run
-            `kernels.gather_attention`, which holds less where gradients are needed.
+            `kernels.gather_attention`, which holds less where gradients are needed; "flex" runs
+            torch's FlexAttention with `routed_block_mask`, which copies no key at all.
+
+    Raises:
+        ValueError: Shapes that do not fit, or options that `gather` does not have.
+        UnsupportedBackend: `gather` cannot run here (FlexAttention: no float64, no gradient on the
+            CPU; on CUDA regions of 2, 4, 8 ... times 16 cells).
     """
     _check_gather(gather, impl, dropout)
     shape = query.shape[:3]
@@ -155,9 +169,52 @@ def routed_attention(
     def call(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         return attend(q, k, v, mask=allowed, scale=scale, dropout=dropout, impl=impl)
 
+    if gather == "flex":
+        return _through_blocks(query, key, value, routes, heads, mask, scale)
     if gather != "auto":
         return _through_indices(query, key, value, routes, heads, mask, scale, gather)
     return _routed(query, key, value, routes, heads=heads, mask=mask, call=call, whole=False)
+
+
+def routed_block_mask(
+    routes: Int[Tensor, "b r k"], cells: int, *, mask: Bool[Tensor, "b r n"] | None = None
+) -> BlockMask:
+    """The routes as FlexAttention takes them: a block per pair of regions, made of the indices.
+
+    For tokens in the order of `to_regions`, flattened. No map of all pairs of cells is made.
+
+    Args:
+        routes: Regions to attend to, each named once.
+        cells: n, of a region.
+        mask: True = the cell may be attended to.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    batch, regions, topk = routes.shape
+    chosen = torch.zeros(batch, regions, regions, dtype=torch.bool, device=routes.device)
+    chosen.scatter_(2, routes, True)
+    real = None if mask is None else mask.flatten(1)
+
+    index = routes.new_zeros(batch, 1, regions, regions, dtype=torch.int32)
+    index[..., :topk] = routes.sort(dim=-1).values[:, None]
+    count = torch.full_like(index[..., 0], topk)
+    nothing = torch.zeros_like(count), torch.zeros_like(index)
+    # In a full block `mask_mod` is not asked.
+    parts = (*nothing, count, index) if mask is None else (count, index, *nothing)
+    length = regions * cells
+    return BlockMask.from_kv_blocks(
+        *parts,
+        BLOCK_SIZE=(cells, cells),
+        mask_mod=lambda b, h, i, j: _permitted(chosen, real, cells, b, i, j),
+        seq_lengths=(length, length),
+    )
+
+
+def _permitted(
+    chosen: Tensor, real: Tensor | None, cells: int, b: Tensor, i: Tensor, j: Tensor
+) -> Tensor:
+    routed = chosen[b, i // cells, j // cells]
+    return routed if real is None else routed & real[b, j]
 
 
 class BilevelAttention(nn.Module):
@@ -196,7 +253,7 @@ class BilevelAttention(nn.Module):
         lepe_kernel: int | None = 5,
         dropout: float = 0.0,
         impl: Impl = "auto",
-        gather: KernelImpl = "auto",
+        gather: Gather = "auto",
     ) -> None:
         super().__init__()
         _check_gather(gather, impl, dropout)
@@ -208,7 +265,7 @@ class BilevelAttention(nn.Module):
             total *= count
         _check_topk(topk, total)
         self.dim, self.heads, self.regions, self.topk = dim, heads, tuple(regions), topk
-        self.gather: KernelImpl = gather
+        self.gather: Gather = gather
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.key = nn.Linear(dim, dim, bias=qkv_bias)
         self.value = nn.Linear(dim, dim, bias=qkv_bias)
@@ -247,9 +304,11 @@ class BilevelAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, routes: Tensor, mask: Tensor | None
     ) -> Tensor:
         watched = self.attend.attachments is not None
-        if self.gather != "auto" and not watched:
-            scale = self.attend.scale
-            return _through_indices(query, key, value, routes, self.heads, mask, scale, self.gather)
+        scale, gather = self.attend.scale, "auto" if watched else self.gather
+        if gather == "flex":
+            return _through_blocks(query, key, value, routes, self.heads, mask, scale)
+        if gather != "auto":
+            return _through_indices(query, key, value, routes, self.heads, mask, scale, gather)
 
         def call(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
             return cast(Tensor, self.attend(q, k, v, mask=allowed))
@@ -450,9 +509,54 @@ def _through_indices(
     return mixed.movedim(1, 3).flatten(3)
 
 
-def _check_gather(gather: KernelImpl, impl: Impl, dropout: float) -> None:
-    if gather not in get_args(KernelImpl):
-        raise ValueError(f"gather must be one of {get_args(KernelImpl)}, got {gather!r}")
+def _through_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    routes: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """The same by blocks of FlexAttention."""
+    batch, regions, cells, width = query.shape
+
+    def by_head(x: Tensor) -> Tensor:
+        """(b, r, n, c) -> (b, h, r n, d)."""
+        return x.reshape(batch, regions * cells, heads, x.shape[3] // heads).transpose(1, 2)
+
+    tensors = [by_head(x) for x in (query, key, value)]
+    _check_blocks(tensors, cells)
+    mixed = flex.run_blocks(
+        *tensors,
+        block_mask=routed_block_mask(routes, cells, mask=mask),
+        scale=(width // heads) ** -0.5 if scale is None else scale,
+    )
+    return mixed.transpose(1, 2).reshape(batch, regions, cells, value.shape[3])
+
+
+def _check_blocks(tensors: Sequence[Tensor], cells: int) -> None:
+    query, key, value = tensors
+    facts = Facts(
+        device=query.device.type,
+        dtype=query.dtype,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        dropout=0.0,
+        queries=query.shape[2],
+        keys=key.shape[2],
+        key_dim=key.shape[3],
+        value_dim=value.shape[3],
+    )
+    reason = flex.why_not(facts)
+    if reason is None and facts.device == "cuda" and (cells < 16 or cells & (cells - 1)):
+        reason = f"its blocks on CUDA are a power of 2 of at least 16 cells, regions have {cells}"
+    if reason is not None:
+        raise UnsupportedBackend(f"gather='flex' cannot run this call: {reason}")
+
+
+def _check_gather(gather: Gather, impl: Impl, dropout: float) -> None:
+    if gather not in get_args(Gather):
+        raise ValueError(f"gather must be one of {get_args(Gather)}, got {gather!r}")
     if gather != "auto" and (dropout or impl != "auto"):
         raise ValueError(
             f"gather={gather!r} has no dropout and does not run `attend`: dropout must be 0 and "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch._dynamo
@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from heed_core.dispatch import Facts
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 MIN_CUDA_DIM = 16
 """Smallest key and value width of the CUDA kernel."""
@@ -79,6 +82,25 @@ def run(
         scale=scale,
         enable_gqa=heads != key.shape[1],
     )
+
+
+def run_blocks(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m e"],
+    *,
+    block_mask: BlockMask,
+    scale: float,
+) -> Float[Tensor, "b h n e"]:
+    """Compute attention where a mask of blocks allows it; all other blocks are left out.
+
+    On CUDA the tiles of the kernel become as small as the blocks.
+    """
+    options = {}
+    if query.device.type == "cuda":
+        tiles = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
+        options["kernel_options"] = dict.fromkeys(tiles, min(*block_mask.BLOCK_SIZE, 64))
+    return _kernel(query, key, value, block_mask=block_mask, scale=scale, **options)
 
 
 Index = Tensor
