@@ -5,8 +5,8 @@ one query to the next one key comes and at most one goes, so that a block of que
 keys than the `keep` of its start and those that come within the block: these are its candidates.
 
 Selecting has no gradient. An operator of its own keeps the loop over blocks out of compiled and
-exported graphs. Time n (keep + block), memory n (keep + block) bits and n / block (keep + block)
-indices.
+exported graphs. Time n (keep + block), memory n (keep + block) booleans and n / block (keep +
+block) indices.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+TOGETHER = 16
+"""Blocks whose queries are decided at a time: few enough for a cache."""
 
 
 @torch.library.custom_op(
@@ -47,22 +50,23 @@ def running_top(
     best, where = _largest(scores[..., :start].flip(-1), place[..., :start].flip(-1), keep)
     came = F.pad(scores[..., start:], (0, missing), value=-torch.inf)
     came_at = F.pad(place[..., start:], (0, missing))
-    order = torch.arange(block, device=scores.device)
-    candidates, kept = [], []
-    for first in range(0, blocks * block, block):
-        new, new_at = came[..., first : first + block], came_at[..., first : first + block]
-        candidates.append(torch.cat([where, new_at], dim=-1))
-        kept.append(_kept(best, new, order, keep))
+    new, new_at = (x.reshape(batch, groups, blocks, block) for x in (came, came_at))
+    latest, latest_at = new.flip(-1), new_at.flip(-1)
+    before = best.new_empty(batch, groups, blocks, keep)  # what was best at the start of a block
+    index = new_at.new_empty(batch, groups, blocks, keep + block)
+    index[..., keep:] = new_at
+    for at in range(blocks):
+        before[:, :, at], index[:, :, at, :keep] = best, where
         best, where = _largest(
-            torch.cat([new.flip(-1), best], dim=-1), torch.cat([new_at.flip(-1), where], -1), keep
+            torch.cat([latest[:, :, at], best], dim=-1),
+            torch.cat([latest_at[:, :, at], where], dim=-1),
+            keep,
         )
-    if not kept:
-        width = keep + block
-        return (
-            place.new_zeros(batch, groups, 0, width),
-            real.new_zeros(batch, groups, 0, block, width),
-        )
-    return torch.stack(candidates, dim=2), torch.stack(kept, dim=2)
+    kept = real.new_empty(batch, groups, blocks, block, keep + block)
+    for at in range(0, blocks, TOGETHER):
+        some = (slice(None), slice(None), slice(at, at + TOGETHER))
+        _keep(before[some], new[some], kept[some])
+    return index, kept
 
 
 @running_top.register_fake
@@ -87,17 +91,21 @@ def _largest(scores: Tensor, place: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     return found[..., :keep].contiguous(), place.gather(-1, order[..., :keep])
 
 
-def _kept(best: Tensor, new: Tensor, order: Tensor, keep: int) -> Tensor:
-    """(b, g, block, keep + block): a key stays until `keep` others come before it."""
-    ahead = torch.arange(keep, device=best.device).expand(best.shape)
+def _keep(best: Tensor, new: Tensor, kept: Tensor) -> None:
+    """Fill (b, g, blocks, block, keep + block): of the sorted best and what came, one by one.
+
+    A new key is kept while those before it in the order, old ones and those that came so far, are
+    fewer than `keep`; each that is kept takes the place of the last old one.
+    """
+    keep, block = best.shape[-1], new.shape[-1]
+    order = torch.arange(block, device=best.device)
     larger = torch.searchsorted(-best, (-new).contiguous())  # equal ones are older than new ones
-    stays = keep - torch.cat([ahead, larger], dim=-1).int()
-    empty = torch.cat([best, new], dim=-1) == -torch.inf
-    stays.masked_fill_(empty, 0)
+    stays = (keep - larger).int().masked_fill_(new == -torch.inf, 0)
     comes, mine = new[..., :, None], new[..., None, :]
-    later = order[:, None] > order
-    beats_new = (comes > mine) | ((comes == mine) & later)
-    beats = torch.cat([comes >= best[..., None, :], beats_new], dim=-1)
-    kept = beats.cumsum(-2, dtype=torch.int32) < stays[..., None, :]
-    kept[..., keep:] &= order[:, None] >= order
-    return kept
+    beats = (comes > mine) | ((comes == mine) & (order[:, None] > order))
+    stays_new = beats.cumsum(-2, dtype=torch.int32) < stays[..., None, :]
+    kept[..., keep:] = stays_new & (order[:, None] >= order)
+    places = keep - kept[..., keep:].sum(-1, dtype=torch.int32)
+    places = places.minimum((best > -torch.inf).sum(-1, keepdim=True, dtype=torch.int32))
+    ahead = torch.arange(keep, device=best.device, dtype=torch.int32)
+    torch.lt(ahead, places[..., None], out=kept[..., :keep])
