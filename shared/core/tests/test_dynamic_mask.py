@@ -13,8 +13,10 @@ from heed_core.attention.dynamic_mask import (
     BLOCK,
     DynamicMaskAttention,
     dynamic_mask_attention,
+    dynamic_scores,
     keep_blocks,
     keep_most,
+    keep_positive,
 )
 from heed_core.kernels.running_top import running_top
 from heed_core.relative import RotaryPositions
@@ -210,11 +212,72 @@ def test_operations_grow_with_what_is_kept_not_with_the_length() -> None:
     assert counts[0] == 2 * 2 * 4 * 10 * BLOCK * (16 + BLOCK) * 8
 
 
+@pytest.mark.parametrize("implementation", ["dynamic", "exact, with the same map"])
+def test_twice_the_tokens_cost_twice_and_not_four_times(implementation: str) -> None:
+    """4096 and 8192 tokens, 128 keys: counted on tensors without numbers."""
+    counts = []
+    for n in (4096, 8192):
+        query, key = (torch.randn(1, h, n, 8, device="meta") for h in (4, 2))
+        scores = torch.randn(1, 2, n, device="meta")
+        site = Attend(impl="reference")  # whose operations are counted
+        with FlopCounterMode(display=False) as counter:
+            if implementation == "dynamic":
+                dynamic_mask_attention(query, key, key, scores, keep=128, causal=True, site=site)
+            else:
+                mask = torch.ones(1, 1, n, n, dtype=torch.bool, device="meta")
+                dynamic_mask_attention(
+                    query, key, key, scores, keep=128, causal=True, mask=mask, site=site
+                )
+        counts.append(counter.get_total_flops())
+    if implementation == "dynamic":
+        assert counts[1] / counts[0] == pytest.approx(2.0, abs=0.05)  # up to a part of a block
+    else:
+        assert counts[1] == 4 * counts[0]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_positive_scores_are_kept_and_no_others(causal: bool, block_size: int | None) -> None:
+    query, key, value, scores = given = [x.requires_grad_() for x in draw(9, 12)]
+    real = torch.arange(12) < torch.tensor([[12], [7]])
+    options = {"causal": causal, "padding_mask": real, "block_size": block_size}
+    out = dynamic_mask_attention(*given, keep="positive", **options)
+    allowed = real[:, None, None] & (
+        torch.ones(9, 12, dtype=torch.bool).tril(3) if causal else torch.tensor(True)
+    )
+    kept = torch.zeros(2, 2, 9, 12, dtype=torch.bool)
+    for b, g, i, j in torch.ones_like(kept).nonzero().tolist():
+        kept[b, g, i, j] = bool(scores[b, g, j] > 0) and bool(
+            allowed.expand(2, 1, 9, 12)[b, 0, i, j]
+        )
+    assert torch.equal(keep_positive(scores, allowed.expand(2, 1, 9, 12)), kept)
+    if block_size is not None:
+        kept = keep_blocks(kept, block_size) & allowed
+    both = (x.repeat_interleave(2, dim=1) for x in (kept, scores[:, :, None]))
+    expected = attend(query, key, value, **dict(zip(("mask", "bias"), both, strict=True)))
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(out.sin().sum(), given)
+    wanted = torch.autograd.grad(expected.sin().sum(), given)
+    torch.testing.assert_close(gradients, wanted)
+    assert bool((gradients[3][~kept.any(2)] == 0).all())
+
+
+def test_learned_scores_have_one_sign_per_head() -> None:
+    """Why the module has no such option: a head would keep every key or none."""
+    module = DynamicMaskAttention(12, heads=4, keep=3, form="linear")
+    value = torch.randn(2, 4, 9, 3)
+    scores = dynamic_scores(value, module.score.weight, None, module.strength, form="linear")
+    assert torch.equal(scores > 0, (module.strength > 0)[:, None].expand(2, 4, 9))
+
+
 @pytest.mark.bad_input
 def test_wrong_arguments_are_named() -> None:
     query, key, value, scores = draw(5, 5)
     for options, said in (
         ({"keep": 0}, "keep must be at least 1"),
+        ({"keep": "largest"}, "or 'positive', got 'largest'"),
+        ({"keep": "positive", "causal": True, "gather": "torch"}, "a number of kept keys"),
+        ({"gather": "flex"}, "with block_size and without mask"),
         ({"mask": torch.ones(2, 4, 5, 5, dtype=torch.bool)}, "the same for all heads"),
         ({"padding_mask": torch.ones(2, 4, dtype=torch.bool)}, "padding_mask must be"),
     ):

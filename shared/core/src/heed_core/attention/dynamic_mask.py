@@ -12,8 +12,10 @@ equal scores the latest key is kept, in a forward pass and in decoding alike.
 Cost per head for n queries and m keys: time n keep d, plus n (keep + block) to select, and memory
 n / block (keep + block) d: queries are taken in blocks, which attend to the keys that any of them
 keeps. Not causal, all queries keep the same keys: time n keep d. With a mask that differs between
-queries, with blocks of keys, and while observed or steered: time n m d, memory n m. Compiled, the
-length may change; exported, a causal attention has the length of its example.
+queries, with blocks of keys, with `keep="positive"` and while observed or steered: time n m d,
+memory n m; blocks of keys with `gather="flex"`: memory n m / block_size, and tiles of 128 x 128
+pairs in which nothing is kept cost nothing. Compiled, the length may change; exported, a causal
+attention has the length of its example.
 
 The site is `attend`: weights (b, h, n, m), zero for keys that are not kept.
 """
@@ -32,6 +34,8 @@ from heed_core.attention.multi_head import build_norm, check_heads
 from heed_core.backends.reference import permission
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
+from heed_core.kernels.dynamic_blocks import LEAST_BLOCK as BLOCK
+from heed_core.kernels.dynamic_blocks import blockwise_attention
 from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.running_top import running_top
 from heed_core.kernels.triton_calls import KernelImpl
@@ -44,8 +48,11 @@ from heed_core.tokens import check_tokens
 ScoreForm = Literal["exp", "linear"]
 """Whether scores are exponentials (at least 0), or A softplus(u) itself."""
 
-BLOCK = 96
-"""Least queries of a block; a quarter of `keep` if that is more."""
+Keep = int | Literal["positive"]
+"""So many keys with the largest scores, or all keys whose score is above 0."""
+
+Gather = Literal["auto", "torch", "triton", "flex"]
+"""How kept keys are reached, see `dynamic_mask_attention`."""
 
 
 def dynamic_scores(
@@ -89,6 +96,21 @@ def keep_most(
     first = (torch.arange(masked.shape[-1], device=scores.device) < keep).expand(masked.shape)
     kept = torch.zeros_like(masked, dtype=torch.bool)
     return kept.scatter(-1, masked.shape[-1] - 1 - order, first) & allowed
+
+
+def keep_positive(
+    scores: Float[Tensor, "b g m"], allowed: Bool[Tensor, "*#mask"]
+) -> Bool[Tensor, "b g n m"]:
+    """The keys with a score above 0 among those allowed: the published kernels' other mask, "relu".
+
+    For scores of one's own: A softplus(u) has the sign of A for all keys of a head, exp(...) is
+    positive.
+
+    Args:
+        scores: One per key.
+        allowed: True = may attend, broadcastable to (b, g, n, m), with n rows.
+    """
+    return (scores.detach()[:, :, None] > 0) & allowed
 
 
 def keep_blocks(kept: Bool[Tensor, "*batch m"], size: int) -> Bool[Tensor, "*batch m"]:
@@ -198,7 +220,7 @@ class DynamicMaskAttention(nn.Module):
         form: ScoreForm = "exp",
         block_size: int | None = None,
         impl: Impl = "auto",
-        gather: KernelImpl = "auto",
+        gather: Gather = "auto",
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -209,7 +231,7 @@ class DynamicMaskAttention(nn.Module):
         self.context_dim, self.causal, self.keep = context_dim, causal, keep
         self.form: ScoreForm = form
         self.block_size, self.rotary = block_size, rotary
-        self.gather: KernelImpl = gather
+        self.gather: Gather = gather
         source, width = dim if context_dim is None else context_dim, kv_heads * head_dim
         self.query = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
         self.key = nn.Linear(source, width, bias=qkv_bias)
@@ -328,13 +350,13 @@ def dynamic_mask_attention(
     value: Float[Tensor, "b g m e"],
     scores: Float[Tensor, "b g m"],
     *,
-    keep: int,
+    keep: Keep,
     causal: bool = False,
     mask: Bool[Tensor, "*#mask"] | None = None,
     padding_mask: Bool[Tensor, "b m"] | None = None,
     block_size: int | None = None,
     site: Attend | None = None,
-    gather: KernelImpl = "auto",
+    gather: Gather = "auto",
 ) -> Float[Tensor, "b h n e"]:
     """Attention of every query to the keys that it keeps, with their scores as a bias.
 
@@ -343,32 +365,52 @@ def dynamic_mask_attention(
         key: One row per token that may be attended to; its g heads divide h.
         value: What is averaged.
         scores: Of the keys, one per key/value head; finite.
-        keep: Keys that a query keeps.
+        keep: Keys that a query keeps: a number, or "positive" (`keep_positive`).
         causal: Query i may see key j only if j <= i + m - n.
         mask: True = may attend, broadcastable to (b, 1, n, m).
         padding_mask: True = real token.
         block_size: Keep whole blocks of keys.
         site: Where attention is computed, and may be watched; a plain one if not given.
         gather: Who runs a long causal call: "auto" gathers keys for the site; "torch" and "triton"
-            run `kernels.gather_attention`, which holds less where gradients are needed.
+            run `kernels.gather_attention`, which holds less where gradients are needed. "flex" runs
+            blocks of keys by torch's FlexAttention and `kernels.dynamic_blocks`.
 
     Raises:
-        ValueError: Scores or masks of another shape, `keep` below 1.
+        ValueError: Scores or masks of another shape, `keep` below 1, options that do not go with
+            `gather`.
         TypeError: A mask that is not boolean.
+        UnsupportedBackend: `gather` cannot run here (FlexAttention: no float64, no gradient on the
+            CPU).
     """
     site = Attend() if site is None else site
-    _check_gather(gather, site, causal, mask, block_size)
+    _check_gather(gather, site, causal, mask, block_size, keep)
     _check_selection(query, key, scores, keep, mask, padding_mask)
-    block = max(BLOCK, keep // 4)
     queries, keys = query.shape[2], key.shape[2]
-    dense = mask is not None or block_size is not None or site.attachments is not None
+    watched = site.attachments is not None
+    most = None if isinstance(keep, str) else keep
+    if gather == "flex" and not (watched or block_size is None or most is None):
+        return blockwise_attention(
+            query,
+            key,
+            value,
+            scores,
+            keep=most,
+            block_size=block_size,
+            causal=causal,
+            padding_mask=padding_mask,
+            scale=site.scale,
+        )
+    dense = mask is not None or block_size is not None or watched
     compiling = torch.compiler.is_compiling()  # then no branch may depend on a length
-    if not dense and not causal and not compiling and keys > keep:
-        return _same_for_all(site, query, key, value, scores, padding_mask, keep)
-    if not dense and causal and (compiling or (queries <= keys and keys > keep + block)):
-        return _in_blocks(site, query, key, value, scores, padding_mask, keep, block, gather)
+    if not dense and most is not None:
+        assert gather != "flex"
+        block = max(BLOCK, most // 4)
+        if not causal and not compiling and keys > most:
+            return _same_for_all(site, query, key, value, scores, padding_mask, most)
+        if causal and (compiling or (queries <= keys and keys > most + block)):
+            return _in_blocks(site, query, key, value, scores, padding_mask, most, block, gather)
     allowed = _allowed(query, key, mask, padding_mask, causal)
-    kept = keep_most(scores, allowed, keep)
+    kept = keep_positive(scores, allowed) if most is None else keep_most(scores, allowed, most)
     if block_size is not None:
         kept = keep_blocks(kept, block_size) & allowed
     serves = query.shape[1] // key.shape[1]
@@ -491,13 +533,23 @@ def dynamic_mask_from_doge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_gather(
-    gather: KernelImpl, site: Attend, causal: bool, mask: Tensor | None, block_size: int | None
+    gather: Gather,
+    site: Attend,
+    causal: bool,
+    mask: Tensor | None,
+    block_size: int | None,
+    keep: Keep,
 ) -> None:
-    if gather not in get_args(KernelImpl):
-        raise ValueError(f"gather must be one of {get_args(KernelImpl)}, got {gather!r}")
+    if gather not in get_args(Gather):
+        raise ValueError(f"gather must be one of {get_args(Gather)}, got {gather!r}")
     if gather == "auto":
         return
-    if not causal or mask is not None or block_size is not None:
+    if isinstance(keep, str):
+        raise ValueError(f"gather={gather!r} serves a number of kept keys, got keep={keep!r}")
+    if gather == "flex":
+        if block_size is None or mask is not None:
+            raise ValueError("gather='flex' serves calls with block_size and without mask")
+    elif not causal or mask is not None or block_size is not None:
         raise ValueError(
             f"gather={gather!r} serves causal=True without mask and block_size: "
             "other calls share their keys or need the whole map"
@@ -525,12 +577,12 @@ def _check_selection(
     query: Tensor,
     key: Tensor,
     scores: Tensor,
-    keep: int,
+    keep: Keep,
     mask: Tensor | None,
     padding_mask: Tensor | None,
 ) -> None:
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
+    if keep != "positive" and (isinstance(keep, str) or keep < 1):
+        raise ValueError(f"keep must be at least 1, or 'positive', got {keep!r}")
     if scores.shape != key.shape[:3]:
         raise ValueError(
             f"scores must be (batch, kv_heads, keys) = {tuple(key.shape[:3])}, got "

@@ -91,16 +91,27 @@ def run_blocks(
     *,
     block_mask: BlockMask,
     scale: float,
+    bias: Float[Tensor, "*bias"] | None = None,
 ) -> Float[Tensor, "b h n e"]:
     """Compute attention where a mask of blocks allows it; all other blocks are left out.
 
-    On CUDA the tiles of the kernel become as small as the blocks.
+    A bias broadcasts to (b, h, n, m) and is added to the scores. On CUDA the tiles of the kernel
+    become as small as the blocks.
     """
     options = {}
     if query.device.type == "cuda":
         tiles = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
         options["kernel_options"] = dict.fromkeys(tiles, min(*block_mask.BLOCK_SIZE, 64))
-    return _kernel(query, key, value, block_mask=block_mask, scale=scale, **options)
+    return _kernel(
+        query,
+        key,
+        value,
+        score_mod=None if bias is None else _score_mod(bias),
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
+    )
 
 
 Index = Tensor
