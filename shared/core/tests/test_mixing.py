@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from heed_core import observe
+from heed_core.attention.diagonal_state import causal_convolution
 from heed_core.attention.dynamic_mask import DynamicMaskAttention
 from heed_core.attention.linear import LinearAttention
 from heed_core.attention.multi_axis_mlp import axis_linear
@@ -187,6 +188,29 @@ def test_a_mixing_layer_of_an_mlp_has_the_matrix_of_its_weights() -> None:
     for channel in range(6):
         wanted = torch.block_diag(mixer.weight, mixer.weight)
         torch.testing.assert_close(found[0, channel], wanted, check_stride=False)
+
+
+class StateConvolution(nn.Module):
+    """What S4D does before its activation, (b, n, c) in and out."""
+
+    def __init__(self, response: Tensor) -> None:
+        super().__init__()
+        self.response = response
+
+    def forward(self, x: Tensor) -> Tensor:
+        return causal_convolution(x.mT, self.response)[:, 0].mT
+
+
+def test_a_state_space_mixes_by_the_toeplitz_matrix_of_its_response() -> None:
+    response = torch.randn(1, 3, 6, dtype=torch.float64)
+    x = torch.randn(2, 6, 3, dtype=torch.float64)
+    convolution = StateConvolution(response)
+    found = mixing_matrix(convolution, x, values=None, out=None, per="channel")
+    for channel in range(3):
+        for i in range(6):
+            for j in range(6):
+                wanted = response[0, channel, i - j] if j <= i else response.new_zeros(())
+                torch.testing.assert_close(found[1, channel, i, j], wanted)
 
 
 @pytest.mark.bad_input
