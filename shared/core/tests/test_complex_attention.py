@@ -110,6 +110,14 @@ def test_half_precision_keeps_far_positions_apart() -> None:
     torch.testing.assert_close(*maps, rtol=0, atol=0.05)
 
 
+def test_a_scale_of_one_is_warned_of_in_wide_heads(caplog: pytest.LogCaptureFixture) -> None:
+    for options in ({"heads": 4}, {"heads": 2, "scale": 0.125}):
+        ComplexAttention(128, **options)
+    assert not caplog.records
+    ComplexAttention(128, heads=2)
+    assert "scale=1 with heads of 64 channels" in caplog.text
+
+
 def peak_bytes(impl: str) -> int:
     """Of a process of its own: torch, the layer and its forward pass of 4096 tokens."""
     program = f"""

@@ -182,6 +182,7 @@ def quick(world: int) -> None:
     equal_to_one_process(13, 1, 1, "ulysses", "contiguous")
     can_be_watched("allgather", "zigzag")
     can_be_watched("ulysses", "zigzag")
+    half_precision_does_not_drift(world)
     zigzag_shares_the_work("ring")
     zigzag_shares_the_work("allgather")
     other_lengths_raise_everywhere()
@@ -207,6 +208,30 @@ def one_other_length_raises_everywhere(world: int) -> None:
             context_parallel_attention(x, x, x, method=method)
 
 
+def half_precision_does_not_drift(world: int) -> None:
+    """Sums are kept in float32: no farther off than twice what one process is in bfloat16."""
+    torch.manual_seed(8)
+    length = 24 * world
+    whole = [torch.randn(1, 4, length, 8).bfloat16() for _ in range(3)]
+    probe = torch.randn(1, 4, length, 8).bfloat16()
+    results = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [x.to(dtype).requires_grad_() for x in whole]
+        out = written_out(*leaves, mask=None, bias=None, causal=True, scale=8**-0.5, dropout=0.0)
+        results[dtype] = [out, *torch.autograd.grad((out * probe.to(dtype)).sum(), leaves)]
+    for method in ("ring", "allgather", "ulysses"):
+        own = [shard_sequence(x, None, dim=2).requires_grad_() for x in whole]
+        out = context_parallel_attention(*own, method=method, causal=True)
+        part = shard_sequence(probe, None, dim=2)
+        found = [out, *torch.autograd.grad((out * part).sum(), own)]
+        for ours, plain, exact in zip(found, *reversed(results.values()), strict=True):
+            assert ours.dtype == torch.bfloat16
+            together = unshard_sequence(ours, None, dim=2, length=length).double()
+            off, allowed = ((x - exact).detach().abs().max() for x in (together, plain.double()))
+            rounding = float(exact.detach().abs().max()) * 2**-8
+            assert float(off) <= 2 * float(allowed) + rounding, (method, float(off))
+
+
 def wide(world: int) -> None:
     """Sequences of many blocks, that the processes divide and that they do not."""
     for length, hidden in ((96, 0), (97, 3)):
@@ -217,6 +242,7 @@ def wide(world: int) -> None:
                         equal_to_one_process(
                             length, 4, groups, method, layout, dtype, width=8, hidden=hidden
                         )
+    half_precision_does_not_drift(world)
     if world > 1:
         one_other_length_raises_everywhere(world)
 

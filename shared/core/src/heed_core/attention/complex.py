@@ -16,6 +16,7 @@ Cost per head for n queries and m keys: time n m d, memory n d with fused kernel
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import cast
 
@@ -31,8 +32,13 @@ from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
 from heed_core.tokens import check_tokens, with_padding
 
+logger = logging.getLogger(__name__)
+
 EPS = 1e-9
 """Added to squared magnitudes."""
+
+WIDE = 64
+"""Channels of a head from which a scale of 1 is worth a warning."""
 
 
 def polar(
@@ -90,7 +96,7 @@ class ComplexAttention(nn.Module):
         dropout: Probability of dropping a weight in training.
         causal: A query sees keys at or before its own place, aligned bottom-right.
         scale: Of the products. The published 1 makes sharp weights in wide heads, where
-            head_dim ** -0.5 is usual.
+            head_dim ** -0.5 is usual; a warning is logged from 64 channels.
         base: Of the frequencies; None = no positions, as a context needs.
         impl: Back-end of `attend`.
 
@@ -124,6 +130,11 @@ class ComplexAttention(nn.Module):
         if context_dim is not None and (causal or base is not None):
             raise ValueError(
                 "a context has no order with the tokens that ask: base=None, no causal"
+            )
+        if scale == 1.0 and head_dim >= WIDE:
+            logger.warning(
+                "scale=1 with heads of %d channels: weights begin sharp; head_dim ** -0.5 is usual",
+                head_dim,
             )
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.context_dim, self.causal = context_dim, causal
