@@ -51,15 +51,18 @@ def test_blocks_are_those_of_the_map_of_all_pairs(n, more, keep, size, causal, s
 
 @pytest.mark.parametrize(("n", "m", "size"), [(300, 300, 16), (70, 500, 128), (256, 768, 256)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_block_mask_says_of_every_pair_what_is_kept(n: int, m: int, size: int, causal) -> None:
+@pytest.mark.parametrize("keep", [150, 1000])
+def test_a_block_mask_says_of_every_pair_what_is_kept(
+    n: int, m: int, size: int, causal: bool, keep: int
+) -> None:
     from torch.nn.attention.flex_attention import create_mask
 
-    scores, real = smooth(m), torch.arange(m) < torch.tensor([[m], [m - 140]])
+    scores, real = smooth(m), torch.arange(m) < torch.tensor([[m], [m - 145]])
     mask = dynamic_block_mask(
-        scores, queries=n, heads=4, keep=150, block_size=size, causal=causal, padding_mask=real
+        scores, queries=n, heads=4, keep=keep, block_size=size, causal=causal, padding_mask=real
     )
     allowed = permission(n, m, real, causal)
-    kept = (keep_blocks(keep_most(scores, allowed, 150), size) & allowed).repeat_interleave(2, 1)
+    kept = (keep_blocks(keep_most(scores, allowed, keep), size) & allowed).repeat_interleave(2, 1)
     assert torch.equal(create_mask(mask.mask_mod, 2, 4, n, m, device="cpu"), kept)
     rows, columns = -(-n // TILE), -(-m // TILE)
     computed = torch.zeros(2, 4, rows, columns, dtype=torch.int64)

@@ -238,7 +238,7 @@ def test_twice_the_tokens_cost_twice_and_not_four_times(implementation: str) -> 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_positive_scores_are_kept_and_no_others(causal: bool, block_size: int | None) -> None:
-    query, key, value, scores = given = [x.requires_grad_() for x in draw(9, 12)]
+    query, key, value, scores = given = [x.requires_grad_() for x in draw(9, 12, ties=True)]
     real = torch.arange(12) < torch.tensor([[12], [7]])
     options = {"causal": causal, "padding_mask": real, "block_size": block_size}
     out = dynamic_mask_attention(*given, keep="positive", **options)
