@@ -49,7 +49,9 @@ def test_blocks_are_those_of_the_map_of_all_pairs(n, more, keep, size, causal, s
     assert torch.equal(keys, expected)
 
 
-@pytest.mark.parametrize(("n", "m", "size"), [(300, 300, 16), (70, 500, 128), (256, 768, 256)])
+@pytest.mark.parametrize(
+    ("n", "m", "size"), [(300, 300, 16), (70, 500, 128), (40, 640, 128), (256, 768, 256)]
+)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("keep", [150, 1000])
 def test_a_block_mask_says_of_every_pair_what_is_kept(
