@@ -136,10 +136,12 @@ def timm_attention(width: int, heads: int) -> nn.Module:
 
 
 def timm_partition(mode: str) -> nn.Module:
-    """The block of MaxViT in timm."""
+    """The block of MaxViT in timm, with the activation of its published weights and of ours."""
     from timm.models.maxxvit import MaxxVitTransformerCfg, PartitionAttentionCl
 
-    config = MaxxVitTransformerCfg(dim_head=32, window_size=(7, 7), grid_size=(7, 7))
+    config = MaxxVitTransformerCfg(
+        dim_head=32, window_size=(7, 7), grid_size=(7, 7), act_layer="gelu_tanh"
+    )
     return PartitionAttentionCl(64, partition_type=mode, cfg=config)
 
 

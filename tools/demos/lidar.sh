@@ -1,7 +1,7 @@
 # Sourced by tools/demo with the function `heed` and the folder `$out`: find curbs in streets that it makes itself.
 heed sample curbnet "$out/data"
 heed check curbnet "$out/data"
-heed train curbnet --data "$out/data" --out "$out/run" --trainer.batch 1 --trainer.max-epochs 24 \
+heed train curbnet --data "$out/data" --out "$out/run" --trainer.max-epochs 24 \
     --trainer.validate-every 8
 heed evaluate "$out/run" --data "$out/data"
 heed predict "$out/run" "$out/data/sequences/11" --out "$out/predictions"

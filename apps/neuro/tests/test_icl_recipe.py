@@ -165,6 +165,7 @@ def trained(
     seed: int = 0,
     rate: float = 1e-3,
     activation: str = "softmax",
+    clip: float = float("inf"),
 ) -> Experiment:
     """A training as the recipe's, without the program around it."""
     torch.manual_seed(seed)
@@ -183,6 +184,7 @@ def trained(
         batch = draw(task, 256, generator=generator)
         optimizer.zero_grad()
         F.mse_loss(model(batch.context_tokens(), batch.query_tokens()), batch.answer).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     return model.eval()
 
@@ -271,6 +273,41 @@ def test_four_heads_for_two_outputs_become_a_pair_for_each():
         mine = strongest == output
         assert gains[mine, output, output].prod() < 0  # of opposite signs
         assert np.abs(weights[mine][:, ~mask]).max() < 0.3 * np.abs(weights[mine][:, mask]).min()
+
+
+@pytest.mark.slow
+def test_three_heads_for_two_outputs_share_one_in_superposition():
+    """A head serves both outputs with opposite signs; the predictor is that of four heads."""
+    three, four = (trained(heads, 2500, task=TWO_OUTPUTS, rate=5e-3, seed=1) for heads in (3, 4))
+    pattern = three.pattern()
+    weights, gains = support_weights(pattern, TWO_OUTPUTS), pattern.ov[:, :, 6:]
+    mine = gains.diagonal(axis1=1, axis2=2)  # (heads, outputs)
+    shares = mine.prod(axis=1) / np.square(mine).max(axis=1)
+    shared = int(shares.argmin())
+    assert shares[shared] < -0.2
+    assert (np.sign(weights[shared, :2]) == np.sign(mine[shared, 0])).all()  # the first's own
+    assert (np.sign(weights[shared, 4:]) == np.sign(mine[shared, 1])).all()  # the second's own
+    assert error(three, TWO_OUTPUTS) < error(four, TWO_OUTPUTS) + 0.05
+    sequences = draw(TWO_OUTPUTS, 4000, generator=torch.Generator().manual_seed(5))
+    tokens = sequences.context_tokens(), sequences.query_tokens()
+    with torch.no_grad():
+        assert Agreement.of(three(*tokens), four(*tokens)).correlation > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["linear", "square", "tanh"])
+def test_other_normalised_activations_end_in_the_same_pattern(activation: str):
+    """The gradient is clipped: 1 + C s is normalised by a sum that may come near zero."""
+    task = LinearTask()
+    model = trained(2, 4000, task=task, rate=2e-3, activation=activation, clip=1.0)
+    pattern = model.pattern()
+    found = pattern.metrics(task)
+    assert error(model, task) < 0.26  # one step of gradient descent: 0.243; one head: 0.404
+    assert pattern.sign_match
+    assert found["zero_sum"] < 0.05
+    assert found["gamma_spread"] < 0.15
+    assert found["last_entry_share"] > 0.99
+    assert found["cosine_to_identity"] > 0.99
 
 
 @pytest.mark.slow

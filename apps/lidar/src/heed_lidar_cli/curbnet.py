@@ -29,7 +29,7 @@ def tiny() -> CurbNetSettings:
         model=PRESETS["tiny"],
         data=NetworkData(crop="forward:25", roi="forward:25"),
         training=NetworkTraining(learning_rate=2e-3, schedule="cosine"),
-        trainer=TrainerSettings(max_epochs=20, batch=2),
+        trainer=TrainerSettings(max_epochs=12, batch=1),
     )
 
 

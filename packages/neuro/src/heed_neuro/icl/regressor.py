@@ -43,6 +43,7 @@ class RegressorConfig:
     """n, numbers that are predicted."""
     heads: int = 2
     activation: Activation = "softmax"
+    """"linear" divides by a sum that may come near zero: train it with a clipped gradient."""
     slope: float = 1.0
     """C of the activation; for "linear", "square" and "tanh"."""
     fixed_length: int = 40
