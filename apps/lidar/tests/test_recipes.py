@@ -1,6 +1,7 @@
 """The recipes: what they settle, count, write and draw, and the verbs of the domain."""
 
 import dataclasses
+import functools
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from heed_core.errors import InputError
 from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.clouds.ply import read_ply
 from heed_lidar.clouds.reading import read_cloud
-from heed_lidar.curbnet import CurbNetConfig
+from heed_lidar.curbnet import CurbNet, CurbNetConfig
 from heed_lidar.cylinder3d import Cylinder3dConfig
 from heed_lidar.cylindrical import CylindricalGrid
 from heed_lidar.labels import read_labels
@@ -499,12 +501,33 @@ def test_bench_names_its_contenders_and_stages(monkeypatch: pytest.MonkeyPatch):
     names = [row["name"] for row in found["rows"]]
     assert names[0] == "heed, auto"
     assert "heed, torch" in names
+    assert names[-1] == "its matrix products alone"
     assert (
         "48.3 ms" in {row["name"]: row["why"] for row in found["missing"]}["the paper's, RTX 3090"]
     )
     stages = [row["stage"] for row in found["stages"]]
     assert stages == ["voxels", "point features", "rulebooks", "convolutions", "curb lines"]
     assert call("bench", "classical", *words)["rows"][0]["ms"] > 0
+
+
+def test_the_products_of_the_benchmark_are_all_products_of_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from heed_lidar_cli import benchmarks
+
+    monkeypatch.setattr(benchmarks, "SENSOR", SENSOR)
+    benchmarks.street.cache_clear()
+    try:
+        scan = benchmarks.inputs(GRID)
+        build = functools.partial(CurbNet, CurbNetConfig(width=4, grid=GRID))
+        products = benchmarks.products_of(build, GRID)
+    finally:
+        benchmarks.street.cache_clear()
+    with torch.no_grad(), FlopCounterMode(display=False) as all_of_them:
+        build().eval()(*scan, batch_size=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as alone:
+        products(*scan)
+    assert alone.get_total_flops() == all_of_them.get_total_flops() > 1e6
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heed_core.sparse import (
     BackendName,
@@ -67,7 +68,7 @@ def on_backend(build: Callable[[], CylindricalNetwork], backend: BackendName) ->
 def contenders(
     build: Callable[[], CylindricalNetwork], settings: NetworkSettings
 ) -> list[Contender]:
-    """This network on every back-end."""
+    """This network on every back-end, a peer, and what none can be faster than."""
     grid = settings.model.grid
 
     def contender(name: str, make: Callable[[], nn.Module]) -> Contender:
@@ -85,6 +86,7 @@ def contenders(
             if installed or backend != "spconv"
         ),
         replace(peer, missing=missing),
+        contender("its matrix products alone", partial(products_of, build, grid)),
     ]
 
 
@@ -111,6 +113,55 @@ class Recorded(RulebookCache):
         """The rulebook of a convolution that leaves a level, and the level that it makes."""
         self.asked.append(("strided", level, window))
         return super().strided(level, window)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the sizes of all matrix products (m, k) @ (k, n) while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        """Note the sizes of a product."""
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.found.append((*left.shape, right.shape[1]))
+        return func(*args, **(kwargs or {}))
+
+
+class Products(nn.Module):
+    """The matrix products of a network alone: no back-end of this precision is faster.
+
+    Args:
+        sizes: m, k and n of each product.
+    """
+
+    def __init__(self, sizes: list[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.rows = nn.Parameter(torch.randn(max(m * k for m, k, _ in sizes)))
+        self.taps = nn.Parameter(torch.randn(max(k * n for _, k, n in sizes)))
+
+    def forward(self, *_: Tensor) -> Float[Tensor, ""]:
+        """Multiply; the sum of one number of each product."""
+        total = self.rows.new_zeros(())
+        for m, k, n in self.sizes:
+            rows, taps = self.rows[: m * k].view(m, k), self.taps[: k * n].view(k, n)
+            total = total + torch.mm(rows, taps)[0, 0]
+        return total
+
+
+@torch.no_grad()
+def products_of(build: Callable[[], CylindricalNetwork], grid: CylindricalGrid) -> nn.Module:
+    """Those of a network on the scan."""
+    points, index = inputs(grid)
+    network = build().eval()
+    with Sizes() as sizes:
+        network(points, index, batch_size=1)
+    return Products(sizes.found)
 
 
 def detector(config: ClassicalConfig) -> Contender:
