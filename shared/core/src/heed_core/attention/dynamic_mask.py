@@ -592,9 +592,7 @@ def _check_selection(
         if given is not None and given.dtype != torch.bool:
             raise TypeError(f"{name} must be boolean, True = may attend, got {given.dtype}")
     if mask is not None and mask.dim() > 2 and mask.shape[-3] != 1:
-        raise ValueError(
-            f"mask must be the same for all heads, (b, 1, n, m), got {tuple(mask.shape)}"
-        )
+        raise ValueError(f"mask must be the same for all heads, got {tuple(mask.shape)}")
     if padding_mask is not None and padding_mask.shape != (key.shape[0], key.shape[2]):
         raise ValueError(
             f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended to), got "
