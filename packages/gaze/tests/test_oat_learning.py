@@ -59,7 +59,7 @@ def test_twenty_trials_are_learned_by_heart(tmp_path: Path):
     batch = batch_of(list(shelves.trials), shelves, store)
     torch.manual_seed(0)
     model = Oat(CONFIG)
-    learn(model, [batch] * 250)
+    learn(model, [batch] * 450)
     model.eval()
     with torch.no_grad():
         assert float(loss_of(model, batch)) < 0.05
