@@ -1,7 +1,5 @@
 """Heads that processes share: equal to one process, bytes as the formula says."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -192,22 +190,22 @@ def test_more_processes_and_heads(world: int) -> None:
     run_together(world, thorough)
 
 
-def refuse(options: dict, said: str, world: int) -> None:
-    with pytest.raises(ValueError, match=said):
-        HeadParallelAttention(build(4, 4, **options))
+UNSHARED = (
+    ({"dropout": 0.1}, "dropout must be 0"),
+    ({"qk_norm": "rms"}, "qk_norm and relative_bias must be None"),
+    ({"relative_bias": AlibiBias(4)}, "qk_norm and relative_bias must be None"),
+)
+
+
+def wrong_options(world: int) -> None:
+    for options, said in UNSHARED:
+        with pytest.raises(ValueError, match=said):
+            HeadParallelAttention(build(4, 4, **options))
 
 
 @pytest.mark.bad_input
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"dropout": 0.1}, "dropout must be 0"),
-        ({"qk_norm": "rms"}, "qk_norm and relative_bias must be None"),
-        ({"relative_bias": AlibiBias(4)}, "qk_norm and relative_bias must be None"),
-    ],
-)
-def test_options_that_cannot_be_shared_are_refused(options: dict, said: str) -> None:
-    run_together(1, partial(refuse, options, said))
+def test_options_that_cannot_be_shared_are_refused() -> None:
+    run_together(1, wrong_options)
 
 
 def wrong_shapes(world: int) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import os
+import pickle
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,26 +24,55 @@ PATIENCE = timedelta(seconds=60)
 
 
 def run_together(world: int, job: Callable[[int], None]) -> None:
-    """Run a job in so many processes and wait for all; what one raises is raised here.
+    """Run a job in so many processes and wait for all.
+
+    They are forked from a fresh interpreter: one that has run a backward pass cannot be forked.
 
     Args:
-        world: Of processes, forked, each with one thread.
-        job: Called with `world` once the processes know each other.
+        world: Of processes, each with one thread.
+        job: A function of a file, or a `partial` of one with arguments that can be pickled; called
+            with `world` once the processes know each other.
+
+    Raises:
+        AssertionError: One of them failed; with what it said.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    whole = job if isinstance(job, partial) else partial(job)
+    file = inspect.getsourcefile(whole.func)
+    assert file is not None
     with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder) / "meeting")
-        start_processes(  # type: ignore[no-untyped-call]
-            _worker, args=(world, file, job), nprocs=world, start_method="fork"
+        given = Path(folder) / "given"
+        given.write_bytes(pickle.dumps(whole.args))
+        words = [file, whole.func.__name__, str(given), str(world)]
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, *words], capture_output=True, text=True, check=False
         )
+    assert done.returncode == 0, done.stderr
 
 
-def _worker(rank: int, world: int, file: str, job: Callable[[int], None]) -> None:
+def _main(file: str, name: str, given: str, world: str) -> None:
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    job = partial(getattr(module, name), *pickle.loads(Path(given).read_bytes()))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    meeting, count = f"{given}-meeting", int(world)
+    start_processes(  # type: ignore[no-untyped-call]
+        _worker, args=(count, meeting, job), nprocs=count, start_method="fork"
+    )
+
+
+def _worker(rank: int, world: int, meeting: str, job: Callable[[int], Any]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=world, timeout=PATIENCE
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=PATIENCE
     )
     try:
         job(world)
     finally:
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
