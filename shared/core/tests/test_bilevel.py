@@ -284,16 +284,17 @@ def test_a_block_mask_says_of_every_pair_what_the_routes_say(masked: bool) -> No
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("masked", [False, True])
-def test_blocks_gathering_and_a_dense_mask_give_the_same(masked: bool) -> None:
+@pytest.mark.parametrize(("masked", "scale"), [(False, None), (True, -0.5)])
+def test_blocks_gathering_and_a_dense_mask_give_the_same(masked: bool, scale: float | None) -> None:
     query, key, value = qkv(cells=16).float()
     mask = torch.rand(2, 6, 16) > 0.4 if masked else None
     routes = region_topk(query, key, topk=2, mask=mask)
-    found = routed_attention(query, key, value, routes, heads=2, mask=mask, gather="flex")
-    wanted = routed_attention(query, key, value, routes, heads=2, mask=mask)
+    options = {"heads": 2, "mask": mask, "scale": scale}
+    found = routed_attention(query, key, value, routes, **options, gather="flex")
+    wanted = routed_attention(query, key, value, routes, **options)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     flat = [by_head(x.flatten(1, 2)) for x in (query, key, value)]
-    dense = attend(*flat, mask=dense_mask(routes, 16, mask)[:, None])
+    dense = attend(*flat, mask=dense_mask(routes, 16, mask)[:, None], scale=scale)
     torch.testing.assert_close(by_head(found.flatten(1, 2)), dense, rtol=1e-5, atol=1e-5)
 
 

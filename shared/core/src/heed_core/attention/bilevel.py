@@ -33,7 +33,7 @@ from heed_core.attention.axial import check_cell_mask, check_grid
 from heed_core.attention.multi_axis import partition, unpartition
 from heed_core.attention.multi_head import check_heads
 from heed_core.backends import flex
-from heed_core.dispatch import Facts, Impl, UnsupportedBackend
+from heed_core.dispatch import Impl
 from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
@@ -525,33 +525,12 @@ def _through_blocks(
         """(b, r, n, c) -> (b, h, r n, d)."""
         return x.reshape(batch, regions * cells, heads, x.shape[3] // heads).transpose(1, 2)
 
-    tensors = [by_head(x) for x in (query, key, value)]
-    _check_blocks(tensors, cells)
     mixed = flex.run_blocks(
-        *tensors,
+        *(by_head(x) for x in (query, key, value)),
         block_mask=routed_block_mask(routes, cells, mask=mask),
         scale=(width // heads) ** -0.5 if scale is None else scale,
     )
     return mixed.transpose(1, 2).reshape(batch, regions, cells, value.shape[3])
-
-
-def _check_blocks(tensors: Sequence[Tensor], cells: int) -> None:
-    query, key, value = tensors
-    facts = Facts(
-        device=query.device.type,
-        dtype=query.dtype,
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
-        dropout=0.0,
-        queries=query.shape[2],
-        keys=key.shape[2],
-        key_dim=key.shape[3],
-        value_dim=value.shape[3],
-    )
-    reason = flex.why_not(facts)
-    if reason is None and facts.device == "cuda" and (cells < 16 or cells & (cells - 1)):
-        reason = f"its blocks on CUDA are a power of 2 of at least 16 cells, regions have {cells}"
-    if reason is not None:
-        raise UnsupportedBackend(f"gather='flex' cannot run this call: {reason}")
 
 
 def _check_gather(gather: Gather, impl: Impl, dropout: float) -> None:

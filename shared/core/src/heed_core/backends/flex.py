@@ -15,7 +15,7 @@ import torch._dynamo
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from heed_core.dispatch import Facts
+from heed_core.dispatch import Facts, UnsupportedBackend
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -57,8 +57,6 @@ def run(
     dropout: float,
 ) -> Float[Tensor, "b h n e"]:
     """Compute attention with a compiled FlexAttention kernel; `dropout` is 0."""
-    if scale <= 0.0:  # the kernel takes the maximum before it scales
-        query, scale = query * scale, 1.0
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     block_mask = None
@@ -73,15 +71,7 @@ def run(
             KV_LEN=keys,
             device=query.device,
         )
-    return _kernel(
-        query,
-        key,
-        value,
-        score_mod=None if bias is None else _score_mod(bias),
-        block_mask=block_mask,
-        scale=scale,
-        enable_gqa=heads != key.shape[1],
-    )
+    return _run(query, key, value, bias=bias, block_mask=block_mask, scale=scale)
 
 
 def run_blocks(
@@ -97,11 +87,46 @@ def run_blocks(
 
     A bias broadcasts to (b, h, n, m) and is added to the scores. On CUDA the tiles of the kernel
     become as small as the blocks.
+
+    Raises:
+        UnsupportedBackend: The kernel cannot run the call (float64, a gradient on the CPU; on CUDA
+            blocks of other sizes than 16, 32, 64 ...).
     """
-    options = {}
+    options, smallest = {}, min(block_mask.BLOCK_SIZE)
+    inputs = [x for x in (query, key, value, bias) if x is not None]
+    facts = Facts(
+        device=query.device.type,
+        dtype=query.dtype,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        dropout=0.0,
+        queries=query.shape[2],
+        keys=key.shape[2],
+        key_dim=key.shape[3],
+        value_dim=value.shape[3],
+    )
+    reason = why_not(facts)
     if query.device.type == "cuda":
         tiles = ("BLOCK_M", "BLOCK_N", "BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2")
-        options["kernel_options"] = dict.fromkeys(tiles, min(*block_mask.BLOCK_SIZE, 64))
+        options["kernel_options"] = dict.fromkeys(tiles, min(smallest, 64))
+        if reason is None and (smallest < 16 or smallest & (smallest - 1)):
+            reason = f"its blocks on CUDA are a power of 2 of at least 16, got {smallest}"
+    if reason is not None:
+        raise UnsupportedBackend(f"FlexAttention cannot run this call: {reason}")
+    return _run(query, key, value, bias=bias, block_mask=block_mask, scale=scale, **options)
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None,
+    block_mask: BlockMask | None,
+    scale: float,
+    **options: dict[str, int],
+) -> Tensor:
+    if scale <= 0.0:  # the kernel takes the maximum before it scales
+        query, scale = query * scale, 1.0
     return _kernel(
         query,
         key,

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from heed_core.attend import autocast_together, default_scale
 from heed_core.backends import flex
-from heed_core.dispatch import Facts, UnsupportedBackend
 from heed_core.kernels.running_top import running_top
 
 if TYPE_CHECKING:
@@ -153,19 +152,6 @@ def blockwise_attention(
         ValueError: Sizes that do not fit.
     """
     query, key, value = autocast_together(query, key, value)
-    facts = Facts(
-        device=query.device.type,
-        dtype=query.dtype,
-        needs_grad=torch.is_grad_enabled()
-        and any(x.requires_grad for x in (query, key, value, scores)),
-        dropout=0.0,
-        queries=query.shape[2],
-        keys=key.shape[2],
-        key_dim=key.shape[3],
-        value_dim=value.shape[3],
-    )
-    if (reason := flex.why_not(facts)) is not None:
-        raise UnsupportedBackend(f"gather='flex' cannot run this call: {reason}")
     heads, groups = query.shape[1], key.shape[1]
     block_mask = dynamic_block_mask(
         scores,
