@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from heed_core import attend, observe
 from heed_core.attention import bilevel
@@ -23,6 +21,7 @@ from heed_core.attention.bilevel import (
 from heed_core.attention.multi_axis import PartitionAttention
 from heed_core.dispatch import UnsupportedBackend
 from heed_core.testing.golden_fixtures import GoldenFixture
+from heed_core.testing.memory import Memory
 
 GOLDEN = Path(__file__).parent / "golden" / "biformer"
 DTYPES = [torch.float64, torch.float32]
@@ -152,25 +151,12 @@ def test_pieces_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
             assert maps["attend"].shape == (2 * 6, 2, 12, 24)
 
 
-class LargestTensor(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for x in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.numel() * x.element_size())
-        return made
-
-
 def test_gathered_keys_never_exist_as_a_whole() -> None:
     module = BilevelAttention(64, heads=2, regions=(7, 7), topk=16).eval()
     x = torch.randn(1, 56, 56, 64)
-    with torch.no_grad(), LargestTensor() as largest:
+    with torch.no_grad(), Memory() as memory:
         module(x)
-    assert largest.bytes <= 1.5 * x.numel() * 4
+    assert memory.largest <= 1.5 * x.numel() * 4
 
 
 def test_padding_changes_nothing() -> None:
@@ -343,24 +329,6 @@ def test_blocks_on_cuda_with_gradients(cells: int) -> None:
         torch.testing.assert_close(one, two, rtol=5e-3, atol=5e-3)
 
 
-class Living(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile hold at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak, self._made = 0, {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for x in made if isinstance(made, tuple | list) else (made,):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                self._made[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        self._made = {at: item for at, item in self._made.items() if not item[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
-        return made
-
-
 def test_routes_hold_little_more_than_windows() -> None:
     """The first stage of a picture of 448 x 448; with all 49 routes a copy would be 49 times."""
     x = torch.randn(1, 112, 112, 32)
@@ -369,7 +337,7 @@ def test_routes_hold_little_more_than_windows() -> None:
         BilevelAttention(32, heads=1, regions=(7, 7), topk=4, lepe_kernel=None),
         PartitionAttention(32, heads=1, size=(16, 16), mode="block"),
     ):
-        with torch.no_grad(), Living() as living:
+        with torch.no_grad(), Memory() as memory:
             module.eval()(x)
-        held.append(living.peak)
+        held.append(memory.peak)
     assert held[0] <= 1.3 * held[1], held

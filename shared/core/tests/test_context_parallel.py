@@ -8,9 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from heed_core import context_parallel
@@ -26,6 +23,7 @@ from heed_core.context_parallel import (
 )
 from heed_core.exchange import head_shares
 from heed_core.sites import Attend, observe, steer
+from heed_core.testing.memory import Memory
 from heed_core.testing.processes import run_together
 
 BATCH, WIDTH = 2, 4
@@ -247,39 +245,21 @@ def wide(world: int) -> None:
         one_other_length_raises_everywhere(world)
 
 
-class Held(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile hold at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak, self._living = 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                self._living[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        self._living = {k: v for k, v in self._living.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._living.values()))
-        return out
-
-
-def note_memory(folder: Path, cases: list[tuple[str, int]], world: int) -> None:
+def note_memory(folder: str, cases: list[tuple[str, int]], world: int) -> None:
     context_parallel.TILE = 8
     for method, tokens in cases:
         own = [torch.randn(1, 2, tokens, WIDTH).requires_grad_() for _ in range(3)]
-        with Held() as held:
+        with Memory() as counted:
             context_parallel_attention(
                 *own, method=method, causal=True, layout="zigzag"
             ).sum().backward()
-        (folder / f"{method}-{tokens}-{dist.get_rank()}").write_text(str(held.peak))
+        (Path(folder) / f"{method}-{tokens}-{dist.get_rank()}").write_text(str(counted.peak))
 
 
 def memory(world: int, *cases: tuple[str, int]) -> list[int]:
     """By method and tokens of a process: of the process that holds most."""
     with tempfile.TemporaryDirectory() as folder:
-        run_together(world, partial(note_memory, Path(folder), list(cases)))
+        run_together(world, partial(note_memory, folder, cases))
         return [
             max(int(path.read_text()) for path in Path(folder).glob(f"{method}-{tokens}-*"))
             for method, tokens in cases

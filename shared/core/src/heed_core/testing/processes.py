@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -30,7 +30,7 @@ def run_together(world: int, job: Callable[[int], None]) -> None:
 
     Args:
         world: Of processes, each with one thread.
-        job: A function of a file, or a `partial` of one with arguments that can be pickled; called
+        job: A function of a file, or a `partial` of one with arguments that JSON holds; called
             with `world` once the processes know each other.
 
     Raises:
@@ -40,24 +40,23 @@ def run_together(world: int, job: Callable[[int], None]) -> None:
     file = inspect.getsourcefile(whole.func)
     assert file is not None
     with tempfile.TemporaryDirectory() as folder:
-        given = Path(folder) / "given"
-        given.write_bytes(pickle.dumps(whole.args))
-        words = [file, whole.func.__name__, str(given), str(world)]
+        meeting = str(Path(folder) / "meeting")
+        words = [file, whole.func.__name__, json.dumps(whole.args), str(world), meeting]
         done = subprocess.run(
             [sys.executable, "-m", __name__, *words], capture_output=True, text=True, check=False
         )
     assert done.returncode == 0, done.stderr
 
 
-def _main(file: str, name: str, given: str, world: str) -> None:
+def _main(file: str, name: str, given: str, world: str, meeting: str) -> None:
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    job = partial(getattr(module, name), *pickle.loads(Path(given).read_bytes()))
+    job = partial(getattr(module, name), *json.loads(given))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    meeting, count = f"{given}-meeting", int(world)
+    count = int(world)
     start_processes(  # type: ignore[no-untyped-call]
         _worker, args=(count, meeting, job), nprocs=count, start_method="fork"
     )
