@@ -6,7 +6,7 @@ whose head outputs are multiplied by them (Jin et al., arXiv 2410.11842).
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from heed_core.exchange import same_for_all, sum_of_all
 from heed_core.precision import at_least_float32, without_autocast
 
 Gating = Literal["code", "paper"]
@@ -127,25 +128,9 @@ def balance_loss(
     real = one if padding_mask is None else padding_mask[..., None].to(kind)
     sums = (torch.cat([probabilities, chosen.to(kind), one], dim=-1) * real).sum((0, 1))
     if sync and heads and dist.is_available() and dist.is_initialized():
-        sums = _SumOfProcesses.apply(sums)  # type: ignore[no-untyped-call]
+        sums = sum_of_all(same_for_all(sums, None), None)
     mean = sums / sums[-1].clamp(min=1.0)
     return heads * (mean[:heads] * mean[heads:-1]).sum()
-
-
-class _SumOfProcesses(torch.autograd.Function):
-    """Everybody gets the sum; everybody's gradient of it comes back to all."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
 
 
 def _logits(x: Tensor, weight: Tensor | None, width: int = 1) -> Tensor:
