@@ -30,12 +30,10 @@ the whole network can be counted and filled, and raises a `ValueError` when it r
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from heed_core.sparse import SparseTensor, SubMConv3d
-from heed_core.sparse.blocks import NEGATIVE_SLOPE, norm_rows
+from heed_core.sparse.blocks import activate_norm_, norm_rows
 from heed_lidar.cylinder3d.network import (
     ACROSS,
     ALONG,
@@ -93,19 +91,18 @@ class _Grouped(nn.Module):
                 self.add_module(f"conv{name}{suffix}", conv)
                 self.add_module(f"bn{number}{suffix}", nn.BatchNorm1d(channels_out))
 
-    def normed(self, name: str, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        """The rows through the norm of that name."""
+    def norm(self, name: str) -> nn.BatchNorm1d:
+        """The norm of that name."""
         norm = self.get_submodule(name)
         assert isinstance(norm, nn.BatchNorm1d)
-        return norm_rows(norm, rows)
+        return norm
 
     def branch(self, group: int, number: int, x: SparseTensor) -> SparseTensor:
         """One convolution of a group, its activation and its norm."""
         suffix, kernels = GROUPS[group - 1]
         name = "x".join(map(str, kernels[number - 1]))
         y: SparseTensor = self.get_submodule(f"conv{name}{suffix}")(x)
-        active = F.leaky_relu(y.features, NEGATIVE_SLOPE)
-        return y.with_features(self.normed(f"bn{number}{suffix}", active))
+        return y.with_features(activate_norm_(self.norm(f"bn{number}{suffix}"), y.features))
 
     def encoder_groups(self, x: SparseTensor) -> tuple[Tensor, Tensor, Tensor]:
         """X_1, X_2, X_3 of an encoder block."""
@@ -127,9 +124,9 @@ class _Grouped(nn.Module):
         )
         second = b_1 + b_2 + b_3
         third = (
-            self.normed("bn1c", second.features)
-            + self.normed("bn2c", b_2.features)
-            + self.normed("bn3c", b_3.features)
+            norm_rows(self.norm("bn1c"), second.features)
+            + norm_rows(self.norm("bn2c"), b_2.features)
+            + norm_rows(self.norm("bn3c"), b_3.features)
         )
         return first.features, second.features, third
 
@@ -177,7 +174,7 @@ class Block520(_Grouped):
         groups = self.decoder_groups(x) if self.decoder else self.encoder_groups(x)
         first, second, third = groups
         z: SparseTensor = self.conv_z1(x)
-        normed = self.normed("bn4", F.leaky_relu(z.features, NEGATIVE_SLOPE))
+        normed = activate_norm_(self.bn4, z.features)
         mapped: SparseTensor = self.get_submodule(self.linear)(z.with_features(normed))
         return mapped.with_features(first + 2 * second + third + mapped.features)
 

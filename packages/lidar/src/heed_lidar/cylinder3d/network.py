@@ -46,6 +46,8 @@ ALONG: Kernel = (3, 1, 3)
 """Spans rho and z."""
 CUBE: Kernel = (3, 3, 3)
 Preset = Literal["base", "small", "tiny"]
+POINTS_AT_ONCE = 2**14
+"""Whose features are in memory together where nothing is learnt."""
 STRIDES: tuple[Kernel, ...] = ((2, 2, 2), (2, 2, 2), (2, 2, 1), (2, 2, 1))
 
 
@@ -166,14 +168,31 @@ class PointNet(nn.Module):
         num_voxels: int,
     ) -> Float[Tensor, "v c"]:
         """The features of each voxel."""
-        features = self.layers(self.norm(points))
-        strongest = scatter_reduce_rows(features, voxel_of_point, num_voxels, "max")
-        return torch.relu(self.compress(strongest))
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            features = self.layers(self.norm(points))
+            strongest = scatter_reduce_rows(features, voxel_of_point, num_voxels, "max")
+        else:
+            strongest = self._strongest_by_parts(points, voxel_of_point, num_voxels)
+        return torch.relu_(self.compress(strongest))
+
+    def _strongest_by_parts(
+        self, points: Float[Tensor, "p 9"], voxel_of_point: Int64[Tensor, " p"], num_voxels: int
+    ) -> Float[Tensor, "v c"]:
+        """The maximum over the points of each voxel, without the features of all points at once."""
+        strongest = points.new_full((num_voxels, self.compress.in_features), -torch.inf)
+        for some, voxels in zip(
+            points.split(POINTS_AT_ONCE), voxel_of_point.split(POINTS_AT_ONCE), strict=True
+        ):
+            features = self.layers(self.norm(some)).to(strongest.dtype)
+            strongest.scatter_reduce_(0, voxels[:, None].expand_as(features), features, "amax")
+        return strongest
 
 
 def _point_layer(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(channels_in, channels_out), nn.BatchNorm1d(channels_out), nn.ReLU()
+        nn.Linear(channels_in, channels_out),
+        nn.BatchNorm1d(channels_out),
+        nn.ReLU(inplace=True),
     )
 
 

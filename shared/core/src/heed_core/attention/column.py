@@ -128,7 +128,7 @@ class ColumnAttention(nn.Module):
                 "attention for the last size of its level"
             )
         squeezed: SparseTensor = self.squeeze(x)
-        hidden = F.leaky_relu(self.encode(squeezed.features), NEGATIVE_SLOPE)
+        hidden = F.leaky_relu_(self.encode(squeezed.features), NEGATIVE_SLOPE)
         scores: Tensor = self.decode(hidden)
         self.probe(lambda: _channel_weights(scores)[None, None])
         values = self.expand(squeezed.with_features(scores)).features

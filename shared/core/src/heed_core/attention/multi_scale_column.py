@@ -24,12 +24,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heed_core.attention.column import AttentionNorm, ColumnAttention
 from heed_core.sparse.backends import BackendName
-from heed_core.sparse.blocks import CAB, NEGATIVE_SLOPE, ConvActNorm, norm_rows
+from heed_core.sparse.blocks import CAB, ConvActNorm, activate_norm_
 from heed_core.sparse.convolution import SparseConv3d, SparseInverseConv3d
 from heed_core.sparse.rulebook import Cell
 from heed_core.sparse.tensor import SparseTensor
@@ -148,7 +147,10 @@ class MSCA(nn.Module):
         levels: list[Tensor] = []
         for planes in reversed(self.scales):
             assert isinstance(planes, nn.ModuleList)
-            level = sum((plane(x).features for plane in planes[1:]), planes[0](x).features)
-            levels.insert(0, level + levels[0] if levels else level)
-        fused = F.leaky_relu(self.fuse(torch.cat(levels, dim=1)), NEGATIVE_SLOPE)
-        return norm_rows(self.fuse_norm, fused)
+            level: Tensor = planes[0](x).features
+            for plane in planes[1:]:
+                level += plane(x).features
+            if levels:
+                level += levels[0]
+            levels.insert(0, level)
+        return activate_norm_(self.fuse_norm, self.fuse(torch.cat(levels, dim=1)))

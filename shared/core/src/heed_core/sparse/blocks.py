@@ -22,6 +22,23 @@ def norm_rows(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Tensor,
     return normed
 
 
+def activate_norm_(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """LeakyReLU(0.01), then batch normalisation; `rows` are overwritten.
+
+    Where nothing is to be learnt from them no new rows are made: for large clouds the system takes
+    longer to hand out memory than the norm takes to compute.
+    """
+    rows = F.leaky_relu_(rows, NEGATIVE_SLOPE)
+    learning = norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if learning or norm.weight.dtype != rows.dtype:
+        return norm_rows(norm, rows)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    shift = norm.bias - norm.running_mean * scale
+    return torch.addcmul(shift, rows, scale, out=rows)
+
+
 class ConvActNorm(nn.Module):
     """Convolution, then LeakyReLU(0.01), then batch normalisation of the rows.
 
@@ -39,7 +56,7 @@ class ConvActNorm(nn.Module):
     def forward(self, x: SparseTensor) -> SparseTensor:
         """Onto the sites of the convolution."""
         y: SparseTensor = self.conv(x)
-        return y.with_features(norm_rows(self.norm, F.leaky_relu(y.features, NEGATIVE_SLOPE)))
+        return y.with_features(activate_norm_(self.norm, y.features))
 
 
 class CAB(ConvActNorm):
