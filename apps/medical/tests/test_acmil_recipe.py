@@ -206,8 +206,11 @@ def test_features_of_pictures_are_trained_on(tmp_path: Path):
     words = ("features", tmp_path / "images", "--encoder", "resnet10t", "--out", bags)
     found = call(APP, *words, "--tiling.tile", 32)
     assert {(row["patches"], row["channels"]) for row in found["slides"]} == {(9, 512)}
-    again = call(APP, *words)
+    again = call(APP, *words, "--tiling.tile", 32)
     assert {row["state"] for row in again["slides"]} == {"kept"}
+    code, err = said(*words, "--tiling.tile", 64)
+    assert code == 2
+    assert "were made with tiling.tile 32, not 64; give another --out" in err
     (bags / "labels.csv").write_text("\n".join(rows))
     call(APP, "train", "acmil", "--data", bags, "--out", tmp_path / "run", *QUICK)
     call(APP, "explain", tmp_path / "run", bags / "h5_files" / "p3.h5", "--out", tmp_path / "seen")

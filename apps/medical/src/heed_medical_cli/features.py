@@ -2,14 +2,16 @@
 
 Reads slides (svs, tif, ndpi and others that tiffslide opens) and plain pictures, and writes
 h5_files/SLIDE.h5 (features, coords) and thumbnails/SLIDE.png, which acmil reads. A slide whose
-features are there already is not read again, so that a stopped extraction goes on where it was.
+features are there already is not read again, so that a stopped extraction goes on where it was;
+h5_files/settings.yaml says how they were made, and a folder of other settings is refused.
 The encoder is a .pt2 file of torch.export, or a timm model with weights from a file; nothing is
 downloaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,9 +23,13 @@ from heed_medical.slides.features import FOLDER, extract, find_slides
 from heed_medical.slides.tiling import Tiling
 from heed_medical.slides.tissue import TissueSearch
 from heed_runtime.app import App
+from heed_runtime.files import write_yaml
 from heed_runtime.options import CommonOptions
 from heed_runtime.recipe import Row, Table
+from heed_runtime.settings import read_yaml
 from heed_runtime.terminal import Result
+
+SETTINGS = "settings.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +58,12 @@ def run(app: App, options: Options) -> Result:
     """Extract the features of all slides.
 
     Raises:
-        InputError: There is no slide, or one cannot be read.
+        InputError: There is no slide, one cannot be read, or features that were made with other
+            settings are in the folder.
     """
     paths = find_slides(options.slides)
     encoder = load_encoder(options.encoder, weights=options.weights, device=options.device)
+    _keep_settings(options)
     rows: list[Row] = []
     skipped: list[str] = []
     with options.terminal.progress("features", len(paths)) as progress:
@@ -74,6 +82,35 @@ def run(app: App, options: Options) -> Result:
         data={"slides": rows, "skipped": skipped},
         files=[options.out],
     )
+
+
+def _keep_settings(options: Options) -> None:
+    """Write down what decides on the features, or refuse a folder of features made otherwise."""
+    path = options.out / FOLDER / SETTINGS
+    program = options.encoder.endswith(".pt2")
+    weights = Path(options.encoder) if program else options.weights
+    used = {
+        "encoder": Path(options.encoder).name,
+        "weights_sha256": None if weights is None else _sha256(weights),
+        **{f"tiling.{key}": value for key, value in asdict(options.tiling).items()},
+        **{f"tissue.{key}": value for key, value in asdict(options.tissue).items()},
+    }
+    if not path.exists():
+        write_yaml(path, used, comment="How the features in this folder were made.")
+        return
+    before = read_yaml(path)
+    for name, value in used.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"the features there were made with {name} {before.get(name)}, not {value}",
+                path=path,
+                remedy="give another --out or the same settings",
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _one(path: Path, options: Options, encoder: Encoder) -> Row:
