@@ -1,6 +1,7 @@
 """Two processes on the CPU do what one does."""
 
 import filecmp
+import itertools
 import json
 import os
 import subprocess
@@ -8,9 +9,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
+from heed_core.testing.processes import run_together
 from heed_runtime.distributed import CpuLayerSync, SyncBatchNorm
 from heed_runtime.outputs import JOURNAL
 from heed_runtime.testing import APP
@@ -109,32 +112,31 @@ def test_lightning_and_torchrun_start_the_processes(alone, data, tmp_path):
     assert_close_runs(alone, tmp_path / "second")
 
 
-@pytest.mark.parametrize("axes", [(), (5,), (3, 4)])
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_synchronised_batch_norm_equals_torch(axes, momentum, monkeypatch):
-    """Two halves of a batch whose sums are exchanged by hand equal the whole batch."""
-    torch.manual_seed(0)
-    x = torch.randn(6, 4, *axes, dtype=torch.float64) * 3 + 1
-    kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[len(axes)]
-    whole = kind(4, momentum=momentum).double()
-    whole.weight.data.uniform_()
-    layer = kind(4, momentum=momentum).double()
-    layer.load_state_dict(whole.state_dict())
-    CpuLayerSync().apply(layer)
-    assert type(layer) is SyncBatchNorm
-    halves = x.clone().requires_grad_()
-    monkeypatch.setattr("heed_runtime.distributed.world", lambda: 2)
-    # One process that holds the whole batch, beside one that holds nothing.
-    monkeypatch.setattr("heed_runtime.distributed.dist.all_reduce", lambda tensor: None)
-    y = layer(halves)
-    reference = x.clone().requires_grad_()
-    expected = whole(reference)
-    torch.testing.assert_close(y, expected)
-    seed = torch.randn_like(x)
-    y.backward(seed)
-    expected.backward(seed)
-    torch.testing.assert_close(halves.grad, reference.grad)
-    for key, value in whole.state_dict().items():
-        torch.testing.assert_close(layer.state_dict()[key], value)
-    CpuLayerSync().revert(layer)
-    assert type(layer) is kind
+def halves_normalised(world):
+    """Each process normalises its part of a batch as one process does the whole."""
+    part = slice(0, 2) if dist.get_rank() == 0 else slice(2, 6)
+    for axes, momentum in itertools.product([(), (5,), (3, 4)], [0.1, None]):
+        torch.manual_seed(0)
+        x = torch.randn(6, 4, *axes, dtype=torch.float64) * 3 + 1
+        seed = torch.randn_like(x)
+        kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[len(axes)]
+        whole = kind(4, momentum=momentum).double()
+        whole.weight.data.uniform_()
+        layer = kind(4, momentum=momentum).double()
+        layer.load_state_dict(whole.state_dict())
+        CpuLayerSync().apply(layer)
+        assert type(layer) is SyncBatchNorm
+        own, reference = x[part].clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = layer(own), whole(reference)
+        torch.testing.assert_close(y, expected[part])
+        y.backward(seed[part])
+        expected.backward(seed)
+        torch.testing.assert_close(own.grad, reference.grad[part])
+        for key, value in whole.state_dict().items():
+            torch.testing.assert_close(layer.state_dict()[key], value)
+        CpuLayerSync().revert(layer)
+        assert type(layer) is kind
+
+
+def test_synchronised_batch_norm_equals_torch():
+    run_together(2, halves_normalised)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from torch import Tensor, nn
 
+from heed_core.exchange import same_for_all, sum_of_all
 from heed_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -169,25 +170,9 @@ def _group() -> dist.ProcessGroup | None:
     return _messages
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose gradient is the sum of the gradients of all processes."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total
-
-
 def _sum(x: Tensor) -> Tensor:
-    total: Tensor = _SumOverProcesses.apply(x)  # type: ignore[no-untyped-call]
-    return total
+    """The sum over processes, whose gradient is the sum of the gradients of all processes."""
+    return same_for_all(sum_of_all(x, None), None)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -11,13 +11,14 @@ Rows without one of both modalities are left out of that pair. Off-diagonal rows
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from heed_core.exchange import gather_tokens
 
 Pair = tuple[str, str]
 
@@ -89,22 +90,6 @@ def pair_losses(
     return found
 
 
-class _Gather(torch.autograd.Function):
-    """All rows of all processes; the gradient of all processes' losses comes back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def gather_rows(x: Tensor) -> Tensor:
     """The rows of all processes in the order of their ranks; each must have as many.
 
@@ -114,5 +99,4 @@ def gather_rows(x: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    rows: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
-    return rows
+    return gather_tokens(x[None, None], None)[0, 0]
