@@ -122,6 +122,44 @@ def test_the_schedule_goes_on(data, tmp_path, monkeypatch, schedule):
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize(("every", "count"), [(None, 2), (2, 4)])
+def test_the_average_of_the_weights_goes_on(data, tmp_path, monkeypatch, every, count):
+    words = (*COMMON, "--trainer.average", 0.9, "--preset", "batch-norm", "--data", data)
+    extra = () if every is None else ("--trainer.checkpoint-every", every)
+    train("--out", tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        die_after_save(patch, count)
+        with pytest.raises(Killed):
+            train("--out", tmp_path / "killed", *words, *extra)
+    train("--resume", tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    paths = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("whole", "killed")]
+    ends = [torch.load(path, weights_only=True)["current_model_state"] for path in paths]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+def test_the_average_is_what_is_validated_and_kept(data, tmp_path):
+    words = ("--data", data, "--trainer.batch", 4, "--trainer.max-steps", 5)
+    train("--out", tmp_path / "plain", *words)
+    train("--out", tmp_path / "steps", *words, "--trainer.average", 1e-9)
+    train("--out", tmp_path / "mean", *words, "--trainer.average", 0.9)
+    plain, steps, mean = (weights(tmp_path / name) for name in ("plain", "steps", "mean"))
+    for key, value in plain.items():
+        torch.testing.assert_close(steps[key], value, atol=1e-6, rtol=1e-6)
+    assert max(float((mean[key] - value).abs().max()) for key, value in plain.items()) > 1e-4
+    rows = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("plain", "mean")]
+    assert rows[0]["metrics"]["val/loss"] != rows[1]["metrics"]["val/loss"]
+
+
+def test_averages_forget_the_first_weights_and_keep_whole_numbers():
+    average = callbacks._average
+    one, four = torch.tensor([1.0]), torch.tensor([4.0])
+    assert float(average(0.99, one, four, 0)) == pytest.approx(0.1 * 1.0 + 0.9 * 4.0)
+    assert float(average(0.99, one, four, 10_000)) == pytest.approx(0.99 * 1.0 + 0.01 * 4.0)
+    table = torch.arange(1000)
+    assert torch.equal(average(0.99, table, table, 10_000), table)
+
+
 def test_max_steps_within_an_epoch_then_more(data, tmp_path):
     """8 steps at once, or 4 and then 4 more; an epoch has 6."""
     words = ("--data", data, "--trainer.batch", 4, "--training.schedule", "none")

@@ -190,6 +190,8 @@ def test_merge_keeps_what_is_not_named() -> None:
         ({"max_steps": -1}, "max_steps must be at least 1"),
         ({"workers": -1}, "workers must not be negative"),
         ({"seed": 2**32}, "seed must be below"),
+        ({"average": 1.0}, "average must be between 0 and 1"),
+        ({"average": float("nan")}, "average must be between 0 and 1"),
         ({"clip": 0.0}, "clip must be above 0"),
         ({"clip": float("nan")}, "clip must be above 0"),
         ({"extra": {"max_epochs": 3}}, "extra must not set 'max_epochs': use max_epochs"),

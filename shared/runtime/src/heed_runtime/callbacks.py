@@ -10,7 +10,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from heed_runtime import distributed
@@ -158,6 +160,36 @@ class Signals:
                 signal.signal(number, handler)
 
 
+class Averaged(WeightAveraging):
+    """A running average of the weights: what is validated, kept, and resumed beside the weights.
+
+    Args:
+        decay: Share of the old average after a step; less at the start, (1 + n) / (10 + n) after n
+            steps, so that the first weights are soon forgotten.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(avg_fn=partial(_average, decay))
+
+    @contextmanager
+    def in_place(self, module: L.LightningModule) -> Iterator[None]:
+        """Let the module have the average as its weights."""
+        self._swap_models(module)
+        try:
+            yield
+        finally:
+            self._swap_models(module)
+
+
+def _average(
+    decay: float, average: torch.Tensor, weights: torch.Tensor, steps: torch.Tensor | int
+) -> torch.Tensor:
+    if not average.is_floating_point() and not average.is_complex():
+        return weights  # a table of indices, a counter: their average would be rounded down
+    kept = min(decay, (1 + int(steps)) / (10 + int(steps)))
+    return average.lerp(weights.to(average.dtype), 1.0 - kept)
+
+
 class Keeper(L.Callback):
     """Writes what a kill must not lose, chooses the best weights and decides when to stop.
 
@@ -169,9 +201,17 @@ class Keeper(L.Callback):
         recipe: Names the metric that selects.
         run: Where to write.
         signals: Whether the user wants to stop.
+        averaged: The average of the weights, if that is to be kept in their place.
     """
 
-    def __init__(self, recipe: Recipe[Any, Any, Any], run: Run, signals: Signals) -> None:
+    def __init__(
+        self,
+        recipe: Recipe[Any, Any, Any],
+        run: Run,
+        signals: Signals,
+        averaged: Averaged | None = None,
+    ) -> None:
+        self.averaged = averaged
         self.run, self.signals, self.settings = run, signals, run.settings.trainer
         self.monitor, self.mode = recipe.monitor
         self.best: float | None = None
@@ -337,11 +377,12 @@ class Keeper(L.Callback):
             self.waited += 1
             return
         self.best, self.best_row, self.waited = row[self.monitor], dict(row), 0
-        weights = model_weights(trainer)
-        if trainer.is_global_zero:
-            AtomicCheckpoints().save_checkpoint({"model": weights}, self.run.checkpoints / BEST)
-            if self.settings.strategy != "fsdp":  # there, one process holds no whole model
-                self.run.save_model(module.model)  # type: ignore[arg-type]
+        with nullcontext() if self.averaged is None else self.averaged.in_place(module):
+            weights = model_weights(trainer)
+            if trainer.is_global_zero:
+                AtomicCheckpoints().save_checkpoint({"model": weights}, self.run.checkpoints / BEST)
+                if self.settings.strategy != "fsdp":  # there, one process holds no whole model
+                    self.run.save_model(module.model)  # type: ignore[arg-type]
 
 
 class Pace(L.Callback):

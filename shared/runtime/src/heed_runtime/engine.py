@@ -30,6 +30,7 @@ from heed_runtime.callbacks import (
     INITIAL,
     LAST,
     AtomicCheckpoints,
+    Averaged,
     Bar,
     Interrupted,
     Keeper,
@@ -111,7 +112,9 @@ def fit(
     module = recipe.module(run.settings, model)
     data = Data(recipe, run.settings, root=root)
     signals = Signals(at_once=False)
-    keeper, pace = Keeper(recipe, run, signals), Pace()
+    averaged = None if settings.average is None else Averaged(settings.average)
+    keeper, pace = Keeper(recipe, run, signals, averaged), Pace()
+    callbacks = [Reseed(settings.seed), *([] if averaged is None else [averaged]), keeper, pace]
     resume = _resumable(keeper.last)
     with _silence(), signals.caught(), distributed.first_speaks():
         try:
@@ -119,7 +122,7 @@ def fit(
                 trainer = build_trainer(
                     settings,
                     folder=run.path,
-                    callbacks=[Reseed(settings.seed), keeper, Bar(progress, settings), pace],
+                    callbacks=[*callbacks, Bar(progress, settings)],
                 )
                 trainer.fit(module, datamodule=data, ckpt_path=keeper.last if resume else None)
                 row = _close(trainer, module, data, keeper)
@@ -244,6 +247,8 @@ def check_trainer(settings: TrainerSettings) -> None:
     cuda = uses_cuda(settings)
     if settings.strategy == "fsdp" and not cuda:
         raise UsageError("strategy=fsdp needs GPUs", remedy="use ddp on the CPU")
+    if settings.strategy == "fsdp" and settings.average is not None:
+        raise UsageError("strategy=fsdp cannot average weights", remedy="use ddp")
     devices, _ = distributed.shape(settings)
     if cuda and devices > torch.cuda.device_count():
         raise UsageError(f"devices={devices}, but there are {torch.cuda.device_count()} GPUs")

@@ -76,6 +76,9 @@ class TrainerSettings:
     """Batches whose gradients are summed before one optimiser step."""
     clip: float | None = None
     """Largest norm of the gradient. None: not clipped."""
+    average: float | None = None
+    """Validate and keep a running average of the weights, with this decay per step (0.99 to
+    0.9999): steadier for small batches. None: the weights themselves."""
     precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], _plain_name] = "32-true"
     """Arithmetic of the forward and backward passes."""
     device: Annotated[Literal["auto", "cpu", "cuda"], _plain_name] = "auto"
@@ -117,6 +120,8 @@ class TrainerSettings:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip must be above 0, got {self.clip}")
+        if self.average is not None and not 0 < self.average < 1:
+            raise ValueError(f"average must be between 0 and 1, got {self.average}")
         for name in self.extra:
             if name in ENGINE_OWNED:
                 raise ValueError(f"extra must not set {name!r}: {ENGINE_OWNED[name]}")
