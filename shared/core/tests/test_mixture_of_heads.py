@@ -184,7 +184,8 @@ def test_operations_fall_with_the_share_of_heads_in_use() -> None:
         share = (shared + active) / heads
         rows = 4 * n * c * c + share * (4 * n * c * c + 4 * n * n * c)
         routers = 2 * n * c * (heads + 2)
-        assert counter.get_total_flops() == pytest.approx(rows + routers, rel=1e-6)
+        least = rows + routers  # heads that are computed together are filled up to the most used
+        assert 0.999 * least < counter.get_total_flops() < 1.03 * least
 
 
 def test_watched_calls_compute_all_heads_and_edits_reach_them() -> None:

@@ -51,6 +51,9 @@ ScoreForm = Literal["exp", "linear"]
 Keep = int | Literal["positive"]
 """So many keys with the largest scores, or all keys whose score is above 0."""
 
+PAIRS = 2**21
+"""Of queries and keys, computed at a time where nothing is learnt: few enough for a cache."""
+
 Gather = Literal["auto", "torch", "triton", "flex"]
 """How kept keys are reached, see `dynamic_mask_attention`."""
 
@@ -267,9 +270,10 @@ class DynamicMaskAttention(nn.Module):
         self._check_call(x, context, positions, cache)
         source = x if context is None else context
         offset = 0 if cache is None else cache.length
-        query = self._rotated(self.query_norm(self._heads(self.query(x))), positions, offset)
+        query = self._heads(self.query(x), self.query_norm)
+        query = self._rotated(query, positions, offset)
         places = positions if context is None else None
-        key = self._rotated(self.key_norm(self._heads(self.key(source))), places, offset)
+        key = self._rotated(self._heads(self.key(source), self.key_norm), places, offset)
         value = self._heads(self.value(source))
         scores = dynamic_scores(
             value, self.score.weight, self.score.bias, self.strength, form=self.form
@@ -307,9 +311,11 @@ class DynamicMaskAttention(nn.Module):
             batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=weight.device
         )
 
-    def _heads(self, tokens: Tensor) -> Tensor:
+    def _heads(self, tokens: Tensor, norm: nn.Module | None = None) -> Tensor:
         batch, length, width = tokens.shape
-        return tokens.view(batch, length, width // self.head_dim, self.head_dim).transpose(1, 2)
+        heads = tokens.view(batch, length, width // self.head_dim, self.head_dim)
+        heads = heads if norm is None else norm(heads)  # here, where the channels are dense
+        return heads.transpose(1, 2)
 
     def _rotated(self, heads: Tensor, positions: Tensor | None, offset: int) -> Tensor:
         if self.rotary is None:
@@ -471,45 +477,73 @@ def _in_blocks(
     gather: KernelImpl,
 ) -> Tensor:
     """Blocks of queries as samples of a batch, each with the keys that any of its queries keeps."""
-    batch, heads, queries, width = query.shape
-    groups = key.shape[1]
+    batch, heads, queries, _ = query.shape
     compiling = torch.compiler.is_compiling()
     block = block if compiling else min(block, queries)
     real = padding_mask
     if real is None:
         real = torch.ones(batch, key.shape[2], dtype=torch.bool, device=key.device)
-    rows = split(query, block)  # (b, h, blocks, block, d), a spare one where compiled
-    blocks = rows.shape[2]
     index, kept = running_top(scores, real, queries, keep, block, 1 if compiling else 0)
     if gather != "auto":
+        rows = split(query, block)  # (b, h, blocks, block, d), a spare one where compiled
         mixed = gather_attention(
             rows, key, value, index, kept=kept, bias=scores, scale=site.scale, impl=gather
         )
         return join(mixed, queries)
-    seen = index.shape[3]
+    pairs = batch * key.shape[1] * block * index.shape[3]
+    if compiling or torch.is_grad_enabled() or 2 * pairs * index.shape[2] <= 3 * PAIRS:
+        rows = split(query, block)
+        return join(_of_blocks(site, rows, key, value, scores, index, kept), queries)
+    mixed = value.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+    step = max(1, PAIRS // pairs)
+    for first in range(0, index.shape[2], step):
+        some = slice(first, first + step)
+        tokens = slice(first * block, (first + step) * block)
+        rows = split(query[:, :, tokens], block)
+        part = _of_blocks(site, rows, key, value, scores, index[:, :, some], kept[:, :, some])
+        mixed[:, :, tokens] = join(part, mixed[:, :, tokens].shape[2])
+    return mixed
+
+
+def _of_blocks(
+    site: Attend,
+    rows: Float[Tensor, "b h blocks t d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m e"],
+    scores: Float[Tensor, "b g m"],
+    index: Int[Tensor, "b g blocks s"],
+    kept: Bool[Tensor, "b g blocks t s"],
+) -> Float[Tensor, "b h blocks t e"]:
+    """What some blocks of queries get from the keys that `index` names."""
+    batch, heads, blocks, block, width = rows.shape
+    groups, seen = index.shape[1], index.shape[3]
     rows = rows.reshape(batch, groups, heads // groups, blocks, block, width).transpose(2, 3)
     flat = index.flatten(2)
     keys, values = (_picked(x, flat).reshape(-1, 1, seen, x.shape[3]) for x in (key, value))
-    bias = scores.gather(-1, flat).reshape(-1, 1, 1, seen)
     mixed = site(
         rows.reshape(-1, heads // groups, block, width),
         keys,
         values,
         mask=kept.reshape(-1, 1, block, seen),
-        bias=bias,
+        bias=scores.gather(-1, flat).reshape(-1, 1, 1, seen),
         causal=False,
     )
     mixed = mixed.reshape(batch, groups, blocks, heads // groups, block, value.shape[3])
-    mixed = mixed.transpose(2, 3).reshape(batch, heads, blocks, block, value.shape[3])
-    return join(mixed, queries)
+    joined: Tensor = mixed.transpose(2, 3).reshape(batch, heads, blocks, block, value.shape[3])
+    return joined
 
 
 def _picked(x: Tensor, index: Tensor) -> Tensor:
     """Rows of every head, (b, g, m, d) and (b, g, k) -> (b, g, k, d)."""
     batch, groups, length, width = x.shape
-    first = length * torch.arange(batch * groups, device=x.device).reshape(batch, groups, 1)
-    rows = x.reshape(-1, width).index_select(0, (index + first).flatten())
-    return rows.reshape(batch, groups, index.shape[2], width)
+    first = torch.arange(batch * groups, device=x.device).reshape(batch, groups, 1)
+    if x.transpose(1, 2).is_contiguous():  # as projections make them: no need to copy them
+        batches = length * torch.arange(batch, device=x.device)[:, None, None]
+        first = first % groups
+        rows, place = x.transpose(1, 2).reshape(-1, width), (index + batches) * groups + first
+    else:
+        rows, place = x.reshape(-1, width), index + length * first
+    return rows.index_select(0, place.flatten()).reshape(batch, groups, index.shape[2], width)
 
 
 def dynamic_mask_from_doge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,9 @@ Router = Literal["learned", "norm"]
 SKIP_FROM, SKIP_CAUSAL_FROM = 512, 4096
 """Tokens from which heads are skipped unless told otherwise: below, gathering costs more."""
 
+LEAST_ALIKE = 0.85
+"""Heads are computed together if none has fewer tokens than this share of the most used one's."""
+
 PIECES = 4
 """Causal calls skip in this many pieces of tokens, each with the keys that it can see."""
 
@@ -331,40 +334,78 @@ class MixtureOfHeads(nn.Module):
         room: int | None = None,
     ) -> Tensor:
         """Shared heads for all tokens, each routed head for those that chose it, `room` at most."""
-        places = None if positions is None else positions.expand(x.shape[0], -1)
-        parts = [] if query is None else list(query.unbind(1))
         output = self._shared_heads(x, query, key, value, mask, positions, gates)
         first = x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]  # of each sample
-        for head in range(self.shared, self.heads):
-            rows = slice(head * self.head_dim, (head + 1) * self.head_dim)
-            group = head * self.kv_heads // self.heads
-            for start, stop, seen in self._pieces(x.shape[1], key.shape[2], room):
-                index, weight = _rows(gates[:, start:stop, head], room)
+        for start, stop, seen in self._pieces(x.shape[1], key.shape[2], room):
+            masked = mask is not None or self.causal
+            for heads, rows in self._alike(gates[:, start:stop], room, single=masked):
+                index, weight = _rows(gates[:, start:stop, heads], rows)  # (b, heads, rows)
                 index = index + start
-                if room is None and index.shape[1] == 0:
-                    continue
-                if query is None:
-                    bias = self.query.bias
-                    one = F.linear(
-                        _gather(x, index),
-                        self.query.weight[rows],
-                        None if bias is None else bias[rows],
+                asking = torch.stack(
+                    [
+                        self._queries(x, query, head, chosen, positions)
+                        for head, chosen in zip(heads, index.unbind(1), strict=True)
+                    ],
+                    dim=1,
+                )
+                allowed = None
+                if masked:
+                    sizes = (x.shape[1], key.shape[2], seen)
+                    allowed = self._allowed(mask, index[:, 0], heads[0], *sizes)
+                pair = (self._of_heads(key, heads, seen), self._of_heads(value, heads, seen))
+                mixed = self.attend(asking, *pair, mask=allowed, causal=False)
+                gated = mixed * weight[..., None].to(mixed.dtype)
+                for at, head in enumerate(heads):
+                    back = F.linear(gated[:, at], self.out.weight[:, self._channels(head)])
+                    output.view(-1, self.dim).index_add_(
+                        0, (index[:, at] + first).flatten(), back.flatten(0, 1)
                     )
-                else:
-                    one = _gather(parts[head], index)
-                one = self._rotated(
-                    one[:, None], None if places is None else places.gather(1, index)
-                )
-                allowed = self._allowed(mask, index, head, x.shape[1], key.shape[2], seen)
-                pair = (slice(None), slice(group, group + 1), slice(seen))
-                mixed = self.attend(one, key[pair], value[pair], mask=allowed, causal=False)
-                back = F.linear(
-                    mixed[:, 0] * weight[..., None].to(mixed.dtype), self.out.weight[:, rows]
-                )
-                output.view(-1, self.dim).index_add_(
-                    0, (index + first).flatten(), back.flatten(0, 1)
-                )
         return output
+
+    def _of_heads(self, tokens: Tensor, heads: list[int], seen: int) -> Tensor:
+        """Keys or values that serve some heads, without a copy where they lie side by side."""
+        group = [head * self.kv_heads // self.heads for head in heads]
+        if group == list(range(group[0], group[-1] + 1)):
+            return tokens[:, group[0] : group[-1] + 1, :seen]
+        return tokens[:, group, :seen]
+
+    def _alike(
+        self, gates: Tensor, room: int | None, *, single: bool
+    ) -> list[tuple[list[int], int]]:
+        """Routed heads that are computed together, and the tokens that each gets at most.
+
+        Heads are put together where they were chosen about as often: less is computed in vain than
+        many small calls cost.
+        """
+        routed = range(self.shared, self.heads)
+        if room is not None:
+            return [([head], room) for head in routed] if single else [(list(routed), room)]
+        counts = (gates.detach() != 0).sum(1)
+        most = counts.amax(0).tolist() if counts.numel() else [0] * self.heads
+        found: list[tuple[list[int], int]] = []
+        for head in sorted(routed, key=lambda head: -most[head]):
+            if most[head] == 0:
+                break
+            if single or not found or most[head] < LEAST_ALIKE * found[-1][1]:
+                found.append(([], most[head]))
+            found[-1][0].append(head)
+        return [(sorted(heads), rows) for heads, rows in found]
+
+    def _queries(
+        self, x: Tensor, query: Tensor | None, head: int, index: Tensor, positions: Tensor | None
+    ) -> Tensor:
+        """Those of one head for chosen tokens (b, rows, d), rotated."""
+        if query is None:
+            rows, bias = self._channels(head), self.query.bias
+            weight = self.query.weight[rows]
+            one = F.linear(_gather(x, index), weight, None if bias is None else bias[rows])
+        else:
+            one = _gather(query[:, head], index)
+        places = None if positions is None else positions.expand(x.shape[0], -1).gather(1, index)
+        return self._rotated(one[:, None], places)[:, 0]
+
+    def _channels(self, head: int) -> slice:
+        return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
     def _shared_heads(
         self,
@@ -501,15 +542,13 @@ def _without_padding(routing: Routing, real: Tensor, shared: int) -> Routing:
 
 
 def _rows(
-    gates: Float[Tensor, "b n"], room: int | None
-) -> tuple[Int[Tensor, "b r"], Float[Tensor, "b r"]]:
-    """The tokens with a gate, in order, and their gates: 0 where a sample has fewer than others."""
+    gates: Float[Tensor, "b n h"], room: int
+) -> tuple[Int[Tensor, "b h r"], Float[Tensor, "b h r"]]:
+    """The tokens with a gate, in order, and their gates: 0 where a head has fewer than others."""
+    gates = gates.transpose(1, 2)
     unused = gates.detach() == 0
-    if room is None:
-        room = int((~unused).sum(1).max()) if unused.numel() else 0
-    first = torch.arange(room, device=gates.device).expand(gates.shape[0], -1)
-    index = unused.to(torch.uint8).argsort(dim=1, stable=True).gather(1, first)
-    return index, gates.gather(1, index)
+    index = unused.to(torch.uint8).argsort(dim=-1, stable=True)[..., :room]
+    return index, gates.gather(-1, index)
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:

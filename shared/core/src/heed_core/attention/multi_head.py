@@ -137,7 +137,7 @@ class MultiHeadAttention(nn.Module):
         if self.rotary is None and not (positions is None and context_positions is None):
             raise ValueError("positions have no effect: this attention was built without rotary")
         offset = cache.length if isinstance(cache, KVCache | WindowCache) else 0
-        query = self.query_norm(self._heads(self.query(x)))
+        query = self._heads(self.query(x), self.query_norm)
         query = self._rotated(query, positions, offset)
         if isinstance(cache, CrossCache) and cache.filled:
             key, values = cache.get()
@@ -145,7 +145,8 @@ class MultiHeadAttention(nn.Module):
             if context is not None:
                 positions, offset = context_positions, 0
             source = x if context is None else context
-            key = self._rotated(self.key_norm(self._heads(self.key(source))), positions, offset)
+            key = self._heads(self.key(source), self.key_norm)
+            key = self._rotated(key, positions, offset)
             values = self._heads(self.value(source if value is None else value))
             if isinstance(cache, CrossCache):
                 cache.store(key, values)
@@ -189,9 +190,10 @@ class MultiHeadAttention(nn.Module):
             device=weight.device,
         )
 
-    def _heads(self, tokens: Tensor) -> Tensor:
+    def _heads(self, tokens: Tensor, norm: nn.Module | None = None) -> Tensor:
         batch, length, width = tokens.shape
         heads = tokens.view(batch, length, width // self.head_dim, self.head_dim)
+        heads = heads if norm is None else norm(heads)  # here, where the channels are dense
         return heads.transpose(1, 2)
 
     def _rotated(self, heads: Tensor, positions: Tensor | None, offset: int) -> Tensor:

@@ -3,6 +3,8 @@
 Query i may keep the `keep` largest scores of keys 0 ... i + m - n; of equal ones the latest. From
 one query to the next one key comes and at most one goes, so that a block of queries keeps no other
 keys than the `keep` of its start and those that come within the block: these are its candidates.
+Scores are ranked once, of equal ones the latest highest; all else compares whole numbers, no two of
+which are equal.
 
 Selecting has no gradient. An operator of its own keeps the loop over blocks out of compiled and
 exported graphs. Time n (keep + block), memory n (keep + block) booleans and n / block (keep +
@@ -14,6 +16,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NONE = -1
+"""The rank of what may not be kept."""
 
 TOGETHER = 16
 """Blocks whose queries are decided at a time: few enough for a cache."""
@@ -44,24 +49,23 @@ def running_top(
     """
     batch, groups, keys = scores.shape
     blocks = (queries + block - 1) // block + spare
-    scores = scores.detach().masked_fill(~real[:, None], -torch.inf)
-    place = torch.arange(keys, device=scores.device).expand(batch, groups, keys)
+    by_rank = scores.detach().argsort(dim=-1, stable=True)
+    place = torch.arange(keys, device=scores.device, dtype=torch.int32)
+    rank = torch.empty_like(by_rank, dtype=torch.int32)
+    rank.scatter_(-1, by_rank, place.expand(by_rank.shape))
+    rank.masked_fill_(~real[:, None], NONE)
     start, missing = keys - queries, blocks * block - queries
-    best, where = _largest(scores[..., :start].flip(-1), place[..., :start].flip(-1), keep)
-    came = F.pad(scores[..., start:], (0, missing), value=-torch.inf)
-    came_at = F.pad(place[..., start:], (0, missing))
-    new, new_at = (x.reshape(batch, groups, blocks, block) for x in (came, came_at))
-    latest, latest_at = new.flip(-1), new_at.flip(-1)
-    before = best.new_empty(batch, groups, blocks, keep)  # what was best at the start of a block
-    index = new_at.new_empty(batch, groups, blocks, keep + block)
-    index[..., keep:] = new_at
+    best = _largest(rank[..., :start], keep)
+    new = F.pad(rank[..., start:], (0, missing), value=NONE).reshape(batch, groups, blocks, block)
+    before = rank.new_empty(batch, groups, blocks, keep)  # what was best at the start of a block
     for at in range(blocks):
-        before[:, :, at], index[:, :, at, :keep] = best, where
-        best, where = _largest(
-            torch.cat([latest[:, :, at], best], dim=-1),
-            torch.cat([latest_at[:, :, at], where], dim=-1),
-            keep,
-        )
+        before[:, :, at] = best
+        best = _largest(torch.cat([best, new[:, :, at]], dim=-1), keep)
+    index = by_rank.new_empty(batch, groups, blocks, keep + block)
+    found = by_rank.gather(-1, before.clamp(min=0).flatten(2).long())
+    index[..., :keep] = found.view(before.shape).masked_fill_(before == NONE, 0)
+    came_at = F.pad(torch.arange(start, keys, device=scores.device), (0, missing))
+    index[..., keep:] = came_at.view(blocks, block)
     kept = real.new_empty(batch, groups, blocks, block, keep + block)
     for at in range(0, blocks, TOGETHER):
         some = (slice(None), slice(None), slice(at, at + TOGETHER))
@@ -81,14 +85,10 @@ def _(
     )
 
 
-def _largest(scores: Tensor, place: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """The `keep` largest, sorted, filled up with -inf; of equal ones those that come first."""
-    if scores.shape[-1] < keep:
-        missing = keep - scores.shape[-1]
-        scores = F.pad(scores, (0, missing), value=-torch.inf)
-        place = F.pad(place, (0, missing))
-    found, order = scores.sort(dim=-1, descending=True, stable=True)
-    return found[..., :keep].contiguous(), place.gather(-1, order[..., :keep])
+def _largest(rank: Tensor, keep: int) -> Tensor:
+    """The `keep` largest, sorted, filled up with `NONE`."""
+    found = rank.sort(dim=-1, descending=True).values[..., :keep]
+    return F.pad(found, (0, keep - found.shape[-1]), value=NONE)
 
 
 def _keep(best: Tensor, new: Tensor, kept: Tensor) -> None:
@@ -99,13 +99,12 @@ def _keep(best: Tensor, new: Tensor, kept: Tensor) -> None:
     """
     keep, block = best.shape[-1], new.shape[-1]
     order = torch.arange(block, device=best.device)
-    larger = torch.searchsorted(-best, (-new).contiguous())  # equal ones are older than new ones
-    stays = (keep - larger).int().masked_fill_(new == -torch.inf, 0)
-    comes, mine = new[..., :, None], new[..., None, :]
-    beats = (comes > mine) | ((comes == mine) & (order[:, None] > order))
+    larger = torch.searchsorted(-best, (-new).contiguous(), out_int32=True)  # of old ones
+    stays = (keep - larger).masked_fill_(new == NONE, 0)
+    beats = new[..., :, None] > new[..., None, :]
     stays_new = beats.cumsum(-2, dtype=torch.int32) < stays[..., None, :]
     kept[..., keep:] = stays_new & (order[:, None] >= order)
     places = keep - kept[..., keep:].sum(-1, dtype=torch.int32)
-    places = places.minimum((best > -torch.inf).sum(-1, keepdim=True, dtype=torch.int32))
+    places = places.minimum((best != NONE).sum(-1, keepdim=True, dtype=torch.int32))
     ahead = torch.arange(keep, device=best.device, dtype=torch.int32)
     torch.lt(ahead, places[..., None], out=kept[..., :keep])
