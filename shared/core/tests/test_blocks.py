@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from heed_core import observe, steer
+from heed_core.attention.multi_head import build_norm
 from heed_core.blocks import (
     BlockConfig,
     Decoder,
@@ -452,3 +453,17 @@ X = torch.zeros(2, 3, 8)
 def test_misuse_is_named(call, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_norm_is_torchs_with_and_without_gradients(dtype: torch.dtype) -> None:
+    norm = build_norm("rms", 8, 1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 5, 2, 8, dtype=dtype).transpose(1, 2)
+    before = x.clone()
+    wanted = torch.nn.functional.rms_norm(x, (8,), norm.weight, 1e-5)
+    assert torch.equal(norm(x), wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), wanted)
+        assert torch.equal(x, before)
+        torch.testing.assert_close(norm(torch.zeros_like(x)), torch.zeros_like(x))

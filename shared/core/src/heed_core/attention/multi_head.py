@@ -272,4 +272,23 @@ def build_norm(kind: Norm | None, width: int, eps: float) -> nn.Module:
         return nn.Identity()
     if kind not in ("layer", "rms"):
         raise ValueError(f"a norm must be 'layer' or 'rms', got {kind!r}")
-    return nn.LayerNorm(width, eps=eps) if kind == "layer" else nn.RMSNorm(width, eps=eps)
+    return nn.LayerNorm(width, eps=eps) if kind == "layer" else LeanRMSNorm(width, eps=eps)
+
+
+class LeanRMSNorm(nn.RMSNorm):
+    """torch's norm, which on the CPU makes three tensors as large as its input; here it makes one.
+
+    Where gradients are needed, in half precision and in graphs it is torch's.
+    """
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """Divide each row by the root of its mean square."""
+        exact = x.dtype in (torch.float32, torch.float64) and x.dtype == self.weight.dtype
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.is_cpu and exact):
+            normed: Tensor = super().forward(x)
+            return normed
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        assert self.eps is not None
+        scale = length.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        scaled: Tensor = (x * scale).mul_(self.weight)
+        return scaled
