@@ -211,6 +211,10 @@ def test_features_of_pictures_are_trained_on(tmp_path: Path):
     code, err = said(*words, "--tiling.tile", 64)
     assert code == 2
     assert "were made with tiling.tile 32, not 64; give another --out" in err
+    (bags / "h5_files" / "settings.yaml").rename(tmp_path / "settings.yaml")
+    code, err = said(*words, "--tiling.tile", 32)
+    assert code == 2
+    assert "holds features that were made elsewhere" in err
     (bags / "labels.csv").write_text("\n".join(rows))
     call(APP, "train", "acmil", "--data", bags, "--out", tmp_path / "run", *QUICK)
     call(APP, "explain", tmp_path / "run", bags / "h5_files" / "p3.h5", "--out", tmp_path / "seen")

@@ -301,3 +301,14 @@ def test_a_few_crops_are_learned_by_heart(network):
     first, last, right = learn(network, 60)
     assert last < 0.1 * first
     assert right > 0.99
+
+
+def test_points_in_parts_have_the_logits_of_all_at_once(
+    network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points, index = scans()
+    wanted = network(points, index).logits
+    assert wanted.requires_grad
+    monkeypatch.setattr("heed_lidar.cylinder3d.network.POINTS_AT_ONCE", 37)
+    with torch.no_grad():
+        torch.testing.assert_close(network(points, index).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -24,6 +24,7 @@ from heed_core.sparse import (
     sparse_conv,
     use_backend,
 )
+from heed_core.sparse.blocks import activate_norm_
 from heed_core.sparse.rulebook import LARGEST_KEY, Rulebook, submanifold_window
 
 needs_spconv = pytest.mark.skipif(
@@ -577,3 +578,21 @@ def test_a_compiled_network_gives_the_same() -> None:
         with torch.no_grad():
             expected, found = (run(x.features, x.coords) for run in (net, compiled))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("made", [{}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("count", [0, 5])
+def test_norms_in_place_are_those_with_gradients(made: dict[str, bool], count: int) -> None:
+    norm = nn.BatchNorm1d(3, **made).double()
+    norm(torch.randn(9, 3, dtype=torch.float64) + 1)
+    norm.eval()
+    if norm.affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    if count == 0 and norm.running_mean is None:
+        pytest.skip("batch statistics of no rows")
+    rows = torch.randn(count, 3, dtype=torch.float64)
+    wanted = activate_norm_(norm, rows.clone())
+    with torch.no_grad():
+        torch.testing.assert_close(activate_norm_(norm, rows.clone()), wanted)
+        torch.testing.assert_close(wanted, norm(F.leaky_relu(rows)) if count else rows)

@@ -96,6 +96,12 @@ def _keep_settings(options: Options) -> None:
         **{f"tissue.{key}": value for key, value in asdict(options.tissue).items()},
     }
     if not path.exists():
+        if any(path.parent.glob("*.h5")):
+            raise InputError(
+                "holds features that were made elsewhere",
+                path=path.parent,
+                remedy="give another --out",
+            )
         write_yaml(path, used, comment="How the features in this folder were made.")
         return
     before = read_yaml(path)

@@ -180,9 +180,8 @@ class PointNet(nn.Module):
     ) -> Float[Tensor, "v c"]:
         """The maximum over the points of each voxel, without the features of all points at once."""
         strongest = points.new_full((num_voxels, self.compress.in_features), -torch.inf)
-        for some, voxels in zip(
-            points.split(POINTS_AT_ONCE), voxel_of_point.split(POINTS_AT_ONCE), strict=True
-        ):
+        parts = (torch.split(x, POINTS_AT_ONCE) for x in (points, voxel_of_point))
+        for some, voxels in zip(*parts, strict=True):
             features = self.layers(self.norm(some)).to(strongest.dtype)
             strongest.scatter_reduce_(0, voxels[:, None].expand_as(features), features, "amax")
         return strongest

@@ -30,12 +30,13 @@ def activate_norm_(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Te
     """
     rows = F.leaky_relu_(rows, NEGATIVE_SLOPE)
     learning = norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if learning or norm.weight.dtype != rows.dtype:
+    mean, variance = norm.running_mean, norm.running_var
+    if learning or not norm.affine or mean is None or variance is None:
         return norm_rows(norm, rows)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    shift = norm.bias - mean * scale
+    if rows.dtype != scale.dtype:
+        return norm_rows(norm, rows)
     return torch.addcmul(shift, rows, scale, out=rows)
 
 
