@@ -410,3 +410,13 @@ def test_real_clouds_equal_open3d(name):
     np.testing.assert_array_equal(cloud.xyz, places[finite].astype(np.float64))
     assert cloud.intensity is not None
     assert len(cloud) > 60_000
+
+
+@pytest.mark.parametrize("count", ["999999999999", "2147483647", "70000", "-1", "1.5", "x"])
+@pytest.mark.parametrize("mode", ["ascii", "binary", "binary_compressed"])
+def test_a_pcd_point_of_senseless_size_is_refused(tmp_path, count, mode):
+    path = tmp_path / "a.pcd"
+    path.write_bytes(pcd(bytes(48), mode=mode).replace(b"COUNT 1 ", f"COUNT {count} ".encode()))
+    with pytest.raises(InputError) as fault:
+        read_cloud(path)
+    assert "has a header that cannot be used" in one_line(fault)

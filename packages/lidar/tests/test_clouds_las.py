@@ -50,6 +50,25 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, places, name, cut):
     assert "\n" not in str(fault.value)
 
 
+def test_a_decompressor_that_gives_up_is_told_in_one_line(tmp_path, places, monkeypatch):
+    """lazrs, written in Rust, panics on some damaged files: with what is no `Exception`."""
+    laspy = pytest.importorskip("laspy")
+    panic = type("PanicException", (BaseException,), {})
+
+    def give_up(self):
+        raise panic("mid > len")
+
+    path = tmp_path / "tile.laz"
+    write_las(path, places)
+    monkeypatch.setattr(laspy.LasReader, "read", give_up)
+    with pytest.raises(InputError, match=r"tile.laz: is not a readable LAS file \(mid > len\)"):
+        read_cloud(path)
+    panic.__name__ = "KeyboardInterrupt"
+    with pytest.raises(BaseException, match="mid > len") as fault:
+        read_cloud(path)
+    assert not isinstance(fault.value, InputError)
+
+
 def test_a_header_of_too_many_points_is_refused(tmp_path, places):
     path = tmp_path / "tile.las"
     write_las(path, places)

@@ -20,6 +20,9 @@ _RECORD_BYTES = 54
 _COMPRESSION = 1000
 """No LAZ file is smaller than its points by more than this."""
 
+_PANIC = "PanicException"
+"""What a library written in Rust raises where it gives up, no `Exception`; no module has it."""
+
 
 def _laspy() -> ModuleType:
     try:
@@ -55,7 +58,9 @@ def read_las(path: Path, options: CloudOptions) -> FileColumns:
             points = reader.read()
     except InputError:
         raise
-    except Exception as error:  # laspy and its decompressor raise their own and bare ones
+    except BaseException as error:  # laspy and its decompressor raise their own and bare ones
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"is not a readable LAS file ({first})", path=path) from None
     if len(points.points) != header.point_count:

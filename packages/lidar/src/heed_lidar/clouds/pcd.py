@@ -27,6 +27,9 @@ _HEADER_BYTES = 65536
 _LZF_RATIO = 90
 """Three bytes of LZF stand for at most 264."""
 
+_MOST_VALUES = 2**16
+"""Of one point: descriptors of points have some hundreds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
@@ -107,7 +110,7 @@ def _parse_header(entries: dict[str, list[str]], size: int) -> _Header:
         points = int(entries["POINTS"][0])
     else:
         points = int(entries["WIDTH"][0]) * int(entries.get("HEIGHT", ["1"])[0])
-    if points < 0 or min(counts) < 1:
+    if points < 0 or min(counts) < 1 or sum(counts) > _MOST_VALUES:
         raise ValueError(f"{points} points, counts {counts}")
     data = entries["DATA"][0].lower()
     if data not in {"ascii", "binary", "binary_compressed"}:
