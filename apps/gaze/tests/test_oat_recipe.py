@@ -306,7 +306,7 @@ def test_a_damaged_picture_is_named(run: Path, data: Path, tmp_path: Path, conte
         ("train", "oat", "--data", root, "--out", tmp_path / "run", *TINY),
         ("predict", run, picture, "--out", tmp_path / "out", *CPU),
     ):
-        assert f"{picture}: is no picture that can be read" in fault(*words)
+        assert f"{picture}: cannot be read as a picture" in fault(*words)
 
 
 def test_pictures_and_targets_that_do_not_fit(run: Path, data: Path, tmp_path: Path):

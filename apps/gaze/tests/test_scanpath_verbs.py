@@ -147,7 +147,9 @@ def test_degrees_need_pictures_of_one_width(data: Path):
 def test_a_damaged_picture_is_named(data: Path, tmp_path: Path):
     picture = data / "images" / "a.png"
     picture.write_bytes(picture.read_bytes()[:60])
-    assert "a.png: is no picture" in refusal("view", data, "--out", tmp_path / "drawn")
+    assert "a.png: cannot be read as a picture" in refusal(
+        "view", data, "--out", tmp_path / "drawn"
+    )
 
 
 def test_labels_of_the_wrong_kind_are_named(data: Path, tmp_path: Path):

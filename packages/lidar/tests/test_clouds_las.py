@@ -52,7 +52,6 @@ def test_damaged_files_are_refused_in_one_line(tmp_path, places, name, cut):
 
 def test_a_decompressor_that_gives_up_is_told_in_one_line(tmp_path, places, monkeypatch):
     """lazrs, written in Rust, panics on some damaged files: with what is no `Exception`."""
-    laspy = pytest.importorskip("laspy")
     panic = type("PanicException", (BaseException,), {})
 
     def give_up(self):

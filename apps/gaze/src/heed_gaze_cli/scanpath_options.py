@@ -14,7 +14,7 @@ from heed_gaze.comparison.pairs import Labels, PairSettings
 from heed_gaze.comparison.scoring import CompareSettings
 from heed_gaze.metrics.scanmatch import ScanMatch
 from heed_gaze.metrics.simplification import Simplification
-from heed_gaze.readers.pictures import is_picture
+from heed_gaze.readers.pictures import is_picture, opened
 from heed_gaze.readers.reading import read_scanpaths
 from heed_gaze.readers.trials import OnError, Policy, ReadOptions
 from heed_runtime.options import CommonOptions, Flag, OptionalPath
@@ -116,16 +116,14 @@ def read_labels(folder: Path | None) -> dict[str, Labels]:
 
 
 def _label_map(path: Path) -> Labels:
-    from PIL import Image
-
-    try:
-        if path.suffix == ".npy":
+    if path.suffix != ".npy":
+        with opened(path) as picture:
+            values = np.asarray(picture)
+    else:
+        try:
             values = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path) as picture:
-                values = np.asarray(picture)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot be read ({error})", path=path) from None
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"cannot be read ({error})", path=path) from None
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise InputError(
             f"must be (rows, columns) of whole numbers, it is {values.shape} of {values.dtype}",

@@ -4,7 +4,6 @@ Images come as float32 `(channels, *spatial)`, masks as integers `(*spatial)`, b
 order of the file.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Literal
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from heed_core.errors import InputError
 
@@ -132,7 +131,7 @@ def _open_picture(path: Path) -> Image.Image:
         return Image.open(path)
     except FileNotFoundError:
         raise InputError("does not exist", path=path) from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise InputError(
             f"is not a readable picture ({_short(error)})", path=path, remedy=_READ_AGAIN
         ) from error
@@ -141,7 +140,7 @@ def _open_picture(path: Path) -> Image.Image:
 def _loaded(picture: Image.Image, path: Path) -> np.ndarray:
     try:
         return np.asarray(picture)
-    except (OSError, ValueError, SyntaxError, zlib.error, Image.DecompressionBombError) as error:
+    except Exception as error:
         raise InputError(
             f"is truncated or damaged ({_short(error)})", path=path, remedy=_READ_AGAIN
         ) from error

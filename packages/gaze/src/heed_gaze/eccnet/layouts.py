@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from heed_core.errors import InputError
 from heed_gaze.eccnet.arrays import read_numbers
@@ -36,6 +36,7 @@ from heed_gaze.eccnet.experiments import (
 )
 from heed_gaze.eccnet.search import Scene, SearchConfig
 from heed_gaze.eccnet.viewers import find_viewers, viewers_of
+from heed_gaze.readers.pictures import read_picture
 from heed_gaze.scanpaths import Scanpath
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -304,26 +305,6 @@ def _check_sizes(
         raise InputError(
             "is black: there is no target", path=file.truth, remedy="paint its place white"
         )
-
-
-def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture as RGB; greys become three equal channels.
-
-    Raises:
-        InputError: Not a picture, damaged, or too large to be one.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise InputError("no such file", path=path, remedy="check the path") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"cannot be read as a picture ({reason})", path=path, remedy="copy or remove the file"
-        ) from None
-    except Image.DecompressionBombError:
-        raise InputError("has too many pixels", path=path, remedy="make it smaller") from None
 
 
 def read_cells(path: Path) -> Bool[np.ndarray, "m h w"]:

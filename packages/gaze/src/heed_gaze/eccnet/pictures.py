@@ -24,7 +24,8 @@ from PIL import Image
 
 from heed_core.errors import InputError
 from heed_gaze.eccnet.experiments import EXPERIMENTS, item_picture
-from heed_gaze.eccnet.layouts import SUFFIXES, read_picture, resized
+from heed_gaze.eccnet.layouts import SUFFIXES, resized
+from heed_gaze.readers.pictures import read_picture
 
 Variant = Literal["none", "rot90", "fisheye", "grid"]
 SPLITS = ("train", "val", "test")

@@ -33,6 +33,7 @@ from heed_gaze.oat.shelves import (
     nearest_cells,
     reading_order,
 )
+from heed_gaze.readers.pictures import opened
 from heed_gaze.readers.reading import read_scanpaths
 from heed_gaze.readers.trials import OnError, Policy, ReadOptions
 from heed_gaze.scanpaths import Scanpath, ScanpathSet, Size
@@ -182,14 +183,9 @@ def read_mask(path: Path) -> UInt8[np.ndarray, "h w"]:
     Raises:
         InputError: It cannot be read.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            grey = picture if picture.mode in ("L", "P", "I", "I;16") else picture.convert("L")
-            return np.asarray(grey).astype(np.uint8)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"is no picture that can be read ({error})", path=path) from None
+    with opened(path) as picture:
+        grey = picture if picture.mode in ("L", "P", "I", "I;16") else picture.convert("L")
+        return np.asarray(grey).astype(np.uint8)
 
 
 def mask_cells(path: Path, count: int) -> Boxes:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
 from heed_core.errors import InputError
 from heed_gaze.scanpaths import Size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 FOLDERS = ("", "images", "stimuli", "STIMULI")
@@ -35,33 +41,36 @@ def find_pictures(root: Path) -> dict[str, Path]:
     return found
 
 
-def picture_size(path: Path) -> Size:
-    """Width and height of a picture file.
+@contextmanager
+def opened(path: Path) -> Iterator[Image]:
+    """A picture file, to be decoded while it is open.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: It is not there, damaged, or larger than pictures are.
     """
-    from PIL import Image
+    from PIL.Image import open as open_picture
 
     try:
-        with Image.open(path) as picture:
-            return picture.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"is no picture that can be read ({error})", path=path) from None
+        with open_picture(path) as picture:
+            yield picture
+    except FileNotFoundError:
+        raise InputError("no such file", path=path, remedy="check the path") from None
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
+        reason = str(error).partition("\n")[0].replace(str(path), "").strip(" '")
+        raise InputError(
+            f"cannot be read as a picture ({reason or type(error).__name__})",
+            path=path,
+            remedy="get the file again",
+        ) from None
+
+
+def picture_size(path: Path) -> Size:
+    """Width and height of a picture file; raises as `opened`."""
+    with opened(path) as picture:
+        return picture.size
 
 
 def read_picture(path: Path) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture in RGB.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"is no picture that can be read ({error})", path=path, remedy="get the file again"
-        ) from None
+    """A picture in RGB, greys as three equal channels; raises as `opened`."""
+    with opened(path) as picture:
+        return np.array(picture.convert("RGB"))

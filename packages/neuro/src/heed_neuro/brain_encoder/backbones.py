@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
 from heed_core.checkpoints import read_state
@@ -150,10 +150,12 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        reason = str(error).splitlines()[0].replace(str(path), "").strip(" '")
+    except Exception as error:  # Pillow's readers raise whatever they stumble over
+        reason = str(error).partition("\n")[0].replace(str(path), "").strip(" '")
         raise InputError(
-            f"cannot be read as an image ({reason})", path=path, remedy="replace it"
+            f"cannot be read as an image ({reason or type(error).__name__})",
+            path=path,
+            remedy="replace it",
         ) from None
 
 
