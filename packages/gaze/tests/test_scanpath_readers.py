@@ -214,6 +214,20 @@ def test_broken_trials_are_skipped_and_listed(tmp_path: Path):
         ("a.csv", "image,subject,index,x,y\na,1,0,3,left\n", "line 2: y is 'left'"),
         ("a.csv", "image,subject,index,x,y\na,1,0,3,4\na,1,0,3,4\n", "line 3 has the index"),
         ("a.csv", "image,subject,x,y,duration\na,1,3,4,-1\n", "duration is -1, below 0"),
+        (
+            "a.csv",
+            "image,subject,index,x,y,width,height\na,1,0,3,4,80,1e400\n",
+            "line 2: width and height must be from 1 to 1000000 pixels, got 80.0 and inf",
+        ),
+        ("a.csv", "image,subject,index,x,y,width,height\na,1,0,3,4,80,nan\n", "80.0 and nan"),
+        ("a.csv", "image,subject,index,x,y,width,height\na,1,0,3,4,-80,60\n", "-80.0 and 60.0"),
+        (
+            "a.json",
+            '{"scanpaths": [{"image": "a", "subject": "1", "x": [1], "y": [2], '
+            '"width": 1e400, "height": 60}]}',
+            "got inf and 60",
+        ),
+        ("a.json", '{"image_size": ["x", 60], "images": {"a": {}}}', "image_size: width and"),
         ("a.json", "", "is empty"),
         ("a.json", '{"scanpaths": [{"image": ', "no whole JSON"),
         ("a.json", "{}", "no scanpaths that are known"),

@@ -259,6 +259,23 @@ def test_a_broken_file_is_one_line_that_names_it(kind: str, said: str, tmp_path:
     assert "\n" not in str(caught.value)
 
 
+def test_any_damaged_byte_is_read_or_refused(tmp_path: Path):
+    """h5py raises RuntimeError, KeyError and others for damaged attributes and tables."""
+    path = tmp_path / "slide.h5"
+    with h5py.File(path, "w") as file:
+        file["features"], file["coords"] = FEATURES["s03"], COORDS["s03"]
+        file["coords"].attrs["patch_size_level0"] = 256
+    content = path.read_bytes()
+    refused = 0
+    for at in range(0, len(content), 3):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x7F]) + content[at + 1 :])
+        try:
+            read_bag(BagFile(name="slide", path=path))
+        except InputError as error:
+            refused += "\n" not in str(error)
+    assert refused > 20
+
+
 def test_check_lists_every_problem(tmp_path: Path):
     clam(tmp_path)
     (tmp_path / "h5_files" / "s04.h5").write_bytes(b"no")

@@ -144,6 +144,13 @@ def test_broken_records(tmp_path: Path):
         read_ecg(path)
 
 
+def test_a_signal_without_a_name(tmp_path: Path):
+    path = write(tmp_path, beats(100))
+    path.write_text(path.read_text().replace(" V6\n", "\n"))
+    with pytest.raises(InputError, match=r"rec\.hea: has no lead V6"):
+        read_ecg(path)
+
+
 def test_other_units_twice_and_empty(tmp_path: Path):
     path = write(tmp_path, beats(100))
     header = path.read_text()

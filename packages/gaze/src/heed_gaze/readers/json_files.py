@@ -21,7 +21,7 @@ import numpy as np
 
 from heed_core.errors import InputError
 from heed_gaze.readers.neutral import read_neutral_json
-from heed_gaze.readers.trials import Trials, build_trial, text_of
+from heed_gaze.readers.trials import Trials, build_trial, size_of, text_of
 from heed_gaze.scanpaths import Scanpath, Size
 
 COCO_SEARCH_SIZE: Size = (1680, 1050)
@@ -111,7 +111,7 @@ def _visions_facts(image: str, entry: Mapping[str, object]) -> dict[str, object]
         "image": image,
         "subject": text_of(entry.get("subject")),
         "task": text_of(entry.get("target_object")),
-        "size_px": _size(entry.get("image_width"), entry.get("image_height")),
+        "size_px": size_of(entry.get("image_width"), entry.get("image_height")),
         "target_box": (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None,
     }
 
@@ -171,7 +171,7 @@ def _sti_facts(image: str, entry: Mapping[str, object]) -> dict[str, object]:
     return {
         "image": image,
         "task": text_of(entry.get("target") or entry.get("cue")),
-        "size_px": _size(size["width"], size["height"]) if isinstance(size, Mapping) else None,
+        "size_px": size_of(size["width"], size["height"]) if isinstance(size, Mapping) else None,
         "target_box": target,
     }
 
@@ -194,7 +194,10 @@ def read_osie_json(path: Path, document: object) -> Trials:
     if not isinstance(images, Mapping):
         raise InputError("images must name the pictures", path=path)
     size = document.get("image_size")
-    shape = _size(*size) if isinstance(size, list) and len(size) == 2 else None
+    try:
+        shape = size_of(*size) if isinstance(size, list) and len(size) == 2 else None
+    except ValueError as error:
+        raise InputError(f"image_size: {error}", path=path) from None
     for image, entry in images.items():
         viewers = entry.get("subjects") if isinstance(entry, Mapping) else None
         if not isinstance(viewers, list):
@@ -278,12 +281,6 @@ def _positions(trial: Mapping[str, object], layout: Mapping[str, object]) -> tup
         raise IndexError("objects count from 0")
     chosen = boxes[objects]
     return (chosen[:, 0] + chosen[:, 2]) / 2, (chosen[:, 1] + chosen[:, 3]) / 2
-
-
-def _size(width: object, height: object) -> Size | None:
-    if not width or not height:
-        return None
-    return round(float(width)), round(float(height))  # type: ignore[arg-type]
 
 
 def _read_neutral(path: Path, document: object) -> Trials:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from heed_core.errors import InputError
-from heed_gaze.readers.trials import Trials, build_trial, text_of
+from heed_gaze.readers.trials import Trials, build_trial, size_of, text_of
 from heed_gaze.scanpaths import CSV_COLUMNS, Scanpath
 
 _NEEDED = ("image", "subject", "x", "y")
@@ -69,7 +69,10 @@ def _from_rows(path: Path, whole: dict[str, str], rows: list[_Row]) -> Scanpath 
         x, y = ([_number(row, name) for row in rows] for name in ("x", "y"))
     except ValueError as error:
         return InputError(str(error), path=path, remedy="correct the row")
-    width, height = size
+    try:
+        size_px = size_of(*(column and column[0] for column in size))
+    except ValueError as error:
+        return InputError(str(error), path=path, place=line, remedy="correct the row")
     return build_trial(
         path,
         line,
@@ -79,7 +82,7 @@ def _from_rows(path: Path, whole: dict[str, str], rows: list[_Row]) -> Scanpath 
         onset=known["onset"],
         objects=known["object"],
         facts={
-            "size_px": (round(width[0]), round(height[0])) if width and height else None,
+            "size_px": size_px,
             "split": rows[0][1].get("split") or "",
             **whole,
         },
@@ -134,10 +137,10 @@ def _from_record(path: Path, place: str, record: object) -> Scanpath | InputErro
         )
     width, height, box = (record.get(name) for name in ("width", "height", "target_box"))
     try:
-        size = (int(width), int(height)) if width and height else None
+        size = size_of(width, height)
         target = tuple(float(edge) for edge in box) if box else None
-    except (TypeError, ValueError):
-        return InputError("width, height and target_box must be numbers", path=path, place=place)
+    except (TypeError, ValueError) as error:
+        return InputError(f"width, height or target_box: {error}", path=path, place=place)
     if target is not None and len(target) != 4:
         return InputError("target_box must be x0, y0, x1, y1", path=path, place=place)
     names = ("image", "subject", "task", "condition", "split")

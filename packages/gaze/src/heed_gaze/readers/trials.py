@@ -24,6 +24,8 @@ Trials = Iterator[Scanpath | InputError]
 Policy = Literal["stop", "drop", "clip", "keep"]
 OnError = Literal["stop", "skip"]
 Facts = Mapping[str, object]
+LARGEST_SIDE = 1_000_000
+"""Of a picture, in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,26 @@ def build_trial(
         objects=columns["objects"].astype(np.int64) if objects is not None else None,
         **facts,  # type: ignore[arg-type]
     )
+
+
+def size_of(width: object, height: object) -> Size | None:
+    """Width and height of a picture in whole pixels; None where one of them is not given.
+
+    Raises:
+        ValueError: They are no numbers of pixels.
+    """
+    if not width or not height:
+        return None
+    try:
+        size = [float(side) for side in (width, height)]  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        size = [math.nan]
+    if not all(1 <= side <= LARGEST_SIDE for side in size):
+        raise ValueError(
+            f"width and height must be from 1 to {LARGEST_SIDE} pixels, got {width!r} and "
+            f"{height!r}"
+        )
+    return round(size[0]), round(size[1])
 
 
 def _numbers(values: object, name: str) -> Float64[np.ndarray, " n"]:

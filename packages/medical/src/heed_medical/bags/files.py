@@ -81,8 +81,14 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
         raise InputError(
             f"is not a readable h5 file ({reason})", path=path, remedy=_READ_AGAIN
         ) from None
-    with file:
-        yield file
+    try:
+        with file:
+            yield file
+    except InputError:
+        raise
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:  # of h5py
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"is damaged ({reason})", path=path, remedy=_READ_AGAIN) from None
 
 
 def slide_groups(path: Path) -> dict[str, str | None]:

@@ -64,11 +64,12 @@ def read_ecg(path: Path, *, missing_leads: Literal["error", "zero"] = "error") -
         raise InputError("has no signals", path=header, remedy="copy the record again")
     if not rate > 0:
         raise InputError(f"has the sampling rate {rate:g} Hz", path=header)
-    columns = _columns(record.sig_name, header)
+    names = [str(name or "") for name in record.sig_name or ()]
+    columns = _columns(names, header)
     absent = tuple(lead for lead in LEADS if lead not in columns)
     if absent and (missing_leads == "error" or len(absent) == len(LEADS)):
         raise InputError(
-            f"has no lead {', '.join(absent)} (its signals: {', '.join(record.sig_name)})",
+            f"has no lead {', '.join(absent)} (its signals: {', '.join(names)})",
             path=header,
             remedy="rename the leads in the header, or --data.missing-leads zero fills them with 0",
         )
@@ -76,7 +77,7 @@ def read_ecg(path: Path, *, missing_leads: Literal["error", "zero"] = "error") -
     for row, lead in enumerate(LEADS):
         if lead in columns:
             number = columns[lead]
-            leads[row] = signals[:, number] * _factor(record.units[number], lead, header)
+            leads[row] = signals[:, number] * _factor(str(record.units[number] or ""), lead, header)
     return Ecg(leads_mv=_checked(leads, header), rate_hz=rate, missing=absent)
 
 
