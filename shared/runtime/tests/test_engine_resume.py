@@ -204,6 +204,14 @@ def test_a_finished_run_can_be_resumed_and_lost_results_come_back(uninterrupted,
     assert_same_run(uninterrupted, run)
 
 
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_damaged_checkpoint_is_one_line(uninterrupted, tmp_path, capsys, name):
+    run = shutil.copytree(uninterrupted, tmp_path / "copy")
+    (run / "checkpoints" / name).write_bytes(b"no checkpoint")
+    train("--resume", run, code=2)
+    assert f"{name}: is not a checkpoint that can be resumed" in capsys.readouterr().err
+
+
 def test_resume_refuses_what_it_would_ignore(uninterrupted, capsys):
     for words, hint in [
         (("--training.lr", 0.5), "training.lr cannot be changed"),

@@ -255,3 +255,29 @@ def test_settings_that_are_not_finite_survive_the_model_folder(tmp_path: Path) -
     run.save_model(RECIPE.model(settings))
     run.model_folder.rename(tmp_path / "alone")
     assert Run.open(tmp_path / "alone", APP).settings == settings
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{", b"[1]", b"3", b"[" * 100_000])
+def test_a_damaged_environment_is_one_line(tmp_path: Path, content: bytes) -> None:
+    run = Run(path=tmp_path, system="tokens", settings=None)
+    assert run.facts() == {}
+    run.update_environment({"data": 1})
+    assert run.facts() == {"data": 1}
+    run.environment.write_bytes(content)
+    with pytest.raises(InputError, match=r"environment\.json: is no whole JSON document") as fault:
+        run.update_environment({"data": 2})
+    assert "\n" not in str(fault.value)
+    assert run.environment.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"epoch,loss\n1,\xff\n", b"loss\n1\n", b"epoch\n1,2\n", b"epoch\nx\n"],
+)
+def test_a_damaged_table_of_epochs_is_one_line(tmp_path: Path, content: bytes) -> None:
+    run = Run(path=tmp_path, system="tokens", settings=None)
+    run.log_epoch({"epoch": 1, "loss": 0.5})
+    run.metrics_csv.write_bytes(content)
+    with pytest.raises(InputError, match=r"metrics\.csv: is no table of the numbers of epochs"):
+        run.log_epoch({"epoch": 2, "loss": 0.4})
+    assert run.metrics_csv.read_bytes() == content

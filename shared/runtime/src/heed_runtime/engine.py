@@ -105,7 +105,7 @@ def fit(
     seed_everything(settings.seed)
     model = recipe.model(run.settings)
     if (initial := run.checkpoints / INITIAL).exists():
-        model.load_state_dict(AtomicCheckpoints().load_checkpoint(initial)["model"])
+        model.load_state_dict(_checkpoint(initial)["model"])
     elif not (run.checkpoints / LAST).exists():
         recipe.start(run.settings, model)
     choose_impl(model, impl)
@@ -334,17 +334,18 @@ class _Use(BasePredictionWriter):
 
 def _resumable(path: Path) -> bool:
     """Whether a checkpoint was written; raises `InputError` if it cannot be read."""
-    if not path.exists():
-        return False
+    return path.exists() and bool(_checkpoint(path))
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
     try:
-        AtomicCheckpoints().load_checkpoint(path)
+        return AtomicCheckpoints().load_checkpoint(path)
     except Exception as error:
         raise InputError(
             f"is not a checkpoint that can be resumed ({type(error).__name__})",
             path=path,
             remedy="remove the file to train from the beginning",
         ) from error
-    return True
 
 
 def _close(
@@ -375,7 +376,7 @@ def _save_kept_model(
         return
     best = run.checkpoints / BEST
     if best.exists() and not keeper.better(at_end):
-        weights = AtomicCheckpoints().load_checkpoint(best)["model"]
+        weights = _checkpoint(best)["model"]
         row.clear()
         row.update(keeper.best_row)
     model = recipe.model(run.settings)

@@ -177,8 +177,25 @@ class Run:
 
     def update_environment(self, values: Mapping[str, object]) -> None:
         """Add facts that were not known at first, such as the data's fingerprint."""
-        old = json.loads(self.environment.read_text()) if self.environment.exists() else {}
-        write_json(self.environment, {**old, **values})
+        write_json(self.environment, {**self.facts(), **values})
+
+    def facts(self) -> dict[str, Any]:
+        """What `environment.json` says; empty without it.
+
+        Raises:
+            InputError: It is damaged.
+        """
+        if not self.environment.exists():
+            return {}
+        try:
+            facts = json.loads(self.environment.read_text(encoding="utf-8"))
+            return {**facts}
+        except (ValueError, TypeError, RecursionError):
+            raise InputError(
+                "is no whole JSON document",
+                path=self.environment,
+                remedy="remove the file: what the run was made on is then not known",
+            ) from None
 
     def save_model(self, model: nn.Module) -> None:
         """Write the weights and the settings that rebuild the model, each as a whole."""
@@ -217,14 +234,28 @@ class Run:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def metrics(self) -> list[dict[str, float | None]]:
-        """The rows of `metrics.csv`; None where a field is empty."""
+        """The rows of `metrics.csv`; None where a field is empty.
+
+        Raises:
+            InputError: It is damaged.
+        """
         if not self.metrics_csv.exists():
             return []
-        with self.metrics_csv.open(newline="", encoding="utf-8") as file:
-            return [
-                {key: float(value) if value else None for key, value in row.items()}
-                for row in csv.DictReader(file)
-            ]
+        try:
+            with self.metrics_csv.open(newline="", encoding="utf-8") as file:
+                rows = [
+                    {key: float(value) if value else None for key, value in row.items()}
+                    for row in csv.DictReader(file)
+                ]
+            if all(set(row) == set(rows[0]) and "epoch" in row for row in rows):
+                return rows
+        except (ValueError, TypeError, csv.Error):
+            pass
+        raise InputError(
+            "is no table of the numbers of epochs",
+            path=self.metrics_csv,
+            remedy="remove the file: the epochs so far are then not listed",
+        )
 
     def log_epoch(self, row: Mapping[str, float | None]) -> None:
         """Write the row of an epoch; rows of this and later epochs, left by an earlier try, go."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -144,9 +143,7 @@ def uses_sample(run: Run) -> bool:
 
 
 def _data_facts(run: Run) -> dict[str, Any]:
-    if not run.environment.exists():
-        return {}
-    facts = json.loads(run.environment.read_text(encoding="utf-8")).get("data")
+    facts = run.facts().get("data")
     return facts if isinstance(facts, dict) else {}
 
 
