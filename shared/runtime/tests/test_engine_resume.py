@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -149,6 +150,40 @@ def test_the_average_is_what_is_validated_and_kept(data, tmp_path):
     assert max(float((mean[key] - value).abs().max()) for key, value in plain.items()) > 1e-4
     rows = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("plain", "mean")]
     assert rows[0]["metrics"]["val/loss"] != rows[1]["metrics"]["val/loss"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Lightning, about the sizes of such a small training
+def test_what_a_validation_notes_stays_with_the_average(tmp_path):
+    """A threshold that is fitted in validation belongs to the weights that were validated."""
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.register_buffer("noted", torch.full((), 9.0))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+        def training_step(self, batch, index):
+            return -self.weight
+
+        def validation_step(self, batch, index):
+            pass
+
+        def on_validation_epoch_end(self):
+            self.noted.copy_(self.weight)
+
+    module, averaged = Module(), callbacks.Averaged(0.9)
+    data = torch.utils.data.DataLoader(torch.zeros(3, 1))
+    trainer = L.Trainer(
+        max_epochs=2, callbacks=[averaged], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, data, data)
+    assert float(module.noted) == float(module.weight)
+    assert 0.0 < float(module.weight) < 6.0
 
 
 def test_averages_forget_the_first_weights_and_keep_whole_numbers():

@@ -171,6 +171,17 @@ class Averaged(WeightAveraging):
     def __init__(self, decay: float) -> None:
         super().__init__(avg_fn=partial(_average, decay))
 
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the average in place.
+
+        The module's own hook comes after this one, and may note in the model what belongs to the
+        weights that were validated, such as a threshold.
+        """
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the module its weights back."""
+        super().on_validation_epoch_end(trainer, pl_module)
+
     @contextmanager
     def in_place(self, module: L.LightningModule) -> Iterator[None]:
         """Let the module have the average as its weights."""
