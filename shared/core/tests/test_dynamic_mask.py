@@ -323,3 +323,26 @@ def test_gathering_by_indices_serves_causal_calls() -> None:
     crossing = DynamicMaskAttention(16, heads=4, keep=3, causal=False, gather="torch")
     with pytest.raises(ValueError, match="gather='torch' serves causal=True"):
         crossing(torch.randn(1, 9, 16))
+
+
+@pytest.mark.parametrize("pairs", [1, 3000, 10**9])
+@pytest.mark.parametrize("padded", [False, True])
+def test_blocks_in_pieces_are_blocks_at_once(
+    pairs: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heed_core.attention.dynamic_mask.PAIRS", pairs)
+    monkeypatch.setattr("heed_core.attention.dynamic_mask.BLOCK", 7)
+    torch.manual_seed(0)
+    query = torch.randn(2, 40, 4, 8, dtype=torch.float64).transpose(1, 2)
+    key, value = torch.randn(2, 2, 45, 2, 8, dtype=torch.float64).transpose(2, 3)
+    scores = torch.rand(2, 2, 45, dtype=torch.float64)
+    real = torch.arange(45) >= torch.tensor([[0], [11]]) if padded else None
+    given = {"keep": 5, "causal": True, "padding_mask": real}
+    wanted = dynamic_mask_attention(
+        query, key, value, scores, mask=torch.ones(1, 1, dtype=torch.bool), **given
+    )
+    with torch.no_grad():
+        found = dynamic_mask_attention(query, key, value, scores, **given)
+        dense = dynamic_mask_attention(query, key.contiguous(), value.contiguous(), scores, **given)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(dense, wanted)

@@ -494,15 +494,17 @@ def _in_blocks(
     if compiling or torch.is_grad_enabled() or 2 * pairs * index.shape[2] <= 3 * PAIRS:
         rows = split(query, block)
         return join(_of_blocks(site, rows, key, value, scores, index, kept), queries)
-    mixed = value.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
-    step = max(1, PAIRS // pairs)
+    whole, step = None, max(1, PAIRS // pairs)
     for first in range(0, index.shape[2], step):
         some = slice(first, first + step)
         tokens = slice(first * block, (first + step) * block)
         rows = split(query[:, :, tokens], block)
         part = _of_blocks(site, rows, key, value, scores, index[:, :, some], kept[:, :, some])
-        mixed[:, :, tokens] = join(part, mixed[:, :, tokens].shape[2])
-    return mixed
+        if whole is None:  # tokens before heads, as what follows wants them
+            whole = part.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+        whole[:, :, tokens] = join(part, whole[:, :, tokens].shape[2])
+    assert whole is not None
+    return whole
 
 
 def _of_blocks(
