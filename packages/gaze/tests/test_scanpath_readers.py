@@ -255,6 +255,16 @@ def test_a_truncated_matlab_file_is_named(tmp_path: Path):
         read_scanpaths(tmp_path)
 
 
+def test_a_matlab_file_that_takes_scipy_down_is_named(tmp_path: Path):
+    """One byte of the third array's tag: scipy's reader ends its process with a signal."""
+    file = osie_mat(tmp_path) / "fixations.mat"
+    content = bytearray(file.read_bytes())
+    content[921] = 61
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"fixations\.mat: is no whole MATLAB file"):
+        read_scanpaths(tmp_path)
+
+
 def test_an_empty_folder_is_named(tmp_path: Path):
     with pytest.raises(InputError, match="holds no file of scanpaths"):
         read_scanpaths(tmp_path)

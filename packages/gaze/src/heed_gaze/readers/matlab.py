@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +50,23 @@ def read_osie_mat(path: Path) -> Trials:
             )
 
 
+_TRY = """
+import sys
+from scipy.io import loadmat
+loadmat(sys.argv[1], struct_as_record=False, squeeze_me=True, variable_names="fixations")
+"""
+"""Ends with 0 or with a Python error, 1, unless the reader takes the process down."""
+
+
 def _variable(path: Path) -> np.ndarray:
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
+    # On some damaged files scipy's reader ends the whole process: another one goes first.
+    tried = subprocess.run(
+        [sys.executable, "-c", _TRY, str(path)], capture_output=True, check=False
+    )
+    if tried.returncode not in (0, 1):
+        raise InputError("is no whole MATLAB file", path=path, remedy="get the file again")
     try:
         found = loadmat(path, struct_as_record=False, squeeze_me=True, variable_names="fixations")
     except NotImplementedError:
