@@ -204,6 +204,9 @@ def test_features_of_pictures_are_trained_on(tmp_path: Path):
         rows.append(f"p{number}.png,{number % 2}")
     bags = tmp_path / "bags"
     words = ("features", tmp_path / "images", "--encoder", "resnet10t", "--out", bags)
+    code, err = said(*words, "--tiling.tile", 32, "--tissue.saturation", 1.0)
+    assert code == 2
+    assert "shows no tissue" in err  # nothing was made, so that other settings may be tried
     found = call(APP, *words, "--tiling.tile", 32)
     assert {(row["patches"], row["channels"]) for row in found["slides"]} == {(9, 512)}
     again = call(APP, *words, "--tiling.tile", 32)

@@ -227,6 +227,17 @@ def test_broken_trials_are_skipped_and_listed(tmp_path: Path):
             '"width": 1e400, "height": 60}]}',
             "got inf and 60",
         ),
+        (
+            "a.json",
+            f'[{{"name": "a", "X": [{10**400}], "Y": [1]}}]',
+            "X holds something that is not a number|x holds something that is not a number",
+        ),
+        (
+            "a.json",
+            '{"scanpaths": [{"image": "a", "subject": "1", "x": [1], "y": [2], '
+            f'"width": {10**400}, "height": 60}}]}}',
+            "width and height must be from 1",
+        ),
         ("a.json", '{"image_size": ["x", 60], "images": {"a": {}}}', "image_size: width and"),
         ("a.json", "", "is empty"),
         ("a.json", '{"scanpaths": [{"image": ', "no whole JSON"),

@@ -310,5 +310,9 @@ def test_points_in_parts_have_the_logits_of_all_at_once(
     wanted = network(points, index).logits
     assert wanted.requires_grad
     monkeypatch.setattr("heed_lidar.cylinder3d.network.POINTS_AT_ONCE", 37)
+    parts: list[int] = []
+    network.points.register_forward_hook(lambda *_: parts.append(0))
+    network.points.norm.register_forward_hook(lambda _, given, __: parts.append(len(given[0])))
     with torch.no_grad():
         torch.testing.assert_close(network(points, index).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert parts == [37] * 8 + [300 - 8 * 37, 0]

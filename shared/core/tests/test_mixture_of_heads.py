@@ -172,6 +172,17 @@ def test_a_head_that_nobody_chooses_is_skipped_whole() -> None:
     torch.testing.assert_close(skipping(x).output, dense(x).output)
 
 
+def test_heads_that_are_chosen_as_often_run_in_one_call() -> None:
+    """Gates of 8 tokens: heads 1 to 3 for half of them, head 4 for one, head 5 for none."""
+    module = MixtureOfHeads(12, heads=6, shared=1, active=1, skip=True)
+    gates = torch.zeros(1, 8, 6)
+    gates[:, ::2, 1:4], gates[:, 3, 4] = 1.0, 1.0
+    assert module._alike(gates, None, single=False) == [([1, 2, 3], 4), ([4], 1)]
+    alone = [([1], 4), ([2], 4), ([3], 4), ([4], 1)]
+    assert module._alike(gates, None, single=True) == alone
+    assert module._alike(gates, 5, single=False) == [([1, 2, 3, 4, 5], 5)]
+
+
 def test_operations_fall_with_the_share_of_heads_in_use() -> None:
     """What is left: keys and values whole, the rest in the share (S + K) / H of heads."""
     n, c, heads = 64, 96, 12

@@ -594,5 +594,8 @@ def test_norms_in_place_are_those_with_gradients(made: dict[str, bool], count: i
     rows = torch.randn(count, 3, dtype=torch.float64)
     wanted = activate_norm_(norm, rows.clone())
     with torch.no_grad():
-        torch.testing.assert_close(activate_norm_(norm, rows.clone()), wanted)
+        given = rows.clone()
+        found = activate_norm_(norm, given)
+        torch.testing.assert_close(found, wanted)
+        assert (found is given) == (not made)  # overwritten where the norm is fixed
         torch.testing.assert_close(wanted, norm(F.leaky_relu(rows)) if count else rows)

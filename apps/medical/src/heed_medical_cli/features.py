@@ -95,15 +95,13 @@ def _keep_settings(options: Options) -> None:
         **{f"tiling.{key}": value for key, value in asdict(options.tiling).items()},
         **{f"tissue.{key}": value for key, value in asdict(options.tissue).items()},
     }
-    if not path.exists():
-        if any(path.parent.glob("*.h5")):
-            raise InputError(
-                "holds features that were made elsewhere",
-                path=path.parent,
-                remedy="give another --out",
-            )
+    if not any(path.parent.glob("*.h5")):
         write_yaml(path, used, comment="How the features in this folder were made.")
         return
+    if not path.exists():
+        raise InputError(
+            "holds features that were made elsewhere", path=path.parent, remedy="give another --out"
+        )
     before = read_yaml(path)
     for name, value in used.items():
         if before.get(name) != value:

@@ -78,7 +78,7 @@ class TrainerSettings:
     """Largest norm of the gradient. None: not clipped."""
     average: float | None = None
     """Validate and keep a running average of the weights, with this decay per step (0.99 to
-    0.9999): steadier for small batches. None: the weights themselves."""
+    0.9999). None: the weights themselves."""
     precision: Annotated[Literal["32-true", "bf16-mixed", "16-mixed"], _plain_name] = "32-true"
     """Arithmetic of the forward and backward passes."""
     device: Annotated[Literal["auto", "cpu", "cuda"], _plain_name] = "auto"

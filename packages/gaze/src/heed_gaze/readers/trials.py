@@ -109,7 +109,7 @@ def size_of(width: object, height: object) -> Size | None:
         return None
     try:
         size = [float(side) for side in (width, height)]  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         size = [math.nan]
     if not all(1 <= side <= LARGEST_SIDE for side in size):
         raise ValueError(
@@ -122,7 +122,7 @@ def size_of(width: object, height: object) -> Size | None:
 def _numbers(values: object, name: str) -> Float64[np.ndarray, " n"]:
     try:
         found = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} holds something that is not a number") from None
     if found.ndim != 1:
         raise ValueError(f"{name} must be a list of numbers, its shape is {found.shape}")
