@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_neuro.brain_encoder.backbones import BackboneConfig
 from heed_neuro.brain_encoder.routing import routed_representation
 from heed_neuro.brain_encoder.source import FeatureSource
@@ -110,7 +110,7 @@ def read_matrices(path: Path, images: int, names: tuple[str, ...]) -> dict[str, 
             tables = {name: file[name] for name in file.files if file[name].dtype.kind in "fiu"}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"cannot be read ({str(error).splitlines()[0]})", path=path, remedy="copy it again"
+            f"cannot be read ({reason_of(error)})", path=path, remedy="copy it again"
         ) from None
     square = {n: a for n, a in tables.items() if a.ndim > 1 and a.shape[-1] == a.shape[-2]}
     if missing := [name for name in names if name not in square]:

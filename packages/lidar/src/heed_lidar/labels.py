@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from jaxtyping import Int64, Integer, UInt8, UInt32
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 
 IGNORE = 0
 """The class of points that count for nothing."""
@@ -294,7 +294,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
+        first = reason_of(error)
         raise InputError(f"is not yaml ({first})", path=path) from None
     if not isinstance(content, dict):
         raise InputError("is not a table of keys", path=path, remedy="give a label map")

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 from PIL import Image
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -133,7 +133,7 @@ def _open_picture(path: Path) -> Image.Image:
         raise InputError("does not exist", path=path) from None
     except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise InputError(
-            f"is not a readable picture ({_short(error)})", path=path, remedy=_READ_AGAIN
+            f"is not a readable picture ({reason_of(error)})", path=path, remedy=_READ_AGAIN
         ) from error
 
 
@@ -142,7 +142,7 @@ def _loaded(picture: Image.Image, path: Path) -> np.ndarray:
         return np.asarray(picture)
     except Exception as error:
         raise InputError(
-            f"is truncated or damaged ({_short(error)})", path=path, remedy=_READ_AGAIN
+            f"is truncated or damaged ({reason_of(error)})", path=path, remedy=_READ_AGAIN
         ) from error
 
 
@@ -208,7 +208,7 @@ def _open_nifti(path: Path) -> nib.Nifti1Pair:
         raise InputError("does not exist", path=path) from None
     except Exception as error:  # nibabel lets the faults of zlib, struct and numpy through
         raise InputError(
-            f"is not a readable NIfTI file ({_short(error)})", path=path, remedy=_READ_AGAIN
+            f"is not a readable NIfTI file ({reason_of(error)})", path=path, remedy=_READ_AGAIN
         ) from error
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"is a {type(image).__name__}, not NIfTI", path=path)
@@ -222,7 +222,7 @@ def _nifti_values(image: nib.Nifti1Pair, path: Path) -> np.ndarray:
         raise
     except Exception as error:  # nibabel lets the faults of zlib, struct and numpy through
         raise InputError(
-            f"is truncated or damaged ({_short(error)})", path=path, remedy=_READ_AGAIN
+            f"is truncated or damaged ({reason_of(error)})", path=path, remedy=_READ_AGAIN
         ) from error
 
 
@@ -314,9 +314,3 @@ def same_geometry(
 def shape_text(shape: Sequence[int]) -> str:
     """A shape for messages: `(34, 52, 35)` -> `34 x 52 x 35`."""
     return " x ".join(str(n) for n in shape)
-
-
-def _short(error: BaseException) -> str:
-    """The first line of an error's text, its type where it has none."""
-    text = str(error).strip()
-    return (text.splitlines()[0] if text else type(error).__name__)[:120]

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from scipy import signal  # type: ignore[import-untyped]
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_neuro.noise_ceiling import pearson
 from heed_neuro.ridge import RidgeOptions, ridge_cv
 
@@ -78,7 +78,7 @@ def read_blocks(path: Path) -> BlockDesign:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"cannot be read ({str(error).splitlines()[0]})", path=path, remedy="copy it again"
+            f"cannot be read ({reason_of(error)})", path=path, remedy="copy it again"
         ) from None
     if bold.ndim != 2 or labels.shape != runs.shape or labels.shape != bold.shape[:1]:
         raise InputError(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 
 State = dict[str, Tensor]
 """Tensors by name."""
@@ -46,7 +46,7 @@ def read_state(path: Path | str) -> State:
             remedy="save model.state_dict() again, best as .safetensors",
         ) from error
     except Exception as error:  # torch's reader lets anything escape from a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise InputError(
             f"cannot be read as weights ({reason})", path=path, remedy="copy the file again"
         ) from error

@@ -42,3 +42,20 @@ class MissingExtra(ImportError):  # noqa: N818 (reads as what happened)
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed; install it with: pip install '{extra}'")
+
+
+def reason_of(error: BaseException, path: str | Path | None = None) -> str:
+    """What a library says of a fault, to be quoted in one line: at most 120 characters.
+
+    Args:
+        error: Of the library.
+        path: Is left out, since the line that quotes names it already.
+
+    Example:
+        >>> reason_of(OSError("cannot read 'a.png'"), "a.png"), reason_of(EOFError())
+        ('cannot read', 'EOFError')
+    """
+    text = next(iter(str(error).strip().splitlines()), "")
+    if path is not None:
+        text = text.replace(str(path), "").strip(" '")
+    return text[:120] or type(error).__name__

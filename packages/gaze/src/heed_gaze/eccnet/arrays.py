@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 
 
 def read_numbers(path: Path, axes: Sequence[str], *, remedy: str | None = None) -> np.ndarray:
@@ -25,7 +25,7 @@ def read_numbers(path: Path, axes: Sequence[str], *, remedy: str | None = None) 
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(
-            f"cannot be read as an array ({str(error).splitlines()[0]})",
+            f"cannot be read as an array ({reason_of(error)})",
             path=path,
             remedy="write it with numpy.save",
         ) from None

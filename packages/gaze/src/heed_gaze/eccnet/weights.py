@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from heed_core.checkpoints import State, fill, read_state
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_gaze.eccnet.network import CONVS, EccNet
 
 CONV_NAMES = tuple(f"block{b}_conv{c}" for b, n in enumerate(CONVS, 1) for c in range(1, n + 1))
@@ -109,7 +109,7 @@ def _read_hdf5(path: Path) -> State:
             file.visititems(visit)
     except OSError as error:
         raise InputError(
-            f"cannot be read as HDF5 ({str(error).splitlines()[0]})",
+            f"cannot be read as HDF5 ({reason_of(error)})",
             path=path,
             remedy="copy the file again",
         ) from None

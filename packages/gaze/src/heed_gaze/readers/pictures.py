@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_gaze.scanpaths import Size
 
 if TYPE_CHECKING:
@@ -56,9 +56,8 @@ def opened(path: Path) -> Iterator[Image]:
     except FileNotFoundError:
         raise InputError("no such file", path=path, remedy="check the path") from None
     except Exception as error:  # Pillow's readers raise whatever they stumble over
-        reason = str(error).partition("\n")[0].replace(str(path), "").strip(" '")
         raise InputError(
-            f"cannot be read as a picture ({reason or type(error).__name__})",
+            f"cannot be read as a picture ({reason_of(error, path)})",
             path=path,
             remedy="get the file again",
         ) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Num, Shaped
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_lidar.clouds.cloud import CloudOptions, FileColumns
 
 KITTI = ("x", "y", "z", "intensity")
@@ -59,7 +59,7 @@ def read_npy(path: Path, options: CloudOptions) -> FileColumns:
     try:
         array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # of numpy, and of the parser of the header
-        raise InputError(f"is not a numpy array ({_line(error)})", path=path) from None
+        raise InputError(f"is not a numpy array ({reason_of(error)})", path=path) from None
     return FileColumns(values=_columns_of(array, options.columns, path=path))
 
 
@@ -74,7 +74,7 @@ def read_npz(path: Path, options: CloudOptions) -> FileColumns:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # of numpy, zipfile and zlib
-        raise InputError(f"is not an archive of arrays ({_line(error)})", path=path) from None
+        raise InputError(f"is not an archive of arrays ({reason_of(error)})", path=path) from None
     points = next((name for name in _POINT_ARRAYS if name in arrays), None)
     if "xyz" in arrays:
         xyz = arrays.pop("xyz")
@@ -142,7 +142,3 @@ def _numbers(
                 path=path,
             )
     return values
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Num, UInt8
 
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 from heed_lidar.clouds.cloud import CloudOptions, FileColumns
 
 CLOUD_TYPE = "sensor_msgs/msg/PointCloud2"
@@ -117,7 +117,7 @@ class _Recording:
         self._finish()
 
     def _damaged(self, error: Exception) -> InputError:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = reason_of(error)
         return InputError(
             f"is not a readable recording ({first})",
             path=self._path,

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float32, Float64, Integer, UInt8
 
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 from heed_lidar.clouds.cloud import CloudOptions, FileColumns
 
 SCALE_M = 0.001
@@ -61,7 +61,7 @@ def read_las(path: Path, options: CloudOptions) -> FileColumns:
     except BaseException as error:  # laspy and its decompressor raise their own and bare ones
         if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
             raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = reason_of(error)
         raise InputError(f"is not a readable LAS file ({first})", path=path) from None
     if len(points.points) != header.point_count:
         raise InputError(

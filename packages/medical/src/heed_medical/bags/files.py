@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int64
 
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 from heed_medical.bags.bag import Bag, BagFile, patch_side
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(
             f"is not a readable h5 file ({reason})", path=path, remedy=_READ_AGAIN
         ) from None
@@ -87,7 +87,7 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
     except InputError:
         raise
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:  # of h5py
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"is damaged ({reason})", path=path, remedy=_READ_AGAIN) from None
 
 
@@ -141,7 +141,7 @@ def _read_h5(file: BagFile) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
                 name: item[()] for name, item in node.items() if isinstance(item, h5py.Dataset)
             }
         except OSError as error:
-            reason = str(error).partition("\n")[0]
+            reason = reason_of(error)
             raise InputError(
                 f"is damaged ({reason})", path=file.path, place=file.group, remedy=_READ_AGAIN
             ) from None
@@ -171,7 +171,7 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader lets anything escape from a damaged file
-        reason = (str(error) or type(error).__name__).partition("\n")[0][:120]
+        reason = reason_of(error)
         raise InputError(f"cannot be read ({reason})", path=path, remedy=_READ_AGAIN) from None
     named = loaded if isinstance(loaded, Mapping) else {"features": loaded}
     tensors = {str(k): x for k, x in named.items() if isinstance(x, torch.Tensor)}
@@ -184,7 +184,7 @@ def _read_numpy(path: Path) -> Mapping[str, Any]:
             loaded = np.load(file, allow_pickle=False)
             return dict(loaded) if path.suffix.lower() == ".npz" else {"features": loaded}
     except Exception as error:  # a zip or numpy fault of any kind
-        reason = str(error).partition("\n")[0][:120]
+        reason = reason_of(error)
         raise InputError(f"cannot be read ({reason})", path=path, remedy=_READ_AGAIN) from None
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float64
 
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 """The order in which leads come out."""
@@ -106,7 +106,7 @@ def _record(stem: Path, header: Path) -> Any:
         name = Path(str(error.filename or "")).name or "its signal file"
         raise InputError(f"names {name}, which does not exist", path=header) from None
     except Exception as error:  # wfdb lets the faults of numpy and of its parser through
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        reason = reason_of(error)
         raise InputError(
             f"is truncated or no WFDB record ({reason})",
             path=header,

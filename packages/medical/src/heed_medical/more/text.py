@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 from heed_medical.more.towers import initial_std
 
 START, PADDING, END = 0, 1, 2
@@ -160,7 +160,7 @@ class TextTower(nn.Module):
         try:
             found = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # of many kinds, for a damaged or foreign folder
-            reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+            reason = reason_of(error)
             raise InputError(f"cannot be read as a text model ({reason})", path=folder) from error
         theirs = found.state_dict()
         own = self.encoder.state_dict()
@@ -232,7 +232,7 @@ def tokenizer_json(folder: Path) -> bytes:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         text: str = tokenizer.backend_tokenizer.to_str()
     except Exception as error:  # of many kinds, for a damaged or foreign folder
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        reason = reason_of(error)
         raise InputError(f"has no tokenizer that can be read ({reason})", path=folder) from error
     found = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     if found != (START, PADDING, END):

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
 from heed_core.checkpoints import read_state
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet, which most encoders of histology were trained with."""
@@ -54,7 +54,7 @@ class Encoder:
         try:
             found = self.network((pixels - self._mean) / self._std)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0][:160]
+            reason = reason_of(error)
             raise InputError(
                 f"the encoder does not take {len(tiles)} tiles of {tiles.shape[1]} pixels "
                 f"({reason})",
@@ -93,7 +93,7 @@ def _exported(path: Path, device: str) -> Network:
     try:
         network = torch.export.load(path).module()
     except Exception as error:  # the loader lets anything escape from a damaged file
-        reason = (str(error) or type(error).__name__).partition("\n")[0][:120]
+        reason = reason_of(error)
         raise InputError(f"is not a program of torch.export ({reason})", path=path) from None
     return network.to(device)
 

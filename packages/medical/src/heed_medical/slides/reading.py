@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 from heed_medical.images import PICTURE_SUFFIXES
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif")
@@ -59,7 +59,7 @@ def open_slide(path: Path) -> Iterator[Slide]:
         slide = tiffslide.TiffSlide(path)
     except Exception as error:  # tifffile lets anything escape from a damaged file
         raise InputError(
-            f"is not a slide that can be read ({_reason(error)})",
+            f"is not a slide that can be read ({reason_of(error)})",
             path=path,
             remedy=f"give one of {', '.join((*SLIDE_SUFFIXES, *PLAIN_SUFFIXES))}",
         ) from None
@@ -92,7 +92,7 @@ class _Pyramid:
             picture = self._slide.read_region((x, y), level, (pixels, pixels))
         except Exception as error:  # a damaged tile, a missing decoder
             raise InputError(
-                f"the square at x={x}, y={y} cannot be read ({_reason(error)})", path=self._path
+                f"the square at x={x}, y={y} cannot be read ({reason_of(error)})", path=self._path
             ) from None
         return self._white_beyond(_pixels(picture, (out, out)), x, y, side)
 
@@ -100,7 +100,7 @@ class _Pyramid:
         try:
             picture = self._slide.get_thumbnail((side, side))
         except Exception as error:
-            raise InputError(f"cannot be read ({_reason(error)})", path=self._path) from None
+            raise InputError(f"cannot be read ({reason_of(error)})", path=self._path) from None
         return _pixels(picture)
 
     def _white_beyond(self, square: np.ndarray, x: int, y: int, side: int) -> np.ndarray:
@@ -137,7 +137,9 @@ class _Picture:
             with Image.open(path) as picture:
                 self._picture = picture.convert("RGB")
         except Exception as error:  # Pillow's readers raise several kinds
-            raise InputError(f"cannot be read as a picture ({_reason(error)})", path=path) from None
+            raise InputError(
+                f"cannot be read as a picture ({reason_of(error)})", path=path
+            ) from None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -160,7 +162,3 @@ def _pixels(picture: Image.Image, size: tuple[int, int] | None = None) -> np.nda
     if size is not None and picture.size != size:
         picture = picture.resize(size, Image.Resampling.BILINEAR)
     return np.array(picture, dtype=np.uint8)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).partition("\n")[0][:120]

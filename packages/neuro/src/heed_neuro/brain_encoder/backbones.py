@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from heed_core.checkpoints import read_state
-from heed_core.errors import InputError, MissingExtra
+from heed_core.errors import InputError, MissingExtra, reason_of
 
 Name = Literal[
     "dinov2_q", "dinov2", "dinov2_cls", "clip", "clip_cls", "resnet50", "resnet50_cls", "random_q",
@@ -151,9 +151,8 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise whatever they stumble over
-        reason = str(error).partition("\n")[0].replace(str(path), "").strip(" '")
         raise InputError(
-            f"cannot be read as an image ({reason or type(error).__name__})",
+            f"cannot be read as an image ({reason_of(error, path)})",
             path=path,
             remedy="replace it",
         ) from None
@@ -336,7 +335,7 @@ def _pretrained(kind: str, folder: Path) -> Any:
                 str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # the library lets anything escape from a damaged folder
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+        reason = reason_of(error).rstrip(":")
         raise InputError(
             f"cannot be loaded as {kind} ({reason})",
             path=folder,

@@ -20,7 +20,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import torch
 import yaml
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_neuro.icl.tasks import LinearTask, Sequences
 
 TASK = "task.yaml"
@@ -111,7 +111,7 @@ def _read_csv(path: Path, name: str) -> NamedSequences:
     try:
         table = pd.read_csv(path, dtype={"sequence": str})
     except (ValueError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"is no table: {reason}", path=path, remedy="correct it") from None
     x_names, y_names = _columns(table, path)
     for column in (*x_names, *y_names):

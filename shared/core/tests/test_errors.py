@@ -1,0 +1,21 @@
+"""What is quoted of a library's fault is one short line."""
+
+import pytest
+
+from heed_core.errors import reason_of
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("bad byte\nat 7"), "bad byte"),
+        (ValueError("\n\r\n bad byte\r\nat 7"), "bad byte"),
+        (ValueError("x" * 500), "x" * 120),
+        (EOFError(), "EOFError"),
+        (OSError("  \n"), "OSError"),
+        (OSError("cannot read 'a/b.png'"), "cannot read"),
+        (OSError("'a/b.png'"), "OSError"),
+    ],
+)
+def test_the_reason_of_a_fault(error: Exception, reason: str) -> None:
+    assert reason_of(error, "a/b.png") == reason
