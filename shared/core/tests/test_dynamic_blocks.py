@@ -44,7 +44,8 @@ def test_blocks_are_those_of_the_map_of_all_pairs(n, more, keep, size, causal, s
     scores = smooth(m, generator).round()
     real = torch.rand(2, m, generator=generator) < 0.8
     found = kept_blocks(scores, real, queries=n, keep=keep, block_size=size, causal=causal)
-    expected = keep_blocks(keep_most(scores, permission(n, m, real, causal), keep), size)
+    seen = torch.arange(m - n, m) + 1 if causal else None
+    expected = keep_blocks(keep_most(scores, permission(n, m, real, causal), keep), size, seen)
     keys = found.repeat_interleave(size, dim=-1)[..., :m].expand(-1, -1, n, -1)
     assert torch.equal(keys, expected)
 
@@ -64,7 +65,9 @@ def test_a_block_mask_says_of_every_pair_what_is_kept(
         scores, queries=n, heads=4, keep=keep, block_size=size, causal=causal, padding_mask=real
     )
     allowed = permission(n, m, real, causal)
-    kept = (keep_blocks(keep_most(scores, allowed, keep), size) & allowed).repeat_interleave(2, 1)
+    seen = torch.arange(m - n, m) + 1 if causal else None
+    kept = keep_blocks(keep_most(scores, allowed, keep), size, seen) & allowed
+    kept = kept.repeat_interleave(2, 1)
     assert torch.equal(create_mask(mask.mask_mod, 2, 4, n, m, device="cpu"), kept)
     rows, columns = -(-n // TILE), -(-m // TILE)
     computed = torch.zeros(2, 4, rows, columns, dtype=torch.int64)

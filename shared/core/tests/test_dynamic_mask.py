@@ -193,9 +193,23 @@ def test_blocks_of_keys_are_kept_by_majority() -> None:
             query, key, value, scores, keep=9, causal=True, block_size=4, site=site
         )
     causal = torch.ones(30, 30, dtype=torch.bool).tril()
-    expected = keep_blocks(keep_most(scores, causal, 9), 4) & causal
+    expected = keep_blocks(keep_most(scores, causal, 9), 4, torch.arange(30) + 1) & causal
     assert torch.equal(record[""] > 0, expected.repeat_interleave(2, dim=1))
-    assert bool(expected[:, :, -1].any())
+    assert bool(expected[:, :, :9].any(-1).all())  # a query that keeps all that it can see
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        keep_blocks(kept, 0)
+
+
+def test_decoding_keeps_the_blocks_of_the_whole_call() -> None:
+    torch.manual_seed(4)
+    module = DynamicMaskAttention(12, heads=3, keep=6, block_size=4).double().eval()
+    x = torch.randn(2, 15, 12, dtype=torch.float64)
+    cache = module.new_cache(2, 15)
+    with torch.no_grad():
+        whole = module(x)
+        torch.testing.assert_close(module(x[:, :6]), whole[:, :6])
+        steps = [module(x[:, at : at + step], cache=cache) for at, step in ((0, 5), (5, 1), (6, 9))]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole)
 
 
 def test_operations_grow_with_what_is_kept_not_with_the_length() -> None:
@@ -252,7 +266,7 @@ def test_positive_scores_are_kept_and_no_others(causal: bool, block_size: int | 
         )
     assert torch.equal(keep_positive(scores, allowed.expand(2, 1, 9, 12)), kept)
     if block_size is not None:
-        kept = keep_blocks(kept, block_size) & allowed
+        kept = keep_blocks(kept, block_size, torch.arange(4, 13) if causal else None) & allowed
     both = (x.repeat_interleave(2, dim=1) for x in (kept, scores[:, :, None]))
     expected = attend(query, key, value, **dict(zip(("mask", "bias"), both, strict=True)))
     torch.testing.assert_close(out, expected)

@@ -185,7 +185,7 @@ def test_sink_value() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: gate_heads(torch.ones(H + 1)), ValueError, r"gates must be \(4,\) or \(3, 4\)"),
+        (lambda: gate_heads(torch.ones(H + 1)), ValueError, r"gates must be \(4,\), \(3, 4\) or"),
         pytest.param(
             lambda: gate_heads(torch.ones(())),
             ValueError,

@@ -26,6 +26,7 @@ from heed_core.dispatch import (
     explain,
     select,
 )
+from heed_core.tokens import check_broadcast, check_mask
 
 __all__ = [
     "BACKENDS",
@@ -163,18 +164,13 @@ def check_arguments(
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(
-                f"mask must be boolean (True = may attend), got {mask.dtype}; "
-                "what is added to the scores goes into `bias`"
-            )
-        _check_broadcast("mask", mask, full)
+        check_mask(mask, full)
     if bias is not None:
         if not bias.is_floating_point():
             raise TypeError(
                 f"bias must be floating point, got {bias.dtype}; booleans go into `mask`"
             )
-        _check_broadcast("bias", bias, full)
+        check_broadcast("bias", bias, full)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -206,17 +202,6 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"value must agree with key in batch, heads and tokens, got value "
             f"{tuple(value.shape)} and key {tuple(key.shape)}"
-        )
-
-
-def _check_broadcast(name: str, x: Tensor, full: tuple[int, ...]) -> None:
-    fits = x.ndim <= 4 and all(
-        size in (1, wanted) for size, wanted in zip(reversed(x.shape), reversed(full), strict=False)
-    )
-    if not fits:
-        raise ValueError(
-            f"{name} must be broadcastable to (b, h, n, m) = {tuple(full)}, "
-            f"got shape {tuple(x.shape)}"
         )
 
 

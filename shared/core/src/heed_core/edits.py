@@ -22,19 +22,23 @@ Rows = slice | Sequence[int]
 """Query rows: a slice, or their numbers."""
 
 
-def gate_heads(gates: Float[Tensor, "*b h"]) -> Edit:
+def gate_heads(gates: Float[Tensor, "*gates"]) -> Edit:
     """Multiply what each head gives by its gate; for "weights" or "output".
 
     Gate 1 changes no bit, gate 0 removes the head, above 1 it is reinforced.
 
     Args:
-        gates: (h,), or (b, h) for each sample its own.
+        gates: (h,), or (b, h) for each sample its own, or (b, h, n) for each query.
     """
     return _per_head("gates", gates)
 
 
-def scale_heads(factors: Float[Tensor, "*b h"]) -> Edit:
-    """Multiply the scores of each head by its factor, an inverse temperature; for "scores"."""
+def scale_heads(factors: Float[Tensor, "*factors"]) -> Edit:
+    """Multiply the scores of each head by its factor, an inverse temperature; for "scores".
+
+    Args:
+        factors: (h,), or (b, h) for each sample its own, or (b, h, n) for each query.
+    """
     return _per_head("factors", factors)
 
 
@@ -158,17 +162,24 @@ def sink_value(
 
 
 def _per_head(name: str, factors: Tensor) -> Edit:
-    if factors.ndim not in (1, 2):
-        raise ValueError(f"{name} must be (h,) or (b, h), got shape {tuple(factors.shape)}")
+    if factors.ndim not in (1, 2, 3):
+        raise ValueError(
+            f"{name} must be (h,), (b, h) or (b, h, n), got shape {tuple(factors.shape)}"
+        )
+    by_query = factors if factors.ndim == 3 else factors[..., None]
 
     def edit(x: Tensor, call: AttendCall) -> Tensor:
-        fits = factors.shape[-1] == x.shape[1] and factors.shape[:-1] in ((), (1,), (x.shape[0],))
+        batch, heads, queries, _ = x.shape
+        sizes = zip(reversed((batch, heads, queries)), reversed(by_query.shape), strict=False)
+        fits = factors.shape[-2 if factors.ndim == 3 else -1] == heads and all(
+            size in (1, wanted) for wanted, size in sizes
+        )
         if not fits:
             raise ValueError(
-                f"{name} must be ({x.shape[1]},) or ({x.shape[0]}, {x.shape[1]}) at site "
-                f"{call.site!r}, got {tuple(factors.shape)}"
+                f"{name} must be ({heads},), ({batch}, {heads}) or ({batch}, {heads}, {queries}) "
+                f"at site {call.site!r}, got {tuple(factors.shape)}"
             )
-        return x * factors.to(x)[..., None, None]
+        return x * by_query.to(x)[..., None]
 
     return edit
 

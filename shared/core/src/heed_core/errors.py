@@ -4,7 +4,11 @@ A library raises; only a program prints. A program shows an `InputError` as the 
 gives.
 """
 
+import re
 from pathlib import Path
+
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+"""The codes by which a terminal changes its colours."""
 
 
 class InputError(ValueError):
@@ -45,7 +49,7 @@ class MissingExtra(ImportError):  # noqa: N818 (reads as what happened)
 
 
 def reason_of(error: BaseException, path: str | Path | None = None) -> str:
-    """What a library says of a fault, to be quoted in one line: at most 120 characters.
+    """What a library says of a fault, to be quoted in one line: at most 120 characters, no colours.
 
     Args:
         error: Of the library.
@@ -55,7 +59,7 @@ def reason_of(error: BaseException, path: str | Path | None = None) -> str:
         >>> reason_of(OSError("cannot read 'a.png'"), "a.png"), reason_of(EOFError())
         ('cannot read', 'EOFError')
     """
-    text = next(iter(str(error).strip().splitlines()), "")
+    text = next(iter(_ESCAPES.sub("", str(error)).strip().splitlines()), "")
     if path is not None:
         text = text.replace(str(path), "").strip(" '")
     return text[:120] or type(error).__name__

@@ -6,7 +6,7 @@ whose head outputs are multiplied by them (Jin et al., arXiv 2410.11842).
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,11 @@ def mixture_gates(
         shared: S.
         active: K.
         gating: Scaled as the published code, or as the paper.
+
+    Raises:
+        ValueError: Routers of other sizes, an unknown `gating`.
     """
+    _check_routers(x, routed_weight, shared_weight, kind_weight, shared, active, gating)
     plain = gating == "paper"
     gates = []
     with without_autocast(x):
@@ -131,6 +135,35 @@ def balance_loss(
         sums = sum_of_all(same_for_all(sums, None), None)
     mean = sums / sums[-1].clamp(min=1.0)
     return heads * (mean[:heads] * mean[heads:-1]).sum()
+
+
+def _check_routers(
+    x: Tensor,
+    routed_weight: Tensor | None,
+    shared_weight: Tensor | None,
+    kind_weight: Tensor | None,
+    shared: int,
+    active: int,
+    gating: str,
+) -> None:
+    if gating not in get_args(Gating):
+        raise ValueError(f"gating must be one of {get_args(Gating)}, got {gating!r}")
+    routed = 0 if routed_weight is None else routed_weight.shape[0]
+    if shared < 0 or not 0 <= active <= routed:
+        raise ValueError(
+            f"shared must be at least 0 and active from 0 to the {routed} routed heads, got "
+            f"{shared} and {active}"
+        )
+    given = {
+        "routed_weight": (routed_weight, routed),
+        "shared_weight": (shared_weight, shared),
+        "kind_weight": (kind_weight, 2),
+    }
+    for name, (weight, rows) in given.items():
+        if weight is not None and tuple(weight.shape) != (rows, x.shape[-1]):
+            raise ValueError(
+                f"{name} must be {(rows, x.shape[-1])} (heads, channels), got {tuple(weight.shape)}"
+            )
 
 
 def _logits(x: Tensor, weight: Tensor | None, width: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from heed_core.kernels.chunk_scan import wants_triton
 from heed_core.kernels.triton_calls import KernelImpl
+from heed_core.tokens import check_real
 
 Form = Literal["chunked", "recurrent", "parallel"]
 """How a recurrence is computed: in chunks, token by token, or with the N x N map of one chunk."""
@@ -39,7 +40,7 @@ def chunk_size(form: Form, chunk: int | None, length: int, *, by_channel: bool) 
             f"chunk must be at least 1 and needs form='chunked', got {chunk}, {form!r}"
         )
     if form == "parallel":
-        return length
+        return max(1, length)
     if chunk is not None:
         return chunk
     return CHUNK_BY_CHANNEL if by_channel else CHUNK
@@ -144,12 +145,19 @@ def expand_decay(
 
 
 def check_recurrence(query: Tensor, key: Tensor, value: Tensor, *, same_length: bool) -> None:
-    """Raise a ValueError for queries, keys and values that do not fit each other."""
+    """Raise a ValueError for queries, keys and values that do not fit each other.
+
+    A TypeError for what holds no real numbers, and for float64 beside another type: modules in half
+    precision may bring features in float32.
+    """
+    check_real(query=query, key=key, value=value)
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:
             raise ValueError(
                 f"{name} must be (batch, heads, tokens, channels), got {tuple(x.shape)}"
             )
+        if (x.dtype == torch.float64) != (query.dtype == torch.float64):
+            raise TypeError(f"{name} must have the type of query, {query.dtype}, got {x.dtype}")
     fits = query.shape[:2] == key.shape[:2] and query.shape[3] == key.shape[3]
     if not fits or (same_length and query.shape[2] != key.shape[2]):
         raise ValueError(

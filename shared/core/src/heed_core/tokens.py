@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -37,30 +37,85 @@ def check_tokens(name: str, x: Tensor, dim: int, *, batch: int | None = None) ->
 
 
 def check_padding(
-    padding_mask: Tensor, batch: int, length: int, *, of: str = "tokens attended to"
+    padding_mask: Tensor,
+    batch: int,
+    length: int,
+    *,
+    of: str = "tokens attended to",
+    name: str = "padding_mask",
 ) -> None:
     """Raise a TypeError or ValueError for a padding mask of another type or shape."""
     if padding_mask.dtype != torch.bool:
-        raise TypeError(
-            f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-        )
+        raise TypeError(f"{name} must be boolean, True = real token, got {padding_mask.dtype}")
     if tuple(padding_mask.shape) != (batch, length):
         raise ValueError(
-            f"padding_mask must be {(batch, length)} (batch, {of}), got {tuple(padding_mask.shape)}"
+            f"{name} must be {(batch, length)} (batch, {of}), got {tuple(padding_mask.shape)}"
+        )
+
+
+def check_mask(mask: Tensor, full: tuple[int, int, int, int]) -> None:
+    """Raise a TypeError for a mask that is not boolean, a ValueError for one of another shape.
+
+    Args:
+        mask: True = may attend.
+        full: What it must be broadcastable to: batch, heads, queries, keys.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be boolean (True = may attend), got {mask.dtype}; "
+            "what is added to the scores goes into `bias`"
+        )
+    check_broadcast("mask", mask, full)
+
+
+def check_broadcast(name: str, x: Tensor, full: tuple[int, int, int, int]) -> None:
+    """Raise a ValueError for what is not broadcastable to (batch, heads, queries, keys)."""
+    fits = x.ndim <= 4 and all(
+        size in (1, wanted) for size, wanted in zip(reversed(x.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must be broadcastable to (b, h, n, m) = {tuple(full)}, "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def check_indices(name: str, index: Int[Tensor, "*n"], length: int, *, of: str) -> None:
+    """Raise a TypeError for indices that are no whole numbers, a ValueError for some outside.
+
+    Their values are looked at on the CPU and outside of graphs only: elsewhere it would wait.
+    """
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {index.dtype}")
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = index.aminmax()
+    if int(low) < 0 or int(high) >= length:
+        raise ValueError(
+            f"{name} must be from 0 to {length - 1}, one of the {length} {of}, got from "
+            f"{int(low)} to {int(high)}"
         )
 
 
 def with_padding(
-    mask: Bool[Tensor, "*#mask"] | None, padding_mask: Bool[Tensor, "b m"] | None, key: Tensor
+    mask: Bool[Tensor, "*#mask"] | None,
+    padding_mask: Bool[Tensor, "b m"] | None,
+    key: Float[Tensor, "b g m d"],
+    *,
+    heads: int,
+    queries: int,
 ) -> Bool[Tensor, "*#mask"] | None:
-    """The permission of a mask and of a padding mask of the keys (b, g, m, d) together.
+    """The permission of a mask and of a padding mask of the keys together.
 
     Raises:
-        ValueError: A padding mask of another shape.
+        ValueError: A mask of another shape.
         TypeError: One that is not boolean.
     """
+    batch, _, keys, _ = key.shape
+    if mask is not None:
+        check_mask(mask, (batch, heads, queries, keys))
     if padding_mask is None:
         return mask
-    check_padding(padding_mask, key.shape[0], key.shape[2])
+    check_padding(padding_mask, batch, keys)
     real = padding_mask[:, None, None]
     return real if mask is None else mask & real

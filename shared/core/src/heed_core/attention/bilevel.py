@@ -38,7 +38,7 @@ from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Attend
-from heed_core.tokens import check_some
+from heed_core.tokens import check_indices, check_some
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -165,6 +165,13 @@ def routed_attention(
             f"routes must be (batch {shape[0]}, regions {shape[1]}, topk), got "
             f"{tuple(routes.shape)}"
         )
+    check_indices("routes", routes, shape[1], of="regions")
+    check_heads(query.shape[3], heads, heads, None)
+    check_heads(value.shape[3], heads, heads, None)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True = may be attended to, got {mask.dtype}")
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"mask must be {tuple(shape)}, got {tuple(mask.shape)}")
 
     def call(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         return attend(q, k, v, mask=allowed, scale=scale, dropout=dropout, impl=impl)

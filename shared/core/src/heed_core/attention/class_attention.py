@@ -65,7 +65,11 @@ def class_attention(
     Raises:
         ValueError: Channels that `heads` does not divide, or shapes that do not fit.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be (batch, tokens, channels), got {tuple(x.shape)}")
     check_heads(query.shape[-1], heads, heads, None)
+    check_heads(key.shape[-1], heads, heads, None)
     check_heads(value.shape[-1], heads, heads, None)
     query, key, value = (
         x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2)

@@ -51,7 +51,8 @@ def polar(
     real, imaginary = x.chunk(2, dim=-1)
     magnitude = (real.square() + imaginary.square() + EPS).sqrt()
     nothing = (real == 0) & (imaginary == 0)
-    return magnitude, torch.atan2(imaginary, real.masked_fill(nothing, 1.0))
+    phase = torch.atan2(imaginary.masked_fill(nothing, 0.0), real.masked_fill(nothing, 1.0))
+    return magnitude, phase
 
 
 def adapt_phase(
@@ -181,7 +182,7 @@ class ComplexAttention(nn.Module):
         value = self._heads(self.value(source))
         if cache is not None:
             key, value = cache.append(key, value)
-        mask = with_padding(mask, padding_mask, key)
+        mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=x.shape[1])
         mixed: Tensor = self.attend(query, key, value, mask=mask)
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 

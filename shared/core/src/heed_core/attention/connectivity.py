@@ -32,7 +32,7 @@ from heed_core.attend import attend
 from heed_core.attention.multi_head import check_heads
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
-from heed_core.tokens import check_real
+from heed_core.tokens import check_indices, check_real
 
 GATHER_FROM = 1024
 """Tokens from which `path="auto"` gathers keys."""
@@ -78,11 +78,21 @@ def gathered_attention(
         scale: Of the products; d ** -0.5 if not given.
         dropout: Probability of dropping a weight.
         impl: Back-end of `attend`.
+
+    Raises:
+        ValueError: Shapes that do not fit; outside of graphs and GPUs, an index of no key.
     """
     if indices.dim() != 4 or indices.shape[:3] != query.shape[:3]:
         raise ValueError(
             f"indices must be {tuple(query.shape[:3])} (b, h, n) and k, got {tuple(indices.shape)}"
         )
+    for name, x in (("key", key), ("value", value)):
+        if x.dim() != 4 or x.shape[:3] != (*query.shape[:2], key.shape[2]):
+            raise ValueError(
+                f"{name} must have the batch and heads of query {tuple(query.shape)}, and key and "
+                f"value the same tokens, got {tuple(x.shape)}"
+            )
+    check_indices("indices", indices, key.shape[2], of="keys")
     batch, heads, queries, chosen = indices.shape
     first = torch.arange(batch * heads, device=indices.device) * key.shape[2]
     rows = (indices.flatten(0, 1) + first[:, None, None]).flatten()

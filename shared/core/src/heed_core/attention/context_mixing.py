@@ -272,5 +272,5 @@ def _check_window(weights: Tensor, value: Tensor, kernel: int) -> None:
 def _enlarged(height: int, width: int, kernel: int) -> tuple[int, int]:
     """Sizes whose shorter side is the kernel."""
     if height < width:
-        return kernel, int(kernel / height * width)
-    return int(kernel / width * height), kernel
+        return kernel, kernel * width // height
+    return kernel * height // width, kernel

@@ -338,8 +338,9 @@ class DeltaRuleAttention(nn.Module):
     def _log_decay(self, x: Tensor) -> Tensor | None:
         if self.gate is None or self.log_rate is None:
             return None
-        rate = at_least_float32(self.log_rate).exp() * F.softplus(at_least_float32(self.gate(x)))
-        return -rate.transpose(1, 2)
+        # dense: torch compiles softplus wrongly where its gradient lies in another order
+        gate = at_least_float32(self.gate(x)).transpose(1, 2).contiguous()
+        return -at_least_float32(self.log_rate).exp()[:, None] * F.softplus(gate)
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""

@@ -43,7 +43,7 @@ from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
-from heed_core.tokens import check_tokens
+from heed_core.tokens import check_mask, check_padding, check_tokens
 
 ScoreForm = Literal["exp", "linear"]
 """Whether scores are exponentials (at least 0), or A softplus(u) itself."""
@@ -74,12 +74,24 @@ def dynamic_scores(
         bias: b.
         strength: A.
         form: As the paper, or without the exponential.
+
+    Raises:
+        ValueError: Weights that do not fit the values, an unknown form.
     """
+    groups, channels = value.shape[1], value.shape[1] * value.shape[-1]
+    if tuple(weight.shape) != (groups, channels):
+        raise ValueError(
+            f"weight must be {(groups, channels)} (kv_heads, kv_heads * channels), got "
+            f"{tuple(weight.shape)}"
+        )
+    if form not in get_args(ScoreForm):
+        raise ValueError(f"form must be one of {get_args(ScoreForm)}, got {form!r}")
     with without_autocast(value):
         rows = at_least_float32(value).transpose(1, 2).flatten(2)
         bias = None if bias is None else at_least_float32(bias)
-        raised = F.softplus(F.linear(rows, at_least_float32(weight), bias))
-        scores = (raised * at_least_float32(strength)).transpose(1, 2)
+        # dense: torch compiles softplus wrongly where its gradient lies in another order
+        raised = F.linear(rows, at_least_float32(weight), bias).transpose(1, 2).contiguous()
+        scores = F.softplus(raised) * at_least_float32(strength)[:, None]
         return scores.exp() if form == "exp" else scores
 
 
@@ -92,7 +104,12 @@ def keep_most(
         scores: One per key.
         allowed: True = may attend, broadcastable to (b, g, n, m), with n rows.
         keep: Keys that a query keeps; of equal ones, the latest.
+
+    Raises:
+        ValueError: `keep` below 1.
     """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
     rows = scores.detach()[:, :, None]
     masked = rows.masked_fill(~allowed, -torch.inf)
     order = masked.flip(-1).argsort(dim=-1, descending=True, stable=True)
@@ -116,12 +133,27 @@ def keep_positive(
     return (scores.detach()[:, :, None] > 0) & allowed
 
 
-def keep_blocks(kept: Bool[Tensor, "*batch m"], size: int) -> Bool[Tensor, "*batch m"]:
-    """Whole blocks of keys, of which more than half were kept; the last one may be shorter."""
+def keep_blocks(
+    kept: Bool[Tensor, "*batch m"], size: int, seen: Int[Tensor, "*#batch"] | None = None
+) -> Bool[Tensor, "*batch m"]:
+    """Whole blocks of keys, of which more than half were kept.
+
+    Args:
+        kept: Single keys.
+        size: Keys of a block; the last one may be shorter.
+        seen: How many keys a row can see, counted from the first: its last block has those alone.
+            Without, as in the published kernels, a causal row that sees less than half of its
+            last block drops it, and decoding, where later keys are not there yet, keeps it.
+
+    Raises:
+        ValueError: A size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
     keys = kept.shape[-1]
     padded = F.pad(kept, (0, -keys % size)).reshape(*kept.shape[:-1], -1, size)
     first = torch.arange(0, keys, size, device=kept.device)
-    length = (keys - first).clamp(max=size)
+    length = ((keys if seen is None else seen[..., None]) - first).clamp(min=0, max=size)
     most = padded.sum(-1) * 2 > length
     return most[..., None].expand(padded.shape).flatten(-2)[..., :keys]
 
@@ -227,7 +259,7 @@ class DynamicMaskAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        check_heads(dim, heads, kv_heads, head_dim)
+        check_heads(dim, heads, kv_heads, head_dim, context_dim)
         _check_options(keep, form, block_size, causal, context_dim)
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
@@ -390,7 +422,7 @@ def dynamic_mask_attention(
     """
     site = Attend() if site is None else site
     _check_gather(gather, site, causal, mask, block_size, keep)
-    _check_selection(query, key, scores, keep, mask, padding_mask)
+    _check_selection(query, key, value, scores, keep, mask, padding_mask)
     queries, keys = query.shape[2], key.shape[2]
     watched = site.attachments is not None
     most = None if isinstance(keep, str) else keep
@@ -418,7 +450,10 @@ def dynamic_mask_attention(
     allowed = _allowed(query, key, mask, padding_mask, causal)
     kept = keep_positive(scores, allowed) if most is None else keep_most(scores, allowed, most)
     if block_size is not None:
-        kept = keep_blocks(kept, block_size) & allowed
+        seen = None
+        if causal:
+            seen = torch.arange(keys - queries + 1, keys + 1, device=query.device).clamp(min=0)
+        kept = keep_blocks(kept, block_size, seen) & allowed
     serves = query.shape[1] // key.shape[1]
     kept, bias = (
         x.repeat_interleave(serves, dim=1) if serves > 1 else x for x in (kept, scores[:, :, None])
@@ -599,8 +634,8 @@ def _check_gather(
 def _check_options(
     keep: int, form: ScoreForm, block_size: int | None, causal: bool, context: int | None
 ) -> None:
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
+    if not isinstance(keep, int) or keep < 1:
+        raise ValueError(f"keep must be at least 1 and whole, got {keep!r}")
     if form not in get_args(ScoreForm):
         raise ValueError(f"form must be one of {get_args(ScoreForm)}, got {form!r}")
     if block_size is not None and block_size < 1:
@@ -612,25 +647,32 @@ def _check_options(
 def _check_selection(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     scores: Tensor,
     keep: Keep,
     mask: Tensor | None,
     padding_mask: Tensor | None,
 ) -> None:
-    if keep != "positive" and (isinstance(keep, str) or keep < 1):
+    if keep != "positive" and (not isinstance(keep, int) or keep < 1):
         raise ValueError(f"keep must be at least 1, or 'positive', got {keep!r}")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must be (batch, heads, tokens, channels), got {tuple(x.shape)}"
+            )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have the batch, heads and tokens of key {tuple(key.shape)}, got "
+            f"{tuple(value.shape)}"
+        )
     if scores.shape != key.shape[:3]:
         raise ValueError(
             f"scores must be (batch, kv_heads, keys) = {tuple(key.shape[:3])}, got "
             f"{tuple(scores.shape)}"
         )
-    for name, given in (("mask", mask), ("padding_mask", padding_mask)):
-        if given is not None and given.dtype != torch.bool:
-            raise TypeError(f"{name} must be boolean, True = may attend, got {given.dtype}")
-    if mask is not None and mask.dim() > 2 and mask.shape[-3] != 1:
-        raise ValueError(f"mask must be the same for all heads, got {tuple(mask.shape)}")
-    if padding_mask is not None and padding_mask.shape != (key.shape[0], key.shape[2]):
-        raise ValueError(
-            f"padding_mask must be {(key.shape[0], key.shape[2])} (batch, tokens attended to), got "
-            f"{tuple(padding_mask.shape)}"
-        )
+    if mask is not None:
+        check_mask(mask, (*query.shape[:3], key.shape[2]))
+        if mask.dim() > 2 and mask.shape[-3] != 1:
+            raise ValueError(f"mask must be the same for all heads, got {tuple(mask.shape)}")
+    if padding_mask is not None:
+        check_padding(padding_mask, key.shape[0], key.shape[2])

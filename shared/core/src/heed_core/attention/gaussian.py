@@ -68,6 +68,8 @@ def gaussian_weights(
         normalize: As `Normalize`.
     """
     check_real(x=x)
+    if not -x.dim() <= axis < x.dim():
+        raise ValueError(f"axis must be one of the {x.dim()} axes of x, got {axis}")
     if x.shape[axis] < 2:
         raise ValueError(
             f"axis {axis} must have at least 2 values for an unbiased variance, got "

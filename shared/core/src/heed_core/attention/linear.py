@@ -266,7 +266,7 @@ class LinearAttention(nn.Module):
         chunk: int | None = None,
     ) -> None:
         super().__init__()
-        check_heads(dim, heads, heads, head_dim)
+        check_heads(dim, heads, heads, head_dim, context_dim)
         _check_options(features, normalise, decay, causal, context_dim)
         chunk_size(form, chunk, 1, by_channel=False)
         head_dim = dim // heads if head_dim is None else head_dim
@@ -350,16 +350,16 @@ class LinearAttention(nn.Module):
         return tokens.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
 
     def _mapped(self, tokens: Tensor) -> Tensor:
-        heads = self._heads(tokens)
-        return (
-            at_least_float32(heads)
-            if self.features == "identity"
-            else F.elu(at_least_float32(heads)) + 1.0
-        )
+        heads = at_least_float32(self._heads(tokens))
+        if self.features == "identity":
+            return heads
+        return F.relu(heads) + heads.clamp(max=0.0).exp()  # elu + 1
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         if self.gate is not None:
-            return F.logsigmoid(at_least_float32(self._heads(self.gate(x)))) / 16.0
+            # dense: torch compiles it wrongly where its gradient lies in another order
+            gate = at_least_float32(self._heads(self.gate(x))).contiguous()
+            return F.logsigmoid(gate) / 16.0
         return None if self.fixed_decay is None else self.fixed_decay[None]
 
     def _check_call(self, x: Tensor, context: Tensor | None, cache: StateCache | None) -> None:

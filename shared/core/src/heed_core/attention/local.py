@@ -66,6 +66,11 @@ def local_attention(
         TypeError: A mask that is not boolean.
     """
     check_positive(window=window)
+    if value.dim() == key.dim() == 4 and value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have the batch, heads and tokens of key {tuple(key.shape)}, got "
+            f"{tuple(value.shape)}"
+        )
     if padding_mask is not None:
         check_padding(padding_mask, key.shape[0], key.shape[2])
     site = Attend() if site is None else site

@@ -36,7 +36,7 @@ from heed_core.attention.projected import Pattern, ProjectedAttention, check_pos
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32
-from heed_core.recurrence import join, split
+from heed_core.recurrence import check_recurrence, join, split
 from heed_core.sites import Attend
 from heed_core.tokens import check_padding, check_some, check_tokens
 
@@ -82,6 +82,9 @@ def tiled_attention(
         site: Where attention is computed, and may be watched; a plain one if not given.
     """
     check_positive(window=window)
+    check_recurrence(query, key, value, same_length=True)
+    if padding_mask is not None:
+        check_padding(padding_mask, key.shape[0], key.shape[2])
     site = Attend() if site is None else site
     batch, _, n, _ = query.shape
     half, far = window // 2, far_key.shape[2]
@@ -275,8 +278,8 @@ class CausalLongShortAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads, heads, None)
         check_positive(window=window, chunk=chunk, rank=rank)
-        if phantom_slots and (memory < 0 or memory % chunk):
-            raise ValueError(f"memory must be a multiple of chunk={chunk}, got {memory}")
+        if not isinstance(memory, int) or memory < 0 or (phantom_slots and memory % chunk):
+            raise ValueError(f"memory must be a multiple of chunk={chunk}, got {memory!r}")
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.window, self.chunk, self.rank = window, chunk, rank
         self.phantoms = memory // chunk * rank if phantom_slots else None

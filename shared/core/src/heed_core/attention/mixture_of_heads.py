@@ -123,7 +123,7 @@ class MixtureOfHeads(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        check_heads(dim, heads, kv_heads, head_dim)
+        check_heads(dim, heads, kv_heads, head_dim, context_dim)
         _check_routing(heads, shared, active, router, gating, straight_through)
         _check_capacity(capacity, active, skip)
         head_dim = dim // heads if head_dim is None else head_dim
@@ -225,7 +225,7 @@ class MixtureOfHeads(nn.Module):
         if positions is None:
             positions = torch.arange(offset, offset + x.shape[1], device=x.device)
         key, value = self._keys(x, context, positions, cache)
-        mask = with_padding(mask, padding_mask, key)
+        mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=x.shape[1])
         skips, room = self._skips(x), self._room(x)
         later = (skips or room is not None) and self.router == "learned"
         query = None if later else self._heads(self.query(x))
@@ -443,7 +443,7 @@ class MixtureOfHeads(nn.Module):
         """Runs of queries: first, behind the last, and how many keys they can see."""
         if not self.causal or room is not None:  # a graph's length may change
             return [(0, queries, keys)]
-        step = -(-queries // PIECES)
+        step = max(1, -(-queries // PIECES))
         starts = range(0, queries, step)
         return [
             (start, min(start + step, queries), keys - max(0, queries - start - step))

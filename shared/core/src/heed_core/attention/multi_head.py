@@ -21,7 +21,7 @@ from heed_core.cache import CrossCache, KVCache, WindowCache
 from heed_core.dispatch import Impl
 from heed_core.relative import RotaryPositions, distances
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_real, check_tokens
+from heed_core.tokens import check_mask, check_padding, check_real, check_tokens
 
 Norm = Literal["layer", "rms"]
 """LayerNorm, or RMSNorm (no mean, no shift)."""
@@ -85,7 +85,7 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        check_heads(dim, heads, kv_heads, head_dim)
+        check_heads(dim, heads, kv_heads, head_dim, context_dim)
         if window is not None and (window < 1 or not causal):
             raise ValueError(f"window must be at least 1 and needs causal=True, got {window}")
         head_dim = dim // heads if head_dim is None else head_dim
@@ -158,6 +158,8 @@ class MultiHeadAttention(nn.Module):
             if mask is not None or bias is not None:
                 raise ValueError("mask and bias have no effect on rows that share a cached context")
             query = query.transpose(0, 1).flatten(1, 2)[None]  # (1, h, b n, d)
+        if padding_mask is not None and isinstance(cache, WindowCache):
+            padding_mask = _within(padding_mask, cache, key)
         mask = self._permission(mask, padding_mask, query, key)
         if self.relative_bias is not None:
             relative = self.relative_bias(query.shape[2], key.shape[2])
@@ -206,10 +208,10 @@ class MultiHeadAttention(nn.Module):
     def _permission(
         self, mask: Tensor | None, padding_mask: Tensor | None, query: Tensor, key: Tensor
     ) -> Tensor | None:
+        if mask is not None:
+            check_mask(mask, (*query.shape[:3], key.shape[2]))
         parts = [] if mask is None else [mask]
         if padding_mask is not None:
-            if self.window is not None:
-                padding_mask = padding_mask[:, -key.shape[2] :]
             check_padding(padding_mask, key.shape[0], key.shape[2])
             parts.append(padding_mask[:, None, None])
         if self.window is not None:
@@ -256,8 +258,18 @@ class MultiHeadAttention(nn.Module):
         return f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}"
 
 
-def check_heads(dim: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
+def _within(padding_mask: Tensor, cache: WindowCache, key: Tensor) -> Tensor:
+    """Of a mask of all tokens so far, those that are still there."""
+    told = padding_mask.dim() == 2 and padding_mask.shape[1] == cache.length
+    return padding_mask[:, cache.length - key.shape[2] :] if told else padding_mask
+
+
+def check_heads(
+    dim: int, heads: int, kv_heads: int, head_dim: int | None, context_dim: int | None = None
+) -> None:
     """Raise a ValueError for widths and numbers of heads that do not fit."""
+    if context_dim is not None and context_dim < 1:
+        raise ValueError(f"context_dim must be at least 1, got {context_dim}")
     if dim < 1 or heads < 1 or (head_dim is not None and head_dim < 1):
         raise ValueError(f"dim, heads and head_dim must be at least 1, got {dim, heads, head_dim}")
     if head_dim is None and dim % heads:

@@ -98,10 +98,10 @@ def nystrom_attention(
         weights, present = segment_weights(
             key.shape[2], landmarks, like=at_least_float32(key), padding_mask=padding_mask
         )
-        pair = [at_least_float32(x) for x in (query, key)]
+        rows = [at_least_float32(x) for x in (query, key, value)]
         if real is not None:
-            pair = [x.masked_fill(~real.mT, 0.0) for x in pair]
-        short_query, short_key = (weights[:, None] @ x for x in pair)
+            rows = [x.masked_fill(~real.mT, 0.0) for x in rows]
+        short_query, short_key = (weights[:, None] @ x for x in rows[:2])
     there = present[:, None, None]
     one = torch.eye(landmarks, dtype=short_query.dtype, device=query.device)
     one = one.expand(*query.shape[:2], -1, -1)
@@ -111,6 +111,10 @@ def nystrom_attention(
     with without_autocast(query):
         inverse = iterated_inverse(at_least_float32(matrix))
         spread = (inverse @ at_least_float32(read)).to(dtype)
+        if padding_mask is not None:  # few real tokens: each is a segment, and F_1 is exact
+            few = padding_mask.sum(1) <= landmarks
+            short_value = (weights[:, None] @ rows[2]).to(dtype)
+            spread = torch.where(few[:, None, None, None], short_value, spread)
     mixed: Tensor = attend(query, short_key.to(dtype), spread, mask=there, causal=False)
     return mixed
 

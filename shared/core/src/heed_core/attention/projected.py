@@ -51,9 +51,7 @@ class ProjectedAttention(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        check_heads(dim, heads, heads, head_dim)
-        if context_dim is not None and context_dim < 1:
-            raise ValueError(f"context_dim must be at least 1, got {context_dim}")
+        check_heads(dim, heads, heads, head_dim, context_dim)
         self.causal = causal
         if causal and context_dim is not None:
             raise ValueError("causal=True serves self-attention only, got context_dim")

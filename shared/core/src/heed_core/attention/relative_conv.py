@@ -51,8 +51,20 @@ def depthwise_conv(
         bias: Per channel.
         before: The k - 1 tokens before; zeros if not given.
         causal: Otherwise the kernel, of odd length, is centred, with zeros on both sides.
+
+    Raises:
+        ValueError: A centred kernel of even length, other tokens before than the kernel reaches.
     """
     width, length = weight.shape[1], x.shape[2]
+    if not causal and (width % 2 == 0 or before is not None):
+        raise ValueError(
+            f"causal=False needs an odd number of taps and nothing before, got weight "
+            f"{tuple(weight.shape)}{'' if before is None else ' and before'}"
+        )
+    if before is not None and before.shape != (*x.shape[:2], width - 1, x.shape[3]):
+        raise ValueError(
+            f"before must be {(*x.shape[:2], width - 1, x.shape[3])}, got {tuple(before.shape)}"
+        )
     if causal:
         padded = F.pad(x, (0, 0, width - 1, 0)) if before is None else torch.cat([before, x], dim=2)
     else:
@@ -268,7 +280,8 @@ class RelativeConvAttention(nn.Module):
         query = query[:, :, query.shape[2] - length :]
         if cache is not None:
             key, value = cache.append(key, value)
-        return self._attended(query, key, value, with_padding(mask, padding_mask, key))
+        mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=length)
+        return self._attended(query, key, value, mask)
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if key.shape[2] > self.max_distance:

@@ -95,7 +95,11 @@ def tensor_attention_weights(
 def khatri_rao(
     a: Float[Tensor, "b h n d"], b: Float[Tensor, "b h m d"]
 ) -> Float[Tensor, "b h nm d"]:
-    """Products of all pairs of rows, those of `b` running fastest."""
+    """Products of all pairs of rows, those of `b` running fastest.
+
+    Pairs of keys as keys make `tensor_attention` one of higher order. Pairs have no place in the
+    sequence: `causal`, `distinct` and masks of single keys then mean nothing.
+    """
     return (a[..., :, None, :] * b[..., None, :, :]).flatten(-3, -2)
 
 
@@ -179,6 +183,9 @@ def tensor_attention_poly(
     """
     _check_pairs(query, key1, key2, value1, value2)
     _check_poly(query, key1, key2, degree, causal, distinct)
+    for name, real, key in (("real1", real1, key1), ("real2", real2, key2)):
+        if real is not None:
+            check_padding(real, key.shape[0], key.shape[2], name=name)
     scale = 1.0 / query.shape[3] if scale is None else scale
     if strict:
         _check_entries(query, key1, key2, scale, degree)

@@ -41,7 +41,7 @@ def run(
     if on_cpu:
         query, key, value = _fit_cpu_kernel(query, key, value)
     # comparisons of symbolic sizes stay symbolic; branches on them are plain booleans
-    square = mask is None and bias is None and _true(query.shape[2] == key.shape[2])
+    square = causal and mask is None and bias is None and _true(query.shape[2] == key.shape[2])
     grouped = _true(query.shape[1] != key.shape[1])
     if causal and not square and query.shape[2] != 1:
         mask = _and_past(mask, query, key)
@@ -54,7 +54,7 @@ def run(
         key,
         value,
         attn_mask=added,
-        is_causal=causal and square,
+        is_causal=square,
         scale=scale,
         dropout_p=dropout,
         enable_gqa=grouped,

@@ -38,7 +38,7 @@ def kept_blocks(
     block_size: int,
     causal: bool,
 ) -> Bool[Tensor, "b g n blocks"]:
-    """Whether a query keeps more than half of the keys of a block; the last may be shorter.
+    """Whether a query keeps more than half of those keys of a block that it can see.
 
     Args:
         scores: Of the keys.
@@ -56,8 +56,9 @@ def kept_blocks(
     which = (index // block_size)[:, :, :, None].expand(kept.shape)
     counts = torch.zeros(*kept.shape[:-1], len(starts), dtype=torch.int32, device=scores.device)
     counts.scatter_add_(-1, which, kept.int())
-    length = (keys - starts).clamp(max=block_size)
-    return (counts * 2 > length).flatten(2, 3)[:, :, :last]
+    ends = torch.arange(keys - last, keys, device=scores.device)[:, None] + 1
+    length = (ends - starts).clamp(min=0, max=block_size)
+    return counts.flatten(2, 3)[:, :, :last] * 2 > length
 
 
 def dynamic_block_mask(
@@ -104,8 +105,9 @@ def dynamic_block_mask(
     every = every & inside[:, None, None]
     if offset is not None:
         first = torch.arange(0, queries, TILE, device=scores.device)[:, None]
-        end = torch.arange(0, keys, TILE, device=scores.device) + TILE - 1
-        every = every & (end <= first + offset)
+        start = torch.arange(0, keys, TILE, device=scores.device)
+        some = some & (start <= first + TILE - 1 + offset)
+        every = every & (start + TILE - 1 <= first + offset)
     partly, wholly = (
         _listed(tiles.repeat_interleave(serves, dim=1)) for tiles in (some & ~every, every)
     )
