@@ -64,6 +64,21 @@ def test_predictions_are_probabilities_attention_and_geojson(run: Path, data: Pa
     assert sorted(Path(name).suffix for name in found["files"]) == [".csv", ".json"]
 
 
+def test_slides_of_one_name_are_told_apart(run: Path, data: Path, tmp_path: Path):
+    for folder, name in (("d1", "s9"), ("d2", "s10")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "s.h5").write_bytes((data / "h5_files" / f"{name}.h5").read_bytes())
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (3000, 200), (200, 120, 170)).save(tmp_path / "pictures" / "s.tif")
+    paths = [tmp_path / "d1" / "s.h5", tmp_path / "d2" / "s.h5"]
+    call(APP, "predict", run, *paths, "--out", tmp_path / "out")
+    found = {path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.glob("out/*/*")}
+    assert found >= {"d1/s.json", "d2/s.json"}
+    out = ("--out", tmp_path / "drawn", "--data.thumbnails", tmp_path / "pictures")
+    call(APP, "explain", run, *paths, *out)
+    assert len(list(tmp_path.glob("drawn/**/*heatmap.png"))) == 2
+
+
 def test_explain_draws_over_the_thumbnail_or_over_the_coordinates(
     run: Path, data: Path, tmp_path: Path
 ):
@@ -139,8 +154,8 @@ def test_a_fault_in_the_data_is_one_line_and_exit_code_2(
     assert told in errors[0]
     assert said("check", "acmil", root)[0] != 0
     if fault in ("truncated", "missing"):  # of a file, of a list: skipping is the same for all
-        code, err = said(*words, "--data.on-error", "skip", "--overwrite")
-        assert code == 0, err
+        found = call(APP, *words, "--data.on-error", "skip", "--overwrite")
+        assert [told in line for line in found["skipped"]["train"]] == [True]
 
 
 def test_other_weights_and_other_classes_are_refused(run: Path, data: Path, tmp_path: Path):

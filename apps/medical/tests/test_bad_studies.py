@@ -24,6 +24,7 @@ from heed_medical.ecg.reading import LEADS
 from heed_medical.ecg.writing import write_record
 from heed_medical.medusa.phantoms import write_chests
 from heed_medical.more.sample import make_ecg
+from heed_medical.reports.efficacy import FINDINGS
 from heed_medical.reports.phantoms import write_studies
 from heed_medical_cli import APP
 from heed_runtime.arguments import parse
@@ -390,9 +391,9 @@ def test_a_class_without_a_training_bag_is_refused(copied: Callable[[str], Path]
 
 def test_an_unknown_split_key_lists_the_keys(copied: Callable[[str], Path], tmp_path: Path):
     data = copied("ivgn")
-    edit(data / "annotation.json", '"test": [', '" ": [')
+    edit(data / "annotation.json", '"test": [', '"    ": [')
     line = refusal(APP, *train("ivgn", data, tmp_path / "run"))
-    assert "unknown split ' '; its keys are 'train', 'val', ' '" in line
+    assert "unknown split '    '; its keys are 'train', 'val', '    '" in line
     assert spoken(APP, "check", "ivgn", data)[0] == 1
 
 
@@ -414,6 +415,15 @@ def test_broken_annotations(
     assert said in refusal(APP, *train("ivgn", data, tmp_path / "run", "--trainer.max-steps", "4"))
 
 
+def test_findings_that_are_no_utf_8_are_named(made: Path, tmp_path: Path):
+    paths = [tmp_path / "truth.csv", tmp_path / "found.csv"]
+    for path in paths:
+        path.write_bytes(f"id,{','.join(FINDINGS)}\ncaf\xe9{',1' * 14}\n".encode("latin-1"))
+    words = ("--data.truth-findings", paths[0], "--data.found-findings", paths[1])
+    line = refusal(APP, "evaluate", made / "ivgn-run", *words, "--device", "cpu", "--quiet")
+    assert "truth.csv: cannot be read as text" in line
+
+
 def test_an_empty_report_is_learnt_and_told(copied: Callable[[str], Path], tmp_path: Path):
     data = copied("ivgn")
     content = json.loads((data / "annotation.json").read_text())
@@ -425,6 +435,19 @@ def test_an_empty_report_is_learnt_and_told(copied: Callable[[str], Path], tmp_p
     for name in ("train0000", "train0001"):
         assert f"report of {name} is empty" in " ".join((out + err).split())
     assert spoken(APP, *train("ivgn", data, tmp_path / "run"))[0] == 0
+
+
+def test_pictures_and_studies_of_one_name_are_told_apart(made: Path, tmp_path: Path):
+    for folder in ("d1", "d2"):
+        shutil.copytree(made / "ivgn" / "images" / "test0000", tmp_path / folder / "x")
+    pictures = [tmp_path / folder / "x" / "0.png" for folder in ("d1", "d2")]
+    studies = [picture.parent for picture in pictures]
+    words = ("predict", made / "ivgn-run", *pictures, pictures[0], *studies)
+    answer(*words, "--out", tmp_path / "out", "--device", "cpu")
+    found = [path.relative_to(tmp_path / "out") for path in tmp_path.glob("out/**/*.json")]
+    assert sorted(path.as_posix() for path in found) == [
+        "d1/x.json", "d1/x/0.json", "d2/x.json", "d2/x/0.json",
+    ]  # fmt: skip
 
 
 def test_a_vocabulary_of_another_training_is_refused(made: Path, tmp_path: Path):
@@ -502,7 +525,7 @@ def test_missing_samples_are_told_and_empty_leads_refused(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        (",train,", ",tran,", "'tran'"),
+        (",train,", ",tran,", "split 'tran' is none of train, val, test"),
         ("images/train000.png", "images/gone.png", "gone.png: does not exist"),
         ("ecgs/train000.hea", "ecgs/gone.hea", "gone.hea: does not exist"),
         ("Cardiomegaly", "Cardiomegali", "has no finding 'Cardiomegaly'"),
@@ -520,7 +543,7 @@ def test_broken_manifests(
     code, out, err = spoken(APP, "check", "more", data)
     assert code == 1
     assert said in " ".join((out + err).split())
-    if "exist" in said:
+    if "exist" in said or "split" in said:
         words = train("more", data, tmp_path / "run", "--trainer.max-steps", "3")
         assert said in refusal(APP, *words)
 

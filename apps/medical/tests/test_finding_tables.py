@@ -112,6 +112,18 @@ def test_chexpert_is_checked_whole_and_by_one_finding(chexpert: Path):
     assert any("uncertain in 3 of 8 pictures (left out)" in line for line in one["warnings"])
 
 
+@pytest.mark.parametrize("layout", ["folders", "table"])
+def test_pictures_of_one_class_each_have_no_findings(tmp_path: Path, layout: str):
+    for name in ("normal/a.png", "normal/b.png", "sick/c.png"):
+        save(tmp_path / name)
+    said = "has pictures of one class each, in the layout folders; train medusa on them"
+    if layout == "table":
+        (tmp_path / "labels.csv").write_text("file,label\nnormal/a.png,normal\n")
+        said = "labels.csv: has no column of a finding of CheXpert; its columns are file, label"
+    line = refusal(APP, "train", "medusa-findings", "--data", tmp_path, "--out", tmp_path / "run")
+    assert said in line
+
+
 def test_a_label_that_is_none_is_named(mimic: Path):
     path = mimic / "mimic-cxr-2.0.0-chexpert.csv.gz"
     text = gzip.decompress(path.read_bytes()).decode()

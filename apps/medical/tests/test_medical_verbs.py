@@ -98,6 +98,34 @@ def test_a_broken_bag_leaves_nothing_or_is_left_out(slides: Path, tmp_path: Path
     assert len(call(APP, "convert", slides, "--to", "pt", "--out", tmp_path / "pt")["slides"]) == 5
 
 
+def test_features_beyond_half_precision_stay_as_they_are(slides: Path, tmp_path: Path):
+    with h5py.File(slides / "features_uni" / "s1.h5", "r+") as file:
+        values = file["features"][()].astype(np.float32)
+        values[0, 0, 0] = -70_000
+        del file["features"]
+        file["features"] = values
+    call(APP, "convert", slides, "--to", "acmil", "--out", tmp_path / "out")
+    with h5py.File(tmp_path / "out" / "patch_feats_pretrain_features.h5") as file:
+        np.testing.assert_array_equal(file["s1/feat"], values[0])
+        assert file["s0/feat"].dtype == np.float16
+    assert not call(APP, "check", "acmil", tmp_path / "out")["problems"]
+
+
+# info
+
+
+@pytest.mark.parametrize("system", APP.systems)
+def test_every_system_tells_what_it_is(system: str):
+    found = call(APP, "info", system)
+    assert found["system"] == system
+    assert found["model"]["parameters"] > 0
+
+
+@pytest.mark.parametrize("kind", ["acmil-mha", "gated", "abmil", "mha"])
+def test_every_pooling_is_counted(kind: str):
+    assert call(APP, "info", "acmil", "--model.kind", kind)["model"]["gflops"] > 0
+
+
 # pair
 
 
@@ -310,7 +338,7 @@ def test_a_probe_reads_what_a_random_tower_lets_through(made: Path, tmp_path: Pa
     assert [case["study"] for case in cases] == [f"test{n}" for n in range(4)]
     wide = call(APP, *words[:3], "xray", "ecg", "--before-projection", *words[4:])
     assert 0 <= wide["metrics"]["macro_auc"] <= 1
-    assert "no study of the split 'val'" in refusal(
+    assert "no study of the split 'test'" in refusal(
         APP, *words, "--data", one_split(made, tmp_path / "manifest.csv")
     )
 
@@ -320,7 +348,7 @@ def one_split(made: Path, path: Path) -> Path:
     for row in rows:
         for name in ("xray_path", "ecg_path"):
             row[name] = str(made / "data" / row[name])
-    write_csv(path, [dict(row) for row in rows if row["split"] != "val"])
+    write_csv(path, [dict(row) for row in rows if row["split"] != "test"])
     return path
 
 

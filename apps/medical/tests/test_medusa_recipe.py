@@ -28,6 +28,7 @@ from heed_medical_cli.medusa import (
     MedusaTraining,
     predictions_of,
 )
+from heed_runtime.draws import Batches, Draws
 from heed_runtime.testing.contract import refusal, spoken
 
 TINY = (
@@ -116,7 +117,8 @@ def test_validation_settles_the_threshold_that_separates_best(monkeypatch: pytes
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.__setitem__(name, value))
     module._seen = [((0.9, 0.1), 0), ((0.8, 0.2), 0), ((0.7, 0.3), 1), ((0.6, 0.4), 1)]
     module.on_validation_epoch_end()
-    assert float(module.model.threshold) == pytest.approx(0.25)
+    odds = (0.2 / 0.8 * 0.3 / 0.7) ** 0.5  # in the middle of the log-odds
+    assert float(module.model.threshold) == pytest.approx(odds / (1 + odds))
     assert logged["val/auc"] == 1.0
     assert logged["val/balanced_accuracy"] == 0.5
     assert module._seen == []
@@ -160,6 +162,24 @@ def test_balanced_training_runs_and_is_even(made: Path, tmp_path: Path):
     train(
         made / "chests", tmp_path / "run", "--data.balance", "classes", "--trainer.max-steps", "1"
     )
+
+
+def test_a_batch_of_positive_balance_holds_no_picture_twice(tmp_path: Path):
+    write_chests(tmp_path, train=80, test=2, side=32)
+    path = tmp_path / "train_COVIDx_phantom.txt"
+    rows = path.read_text().splitlines()
+    few = [row for row in rows if "positive" in row][:6]
+    path.write_text("\n".join([row for row in rows if "negative" in row] + few) + "\n")
+    settings = replace(SETTINGS, data=replace(SETTINGS.data, balance="positive", val_share=0.02))
+    data = RECIPE.train_data(settings, tmp_path)
+    draws = Draws(len(data), batch=4, seed=0, rank=0, world=1, apart=data.apart)
+    negatives = sum(file.label == "negative" for file in data.files)
+    assert draws.steps == -(-negatives // 8)
+    for batch in Batches(draws):
+        lots = [lot for draw in batch for lot in data[draw.item]]
+        names = [file.name for lot in lots for file in lot.files]
+        assert len(names) == len(set(names))
+        assert [lot.files[0].label for lot in lots] == ["negative", "positive"] * 4
 
 
 def test_attention_none_has_no_maps_but_evidence(made: Path):

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from heed_core.errors import InputError
-from heed_medical_cli.more import RECIPE, MoreSettings, small
+from heed_medical_cli.more import RECIPE, MoreRecipe, MoreSettings, small
+from heed_medical_cli.more_findings import RECIPE as FINDINGS
+from heed_medical_cli.more_findings import MoreFindingsRecipe
 from heed_runtime.data import Data
 from heed_runtime.settings import TrainerSettings
 
@@ -33,6 +35,32 @@ def settings(root: Path, *, one_per_subject: bool = True, batch: int = 4) -> Mor
     training = replace(start.training, one_per_subject=one_per_subject)
     trainer = TrainerSettings(batch=batch)
     return RECIPE.plan(replace(start, training=training, trainer=trainer), root)
+
+
+def listed(root: Path, *rows: str) -> None:
+    """Write more rows under those of `write`."""
+    table = root / "labels.csv"
+    table.write_text(table.read_text() + "\n".join(rows) + "\n")
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, FINDINGS])
+def test_rows_that_are_left_out_are_listed(recipe: MoreRecipe | MoreFindingsRecipe, tmp_path: Path):
+    root = write(tmp_path, SUBJECTS)
+    table = root / "labels.csv"
+    head, *rows = table.read_text().splitlines()
+    known = [f"{row},{number % 2}" for number, row in enumerate(rows)]
+    table.write_text("\n".join([f"{head},Edema", *known]) + "\n")
+    listed(root, "0.png,Note.,e,train,2", ",,e,train,0", "0.png,Note.,e,holdout,0")
+    preset = recipe.presets["small"]()
+    start = replace(preset, data=replace(preset.data, on_error="skip"))
+    planned = recipe.plan(start, root)
+    parts = ("Edema", "no X-ray", "holdout")
+    for data in (recipe.train_data(planned, root), recipe.cases(planned, root, "val")):
+        assert len(data.skipped) == 3
+        assert all(part in line for part, line in zip(parts, data.skipped, strict=True))
+    assert len(recipe.inputs(planned, [root]).skipped) == 2
+    with pytest.raises(InputError, match="row 16: has '2' for Edema"):
+        recipe.plan(preset, root)
 
 
 def subjects_of_batches(config: MoreSettings, root: Path) -> list[list[int]]:

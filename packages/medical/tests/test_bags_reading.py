@@ -335,6 +335,154 @@ def test_broken_tables_are_named(name: str, text: str, said: str, tmp_path: Path
     assert name in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["labels.csv", "labels.jsonl", "bags.csv", "short.csv.gz", "long.csv.gz", "zlib.csv.gz"]
+)
+def test_a_table_in_another_encoding_or_cut_short_is_named(name: str, tmp_path: Path):
+    path = tmp_path / name
+    if name == "labels.csv":
+        path.write_bytes("slide_id,label\ns00,Größe\n".encode("latin-1"))
+    elif name == "labels.jsonl":
+        path.write_bytes('{"slide_id": "s00", "label": "Größe"}\n'.encode("latin-1"))
+    else:
+        rows = (f"Größe,ä{i},{rng.normal()},1\n" for i in range(2000))
+        table = "label,bag,f0,f1\n" + "".join(rows)
+        packed = gzip.compress(table.encode())
+        path.write_bytes(
+            {
+                "bags.csv": table.encode("latin-1"),
+                "short.csv.gz": packed[:40],
+                "long.csv.gz": packed[:-100],
+                "zlib.csv.gz": packed[:30] + b"\xff" * 30 + packed[60:],
+            }[name]
+        )
+    if name.startswith("labels"):
+        np.save(tmp_path / "s00.npy", FEATURES["s00"])
+    check = check_data(BagData(), tmp_path)
+    assert len(check.problems) == 1
+    assert str(path) in check.problems[0]
+    assert "\n" not in check.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("slide;label\ns00;a\n", "labels.csv seems to be separated by semicolons"),
+        ("slide\tlabel\ns00\ta\n", "labels.csv seems to be separated by tabs"),
+        ("slide_id,grade\ns00,a\n", "labels.csv has the columns slide_id, grade"),
+    ],
+)
+def test_a_table_that_gives_no_labels_is_described(text: str, said: str, tmp_path: Path):
+    np.save(tmp_path / "s00.npy", FEATURES["s00"])
+    (tmp_path / "labels.csv").write_text(text)
+    (tmp_path / "split.csv").write_text("train,val,test\ns00,,\n")
+    with pytest.raises(InputError, match=f"holds features and no labels; {said}") as caught:
+        list_bags(tmp_path, BagData())
+    assert "split.csv" not in str(caught.value)
+    said = said.removeprefix("labels.csv ")
+    with pytest.raises(InputError, match=rf"labels\.csv: has no column '.*'; it {said}"):
+        list_bags(tmp_path, BagData(labels="labels.csv"))
+
+
+def test_labels_of_other_slides_are_not_called_missing(tmp_path: Path):
+    np.save(tmp_path / "s00.npy", FEATURES["s00"])
+    (tmp_path / "labels.csv").write_text("slide_id,label\nt00,a\n")
+    with pytest.raises(InputError, match=r"labels\.csv: lists none of the slides whose features"):
+        list_bags(tmp_path, BagData())
+    (tmp_path / "labels.csv").write_text("slide_id,label\n")
+    with pytest.raises(InputError, match=r"labels\.csv: lists no slide"):
+        list_bags(tmp_path, BagData())
+
+
+def acmil_files(root: Path, encoders: tuple[str, ...]) -> None:
+    for encoder in encoders:
+        with h5py.File(root / f"patch_feats_pretrain_{encoder}.h5", "w") as file:
+            for number, (name, x) in enumerate(FEATURES.items()):
+                file.create_group(name)["feat"] = x
+                file[name].attrs["label"] = number % 2
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_of_several_acmil_files_one_is_asked_for(count: int, tmp_path: Path):
+    encoders = ("natural", "medical", "uni", "virchow")[:count]
+    acmil_files(tmp_path, encoders)
+    with pytest.raises(InputError, match=r"holds slide 's00' twice.*--data\.features"):
+        list_bags(tmp_path, BagData())
+    one = list_bags(tmp_path, BagData(features="patch_feats_pretrain_natural.h5"))
+    assert {file.label for file in one.files} == {"0", "1"}
+    first = min(tmp_path.iterdir())
+    if count > 2:  # a damaged file does not hide what the others are
+        first.write_bytes(b"no")
+        with pytest.raises(InputError, match=first.name):
+            list_bags(tmp_path, BagData())
+
+
+def test_numbers_that_pandas_made_floats_are_slides(tmp_path: Path):
+    names = [str(1000 + i) for i in range(8)]
+    for name in names:
+        np.save(tmp_path / f"{name}.npy", FEATURES["s00"])
+    write_table(
+        tmp_path / "labels.csv",
+        ["slide_id", "label"],
+        [[name, i % 2] for i, name in enumerate(names)],
+    )
+    rows = ["0,1000,1004.0,1006.0", "1,1001,1005.0,1007.0", "2,1002,,", "3,1003,,"]
+    (tmp_path / "splits_0.csv").write_text("\n".join([",train,val,test", *rows]) + "\n")
+    listing = list_bags(tmp_path, BagData())
+    assert [file.split for file in listing.files] == ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    assert listing.warnings == []
+    np.save(tmp_path / "1004.0.npy", FEATURES["s00"])
+    with (tmp_path / "labels.csv").open("a") as stream:
+        stream.write("1004.0,1\n")
+    split_of = {file.name: file.split for file in list_bags(tmp_path, BagData()).files}
+    assert (split_of["1004.0"], split_of["1004"]) == ("val", None)
+    (tmp_path / "1004.0.npy").unlink()
+    (tmp_path / "splits_0.csv").write_text("train,val,test\n1004,1004.0,1001\n")
+    with pytest.raises(InputError, match="slide '1004' is in the splits train and val"):
+        list_bags(tmp_path, BagData())
+
+
+def test_check_warns_of_names_without_a_slide_and_of_slides_without_a_split(tmp_path: Path):
+    clam(tmp_path)
+    lists = {"train_names": NAMES[:8], "val_names": NAMES[8:12], "test_names": [*NAMES[12:18], "z"]}
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(lists))
+    warnings = check_data(BagData(), tmp_path).warnings
+    assert f"{path}: names 1 slides that have no features in {tmp_path} (z)" in warnings
+    assert f"{tmp_path}: 2 slides are in no split (s18, s19)" in warnings
+    assert not any("names 1" in line for line in check_data(BagData(folds=5), tmp_path).warnings)
+
+
+def test_linked_folders_are_searched_and_hidden_files_are_not(tmp_path: Path):
+    root, store = tmp_path / "data", tmp_path / "store"
+    root.mkdir()
+    (store / ".cache").mkdir(parents=True)
+    for folder, name in ((store, "s00"), (store, "._s01"), (store / ".cache", "s02")):
+        np.save(folder / f"{name}.npy", FEATURES["s00"])
+    np.save(root / "s03.npy", FEATURES["s03"])
+    (root / "a").symlink_to(store)
+    (root / "b").symlink_to(store)
+    (store / "again").symlink_to(root)
+    assert [file.name for file in find_inputs([root], BagData())] == ["s00", "s03"]
+    write_table(root / "labels.csv", ["slide_id", "label"], [["s00", "x"], ["s03", "y"]])
+    (root / "._labels.csv").write_bytes(b"\0\xff")
+    (root / "splits").mkdir()
+    (root / "splits" / "._0.csv").write_bytes(b"\0\xff")
+    assert len(list_bags(root, BagData()).files) == 2
+
+
+def test_inputs_of_one_name_are_told_apart(tmp_path: Path):
+    for folder in ("d1", "d2"):
+        (tmp_path / folder).mkdir()
+        np.save(tmp_path / folder / "s.npy", FEATURES["s00"])
+    torch.save(torch.from_numpy(FEATURES["s01"]), tmp_path / "d2" / "s.pt")
+    paths = [tmp_path / name for name in ("d1/s.npy", "d2/s.npy", "d1/s.npy", "d2/s.pt")]
+    files = find_inputs(paths, BagData())
+    assert [file.name for file in files] == ["d1/s", "d2/s", "d2/s_2"]
+    assert [file.path for file in files] == [paths[0], paths[1], paths[3]]
+    assert [file.name for file in find_inputs(paths[:1], BagData())] == ["s"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path):
     with pytest.raises(InputError, match="no such file or folder"):
         list_bags(tmp_path / "nothing", BagData())

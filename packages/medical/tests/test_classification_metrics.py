@@ -56,15 +56,34 @@ def test_the_threshold_is_the_best_there_is(pairs):
         return float(called[positive].mean() - called[~positive].mean())
 
     best = best_threshold(scores, positive)
-    assert 0.0 <= best <= 1.0
-    assert gain(best) == pytest.approx(max(gain(t) for t in np.r_[0, np.linspace(0.001, 1, 400)]))
+    assert 0.0 < best < 1.0
+    most = max(gain(t) for t in np.r_[0, np.linspace(0.001, 1, 400)])
+    if most > 0:
+        assert gain(best) == pytest.approx(most)
+    else:
+        assert best == 0.5
 
 
-def test_a_threshold_needs_both_classes_and_stays_at_the_middle_where_it_is_as_good():
+def test_a_threshold_needs_both_classes_and_scores_that_tell_them_apart():
     assert best_threshold(np.array([0.2, 0.7]), np.array([True, True])) == 0.5
-    assert best_threshold(np.array([0.1, 0.9]), np.array([False, True])) == 0.5
-    assert best_threshold(np.array([0.1, 0.2]), np.array([False, True])) == pytest.approx(0.15)
-    assert best_threshold(np.array([0.8, 0.9]), np.array([False, True])) == pytest.approx(0.85)
+    assert best_threshold(np.array([0.2, 0.7]), np.array([True, False])) == 0.5
+    assert best_threshold(np.array([0.3, 0.3]), np.array([True, False])) == 0.5
+
+
+def test_a_threshold_is_as_far_from_both_classes_in_log_odds():
+    two = np.array([False, True])
+    assert best_threshold(np.array([0.1, 0.9]), two) == pytest.approx(0.5)
+    assert best_threshold(np.array([0.2, 0.5]), two) == pytest.approx(1 / 3)  # odds 1/4, 1: 1/2
+    assert best_threshold(np.array([0.5, 0.8]), two) == pytest.approx(2 / 3)
+    assert best_threshold(np.array([1 - 1e-9, 1.0]), two) == 1 - 5e-10
+    assert 0 < best_threshold(np.array([0.0, 1e-9]), two) <= 1e-9
+
+
+def test_of_equally_good_thresholds_the_one_in_the_widest_gap_is_taken():
+    scores = np.array([0.05, 0.1, 0.5, 0.9])
+    positive = np.array([False, True, False, True])
+    # half of one class is wrong both from 0.1 and from 0.9 on
+    assert best_threshold(scores, positive) == pytest.approx(0.75)  # odds 1 and 9: 3
 
 
 def test_curves_begin_and_end_where_they_must():

@@ -40,6 +40,8 @@ from heed_medical.more.retrieval import EmbeddingIndex, label_precision, retriev
 from heed_medical.more.settings import MoreData
 from heed_medical.more.studies import (
     StudySet,
+    broken_inputs,
+    broken_rows,
     clean_report,
     find_inputs,
     find_studies,
@@ -425,6 +427,49 @@ def test_broken_rows_are_all_told_and_can_be_skipped(tmp_path: Path):
     sound = len(find_studies(tmp_path, MoreData(on_error="skip")))
     write_manifest(tmp_path, MANIFEST)
     assert len(find_studies(tmp_path, MoreData())) == sound
+
+
+def test_what_is_left_out_is_listed(tmp_path: Path):
+    write_manifest(tmp_path, MANIFEST + "b.png,x,7,train,2\n,,8,train,0\nb.png,x,9,holdout,0\n")
+    lines = broken_rows(tmp_path, MoreData(on_error="skip"))
+    assert [line.partition(": ")[2].split(",")[0] for line in lines] == [
+        "has '2' for Edema", "has no X-ray", "split 'holdout' is none of train",
+    ]  # fmt: skip
+    inputs = broken_inputs([tmp_path], MoreData(on_error="skip"))
+    assert inputs == lines[:2]  # what is predicted needs no split
+
+
+def test_an_unknown_split_stops_a_training(tmp_path: Path):
+    write_manifest(tmp_path, MANIFEST + "b.png,x,9,holdout,0\n")
+    (line,) = [x for x in check_studies(MoreData(), tmp_path).problems if "holdout" in x]
+    with pytest.raises(InputError) as stopped:
+        find_studies(tmp_path, MoreData(), "train")
+    assert str(stopped.value) == line
+    assert "row 5: split 'holdout' is none of train, val, test" in line
+    assert len(find_studies(tmp_path, MoreData(), None)) == 4
+
+
+def test_a_report_of_several_lines_keeps_its_words_apart(tmp_path: Path):
+    rows = 'file,text\na.png,"FINDINGS:\nThe heart\nis large."\n'
+    write_manifest(tmp_path, rows)
+    assert clean_report(find_studies(tmp_path, MoreData())[0].report[0]) == "The heart is large."
+
+
+def test_a_validation_that_is_missing_is_drawn_by_subject(tmp_path: Path):
+    rows = [f"a.png,report {n},{n // 2},{'train' if n < 40 else 'test'}" for n in range(44)]
+    rows += ["a.png,late,0,test"]
+    write_manifest(tmp_path, "\n".join(["file,text,patient_id,split", *rows]) + "\n")
+    studies = find_studies(tmp_path, MoreData())
+    assert [sum(s.split == split for s in studies) for split in ("train", "val", "test")] == [
+        36, 4, 5,
+    ]  # fmt: skip
+    assert set(subjects_in_several_splits(studies)) == {"0"}  # as the table has it
+    other = find_studies(tmp_path, MoreData(split_seed=1, val_share=0.2))
+    assert sum(s.split == "val" for s in other) == 8
+    found = check_studies(MoreData(), tmp_path)
+    assert any("gives no val split; it is drawn by subject" in line for line in found.warnings)
+    write_manifest(tmp_path, "file,text,patient_id,split\na.png,one,0,train\na.png,two,0,train\n")
+    assert "no study of the split 'val'" in check_studies(MoreData(), tmp_path).problems[-1]
 
 
 def test_splits_are_drawn_by_subject_where_there_are_none(tmp_path: Path):

@@ -24,7 +24,7 @@ from heed_medical.pictures.augmentation import (
     augment_pictures,
     draw_change,
 )
-from heed_medical.pictures.batches import BalancedBatchSampler, even_groups
+from heed_medical.pictures.batches import BalancedBatchSampler, even_groups, groups_apart
 from heed_medical.pictures.checking import check_pictures
 from heed_medical.pictures.layouts import find_inputs, find_pictures, list_pictures
 from heed_medical.pictures.planning import order_classes, plan_pictures
@@ -230,6 +230,57 @@ def test_covidx_lists_are_read_from_the_right(tmp_path: Path):
     assert {row["source"] for row in found.counts} >= {"rsna", "sirm", "cohen"}
 
 
+def test_one_of_several_covidx_lists_is_chosen(tmp_path: Path):
+    for split in ("train", "test"):
+        save(tmp_path / split / "a.png")
+        save(tmp_path / split / "b.png")
+        for release, label in (("9A", "COVID-19"), ("9B", "positive")):
+            lines = f"1 a.png {label} rsna\n2 b.png no rsna\n"
+            (tmp_path / f"{split}_COVIDx{release}.txt").write_text(lines)
+    said = r"several lists of a split \(test_COVIDx9A\.txt, .*--data\.table 9B"
+    with pytest.raises(InputError, match=said):
+        list_pictures(tmp_path, PictureData())
+    (problem,) = check_pictures(PictureData(), tmp_path).problems
+    assert "train_COVIDx9B.txt" in problem
+    for name in ("9B", "train_COVIDx9B.txt"):
+        listing = list_pictures(tmp_path, PictureData(table=name))
+        assert listing.layout == "covidx"
+        assert not listing.problems
+        assert Counter(p.label for p in listing.pictures) == {"positive": 2, "no": 2}
+    with pytest.raises(InputError, match=r"has no lists '7'; its lists are test_COVIDx9A"):
+        list_pictures(tmp_path, PictureData(layout="covidx", table="7"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name,label\na,b\n", r"\(labels\.csv has no column of files; its columns are name, label"),
+        ("file;label\na.png;b\n", r"labels\.csv .* separated by semicolons \(file;label\)"),
+    ],
+)
+def test_a_table_that_names_no_pictures_is_named(tmp_path: Path, text: str, said: str):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(InputError, match=f"holds no data set in a known layout .*{said}"):
+        list_pictures(tmp_path, PictureData())
+    with pytest.raises(InputError, match=f"holds no csv or jsonl .*{said}"):
+        list_pictures(tmp_path, PictureData(layout="table"))
+    (tmp_path / "labels.csv").write_text("file;note\na.png;heart, lungs\n")
+    with pytest.raises(InputError, match=r"row 2: has another .* separated by semicolons"):
+        list_pictures(tmp_path, PictureData())
+
+
+def test_a_table_has_no_effect_where_the_layout_has_its_own(table: Path):
+    with pytest.raises(InputError, match=r"--data\.table has no effect in the layout folders"):
+        list_pictures(table, PictureData(layout="folders", table="labels.csv"))
+
+
+def test_a_field_of_several_lines_is_one_field(table: Path):
+    edit(table, 0, kind="FINDINGS:\nThe heart\nis large.")
+    first, second = find_pictures(table, PictureData(), "train")[:2]
+    assert first.columns["kind"].split() == ["FINDINGS:", "The", "heart", "is", "large."]
+    assert second.place.endswith("row 3")
+
+
 def test_a_short_covidx_line_is_named(tmp_path: Path):
     save(tmp_path / "train/a.png")
     (tmp_path / "train_COVIDx9B.txt").write_text("1 a.png negative rsna\nb.png positive sirm\n")
@@ -269,6 +320,9 @@ def test_rsna_labels_a_patient_by_any_of_its_boxes(tmp_path: Path):
     assert listing.drawn == ("test", "val")
     assert not check_pictures(data, tmp_path).problems
     assert list_pictures(tmp_path, data).pictures == listing.pictures
+    kinds = [{"patientId": f"id{n}", "class": ("Normal", "Lung Opacity")[n % 2]} for n in range(10)]
+    write_csv(tmp_path / "stage_2_detailed_class_info.csv", kinds)
+    assert not any("source" in line for line in check_pictures(data, tmp_path).warnings)
 
 
 CHEXPERT = ["Path", "Sex", "Frontal/Lateral", "No Finding", "Edema", "Pneumonia"]
@@ -559,19 +613,31 @@ def test_released_batches_are_half_positive_and_hold_no_positive_twice():
         BalancedBatchSampler([True] * 3 + [False] * 50, batch=8)
 
 
-@pytest.mark.parametrize("positive_only", [False, True])
-def test_groups_share_no_sample_and_use_all(positive_only: bool):
-    labels = np.random.default_rng(0).choice(3, size=200, p=[0.6, 0.3, 0.1])
-    groups = even_groups(labels.tolist(), classes=3, positive_only=positive_only)
-    assert len(groups) == (labels == 2).sum()
+@pytest.mark.parametrize("rare", [0.1, 0.6])
+def test_groups_share_no_sample_and_use_all(rare: float):
+    labels = np.random.default_rng(0).choice(3, size=200, p=[0.9 - rare, 0.1, rare])
+    groups = even_groups(labels.tolist(), classes=3)
+    assert len(groups) == np.bincount(labels).min()
     everything = np.concatenate([pool for group in groups for pool in group])
     assert sorted(everything) == list(range(200))
     for group in groups:
-        assert len(group) == (2 if positive_only else 3)
-        assert (labels[group[-1]] == 2).all()
-        assert all(len(pool) for pool in group)
+        assert [set(labels[pool]) for pool in group] == [{0}, {1}, {2}]
     with pytest.raises(InputError, match="no training picture"):
         even_groups([0, 0, 1], classes=3)
+
+
+@pytest.mark.parametrize("positives", [10, 100, 300])
+def test_an_epoch_of_positive_balance_has_the_steps_of_the_released_recipe(positives: int):
+    labels = np.array([0, 1] * 40 + [2] * positives)
+    groups = even_groups(labels.tolist(), classes=3, positive_only=True)
+    released = BalancedBatchSampler((labels == 2).tolist(), batch=8)
+    assert len(groups) // 4 == len(released) == 10  # 4 samples are 8 pictures
+    assert all((labels[others] < 2).all() and (labels[own] == 2).all() for others, own in groups)
+    assert sorted(np.concatenate([others for others, _ in groups])) == list(range(80))
+    assert set(np.concatenate([own for _, own in groups])) == set(range(80, 80 + positives))
+    for name, (_, own) in zip(groups_apart(groups), groups, strict=True):
+        others = [g[1] for n, g in zip(groups_apart(groups), groups, strict=True) if n != name]
+        assert not set(own) & set(np.concatenate(others))
 
 
 def test_balanced_training_samples_hold_one_picture_of_each_class(tmp_path: Path):

@@ -185,7 +185,7 @@ def test_findings_are_matched_by_name_in_any_order(tmp_path):
 
 def test_findings_that_cannot_be_used_are_refused(tmp_path):
     good = write_findings(tmp_path / "good.csv", {"x": ["1"] * 14})
-    with pytest.raises(InputError, match=r"row 1, No Finding: is 'yes'"):
+    with pytest.raises(InputError, match=r"row 2, No Finding: is 'yes'"):
         read_findings(write_findings(tmp_path / "word.csv", {"x": ["yes"] + ["1"] * 13}))
     with pytest.raises(InputError, match="no column 'Support Devices'"):
         read_findings(write_findings(tmp_path / "few.csv", {"x": ["1"] * 13}, names=FINDINGS[:-1]))
@@ -193,6 +193,14 @@ def test_findings_that_cannot_be_used_are_refused(tmp_path):
         match_findings(good, write_findings(tmp_path / "other.csv", {"z": ["1"] * 14}))
     with pytest.raises(InputError, match="no such file"):
         read_findings(tmp_path / "none.csv")
+    good.write_bytes(good.read_bytes().replace(b"x", "caf\xe9".encode("latin-1")))
+    with pytest.raises(InputError, match=r"good\.csv: cannot be read as text .*save it as UTF-8"):
+        read_findings(good)
+
+
+def test_reports_that_name_findings_may_have_several_lines(tmp_path):
+    path = write_findings(tmp_path / "lines.csv", {'"Clear\nlungs."': ["1"] * 14})
+    assert read_findings(path)[0] == ["Clear\nlungs."]
 
 
 def test_the_meteor_program_is_asked_and_missed(tmp_path):

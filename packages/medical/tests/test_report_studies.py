@@ -122,6 +122,23 @@ def test_a_table_with_rows_per_picture(tmp_path):
     assert {s.split for s in list_studies(tmp_path, SMALL).studies} <= {"train", "val", "test"}
 
 
+def test_a_report_of_several_lines_keeps_its_words_apart(tmp_path):
+    rows = 'file,text\na.png,"FINDINGS:\nThe heart\r\nis large."\nb.png,Clear.\n'
+    (tmp_path / "labels.csv").write_text(rows, newline="")
+    first, second = list_studies(tmp_path, SMALL).studies
+    assert (first.report or "").split() == ["FINDINGS:", "The", "heart", "is", "large."]
+    assert second.report == "Clear."
+
+
+def test_a_report_with_a_comma_and_no_quotes_is_named(tmp_path):
+    rows = "file,text,patient\na.png,Clear.,p1\nb.png,The heart, is normal. Lungs clear.,p0\n"
+    (tmp_path / "labels.csv").write_text(rows)
+    said = r"labels\.csv, row 3: has another number of fields than the header"
+    with pytest.raises(InputError, match=said):
+        list_studies(tmp_path, SMALL)
+    assert "row 3" in check_reports(SMALL, tmp_path).problems[0]
+
+
 def test_a_table_without_reports_is_refused(tmp_path):
     (tmp_path / "labels.csv").write_text("file,label\na.png,1\n")
     with pytest.raises(InputError, match=r"labels\.csv: has no column 'report'"):
@@ -225,6 +242,16 @@ def test_folders_become_studies_and_large_ones_become_pictures(tmp_path):
         "images/test", "images/train", "images/val",
     ]  # fmt: skip
     assert len(find_inputs([root], views=1)) == 6
+
+
+def test_pictures_in_linked_folders_are_found_and_hidden_ones_are_not(tmp_path):
+    root = annotated(tmp_path / "store") / "images" / "train"
+    (root / "._x.png").write_bytes(b"")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(root)
+    (study,) = find_inputs([tmp_path / "in"], views=2)
+    assert study.name == "link"
+    assert len(study.pictures) == 2
 
 
 def test_batches_hold_what_the_network_takes(tmp_path):

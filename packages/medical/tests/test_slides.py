@@ -164,6 +164,16 @@ def test_an_exported_encoder_and_a_timm_model(tmp_path: Path):
         load_encoder(str(tmp_path / "bad.pt2"))
 
 
+def test_slides_in_linked_folders_are_found_and_hidden_ones_are_not(tmp_path: Path):
+    (tmp_path / "store").mkdir()
+    for name in ("a.svs", "._a.svs", ".hidden.svs"):
+        (tmp_path / "store" / name).touch()
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link").symlink_to(tmp_path / "store")
+    assert find_slides([root]) == [root / "link" / "a.svs"]
+
+
 def test_slides_that_cannot_be_used_are_named(tmp_path: Path):
     with pytest.raises(InputError, match="no such file"):
         find_slides([tmp_path / "none"])

@@ -12,6 +12,8 @@ from heed_core.errors import reason_of
         (ValueError("\n\r\n bad byte\r\nat 7"), "bad byte"),
         (ValueError("x" * 500), "x" * 120),
         (EOFError(), "EOFError"),
+        (OSError("\x1b[1mdo\x1b[0m this \x1b[38;5;9monly\x1b[m [1m"), "do this only [1m"),
+        (OSError("\x1b[0m"), "OSError"),
         (OSError("  \n"), "OSError"),
         (OSError("cannot read 'a/b.png'"), "cannot read"),
         (OSError("'a/b.png'"), "OSError"),

@@ -68,6 +68,8 @@ def test_help_of_a_system_shows_its_settings(capsys: pytest.CaptureFixture[str])
     _, out, _ = call("train tokens --help", capsys)
     usage = " ".join(out.split("\n\n")[0].split())
     assert "SYSTEM" in usage
+    assert "Attention over marked tokens; by the tests of the program" in out
+    assert "an example, not for any use" in out
     for flag in ("--data PATH", "--data.on-error", "--model.width", "--seed INT", "--workers"):
         assert flag in out, flag
     assert "--trainer.seed" not in out
@@ -241,9 +243,11 @@ def test_info_counts_parameters_and_operations() -> None:
             self.query = nn.Linear(6, 8)
             self.tied = self.query
             self.query.bias.requires_grad_(False)
+            self.row = nn.Parameter(torch.zeros(8))
+            self.view_of_a_parameter = nn.Identity()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q = self.query(x)
+            q = self.query(x) + self.view_of_a_parameter(self.row.expand(2, 1, 1, 8))
             return nn.functional.scaled_dot_product_attention(q, q, q)
 
     sizes = measure(
@@ -255,8 +259,8 @@ def test_info_counts_parameters_and_operations() -> None:
             output_names=["y"],
         )
     )
-    assert sizes["parameters"] == 6 * 8 + 8
-    assert sizes["trainable"] == 6 * 8
+    assert sizes["parameters"] == 6 * 8 + 8 + 8
+    assert sizes["trainable"] == 6 * 8 + 8
     assert sizes["input"] == "2x1x5x6"
     projection, products = 2 * 5 * 6 * 8, 2 * (2 * 5 * 5 * 8)
     assert sizes["gflops"] == pytest.approx(2 * (projection + products) / 1e9)

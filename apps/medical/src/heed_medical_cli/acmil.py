@@ -24,7 +24,7 @@ from heed_medical.bags.checking import check_data
 from heed_medical.bags.data import BagBatch, BagSet, pad_bags, plan_data, thin_out
 from heed_medical.bags.files import read_bag
 from heed_medical.bags.heatmap import find_thumbnail
-from heed_medical.bags.listing import find_bags, find_inputs, list_bags
+from heed_medical.bags.listing import broken_rows, find_bags, find_inputs, list_bags
 from heed_medical.bags.metrics import (
     bootstrap_intervals,
     classification_scores,
@@ -272,7 +272,8 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
 
     def train_data(self, settings: AcmilSettings, root: Path) -> BagSet:
         """The training bags."""
-        return BagSet(find_bags(root, settings.data, "train"), settings.data)
+        files = find_bags(root, settings.data, "train")
+        return BagSet(files, settings.data, skipped=_skipped(settings.data, root))
 
     def augment(self, settings: AcmilSettings) -> Callable[[Bag, np.random.Generator], Bag] | None:
         """Some of the patches of a large bag, where that is asked for."""
@@ -285,7 +286,9 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
 
     def cases(self, settings: AcmilSettings, root: Path, split: str) -> BagSet:
         """Whole bags with their labels."""
-        return BagSet(find_bags(root, settings.data, split), replace(settings.data, cache_mb=0))
+        files = find_bags(root, settings.data, split)
+        skipped = _skipped(settings.data, root)
+        return BagSet(files, replace(settings.data, cache_mb=0), skipped=skipped)
 
     def inputs(self, settings: AcmilSettings, paths: Sequence[Path]) -> BagSet:
         """Whole bags."""
@@ -436,6 +439,10 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
             return None
 
         return {"read": read, "network": look, "training step": learn}
+
+
+def _skipped(data: BagData, root: Path) -> tuple[str, ...]:
+    return broken_rows(root, data) if data.on_error == "skip" else ()
 
 
 class ScoresAndAttention(nn.Module):

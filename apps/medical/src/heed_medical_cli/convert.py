@@ -2,7 +2,8 @@
 
 Labels, patients and splits go along: beside the features in labels.csv and splits.csv (split.json
 for acmil). DATA is a folder or file in the layout of CLAM, TRIDENT or ACMIL, of pt, npy or npz
-files, or a csv with a row per patch. acmil keeps float16; pt and npy lose the coordinates.
+files, or a csv with a row per patch. acmil keeps float16 (float32 for a bag with a feature beyond
+65504); pt and npy lose the coordinates.
 """
 
 from __future__ import annotations

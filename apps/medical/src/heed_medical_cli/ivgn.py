@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from heed_core import observe
+from heed_medical.files import unique_names
 from heed_medical.ivgn import Ivgn, IvgnConfig, load_backbone, report_loss
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical.reports.checking import check_reports, patients_in_several_splits
@@ -32,7 +33,7 @@ from heed_medical.reports.data import (
     to_images,
 )
 from heed_medical.reports.efficacy import FINDINGS, clinical_efficacy, match_findings
-from heed_medical.reports.layouts import find_inputs, list_studies, studies_of
+from heed_medical.reports.layouts import Study, find_inputs, list_studies, studies_of
 from heed_medical.reports.meteor import meteor_by_program, meteor_es
 from heed_medical.reports.metrics import bleu, cider, rouge_l
 from heed_medical.reports.phantoms import write_studies
@@ -377,7 +378,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
 
     def inputs(self, settings: IvgnSettings, paths: Sequence[Path]) -> StudyData:
         """Pictures, and folders of the pictures of studies."""
-        return StudyData(find_inputs(paths, views=settings.data.views), settings.data)
+        return StudyData(_distinct(find_inputs(paths, views=settings.data.views)), settings.data)
 
     def model(self, settings: IvgnSettings) -> Ivgn:
         """The network, random at first."""
@@ -537,6 +538,18 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
         skipped = list_studies(root, data).problems if data.on_error == "skip" else ()
         found = studies_of(root, data, split)
         return StudyData(found, data, training=training, skipped=skipped)
+
+
+def _distinct(studies: Sequence[Study]) -> list[Study]:
+    """Each study once, and under a name of its own: many data sets call every picture 0.png."""
+    once = list(dict.fromkeys(studies))
+    places = []
+    for study in once:
+        picture = study.pictures[0]
+        alone = picture.stem == study.name.rpartition("/")[2]
+        places.append(picture if alone else picture.parent)
+    names = unique_names([study.name for study in once], places)
+    return [replace(study, name=name) for study, name in zip(once, names, strict=True)]
 
 
 def _write_json(prediction: IvgnPrediction, path: Path) -> None:

@@ -18,9 +18,14 @@ from heed_medical.medusa import Medusa, findings_loss
 from heed_medical.medusa.finding_phantoms import write_findings as write_sample
 from heed_medical.medusa.inputs import Lot, MedusaCase, MedusaData, to_batch, vary_sample
 from heed_medical.pictures.checking import check_pictures
-from heed_medical.pictures.layouts import list_pictures
-from heed_medical.pictures.listers import CHEXPERT_FINDINGS, patients_in_several_splits
+from heed_medical.pictures.layouts import ONE_CLASS, layout_of, list_pictures
+from heed_medical.pictures.listers import (
+    CHEXPERT_FINDINGS,
+    find_table,
+    patients_in_several_splits,
+)
 from heed_medical.pictures.planning import plan_pictures
+from heed_medical.pictures.settings import Layout
 from heed_medical_cli.findings_recipe import FindingBatch, FindingsModule, FindingsRecipe
 from heed_medical_cli.findings_report import FindingsPrediction
 from heed_medical_cli.leaks import warn_of_leaks
@@ -225,18 +230,22 @@ def _with_findings(data: MedusaData, root: Path) -> MedusaData:
     """The findings that are asked for, or those of CheXpert that training pictures have."""
     if data.findings:
         return data
-    every = replace(data, findings=CHEXPERT_FINDINGS[:1], on_error="skip")
-    columns = set(list_pictures(root, every).pictures[0].columns)
-    named = tuple(name for name in CHEXPERT_FINDINGS if name in columns)
-    data = replace(data, findings=named)
+    layout = layout_of(root, data)
+    if layout in ONE_CLASS:
+        raise InputError(
+            f"has pictures of one class each, in the layout {layout}",
+            path=root,
+            remedy="train medusa on them",
+        )
+    data = replace(data, findings=_named(data, root, layout))
     listing = list_pictures(root, replace(data, on_error="skip"))
     train = np.array(
-        [[p.columns[name] for name in named] for p in listing.pictures if p.split == "train"]
+        [[p.columns[n] for n in data.findings] for p in listing.pictures if p.split == "train"]
     )
     if not len(train):
         raise InputError("has no training pictures", path=root, remedy="add some to the split")
     present = [bool(np.isin(column, ("1", "1.0")).any()) for column in train.T]
-    found = tuple(name for name, some in zip(named, present, strict=True) if some)
+    found = tuple(name for name, some in zip(data.findings, present, strict=True) if some)
     if not found:
         raise InputError(
             "has no training picture with a finding of CheXpert",
@@ -244,6 +253,23 @@ def _with_findings(data: MedusaData, root: Path) -> MedusaData:
             remedy="name the columns with --data.findings",
         )
     return replace(data, findings=found)
+
+
+def _named(data: MedusaData, root: Path, layout: Layout) -> tuple[str, ...]:
+    """The findings of CheXpert that are columns."""
+    if layout == "table":
+        table = find_table(root, data.table)
+        columns = set() if table is None else set(table.columns)
+        if table is not None and not columns & set(CHEXPERT_FINDINGS):
+            raise InputError(
+                f"has no column of a finding of CheXpert; {table.header}",
+                path=table.path,
+                remedy="name the columns of findings with --data.findings",
+            )
+    else:
+        every = replace(data, findings=CHEXPERT_FINDINGS[:1], on_error="skip")
+        columns = set(list_pictures(root, every).pictures[0].columns)
+    return tuple(name for name in CHEXPERT_FINDINGS if name in columns)
 
 
 def _labels(cases: Sequence[MedusaCase]) -> Tensor:

@@ -56,6 +56,8 @@ from heed_medical_cli.more_parts import (
     embedding_stages,
     exportable,
     is_installed,
+    skipped_inputs,
+    skipped_rows,
     timm_tower,
 )
 from heed_medical_cli.more_pictures import Relevance, draw_recall, draw_relevance
@@ -396,7 +398,8 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
                 path=root,
                 remedy="--training.no-one-per-subject",
             )
-        return StudySet(files, settings.data, settings.model, apart)
+        skipped = skipped_rows(settings.data, root)
+        return StudySet(files, settings.data, settings.model, apart, skipped)
 
     def augment(
         self, settings: MoreSettings
@@ -410,12 +413,15 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
 
     def cases(self, settings: MoreSettings, root: Path, split: str) -> StudySet:
         """Studies with their findings."""
-        return StudySet(find_studies(root, settings.data, split), settings.data, settings.model)
+        files = find_studies(root, settings.data, split)
+        skipped = skipped_rows(settings.data, root)
+        return StudySet(files, settings.data, settings.model, skipped=skipped)
 
     def inputs(self, settings: MoreSettings, paths: Sequence[Path]) -> StudySet:
         """Studies of manifests, pictures, records and texts."""
         data = replace(settings.data, labels=(), cache_mb=0)
-        return StudySet(find_inputs(paths, data), data, settings.model)
+        files, skipped = find_inputs(paths, data), skipped_inputs(data, paths)
+        return StudySet(files, data, settings.model, skipped=skipped)
 
     def model(self, settings: MoreSettings) -> More:
         """The network."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heed_core.errors import InputError
+from heed_medical.files import files_under
 from heed_medical.more.prediction import StudyPrediction
 from heed_runtime import engine
 from heed_runtime.errors import UsageError
@@ -83,4 +84,6 @@ def is_index(path: Path) -> bool:
     """Whether a path is an index of embeddings or a folder that `predict` wrote."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return path.is_dir() and any(path.rglob("*.npz")) and not any(path.glob("*.csv"))
+    if not path.is_dir() or any(path.glob("*.csv")):
+        return False
+    return any(file.suffix == ".npz" for file in files_under(path))

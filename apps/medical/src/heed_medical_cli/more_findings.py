@@ -42,6 +42,8 @@ from heed_medical_cli.more_parts import (
     bench_inputs,
     exportable,
     input_shapes,
+    skipped_inputs,
+    skipped_rows,
 )
 from heed_medical_cli.more_pictures import Relevance, draw_relevance
 from heed_runtime.recipe import Card, Check, Contender, Explanation, Exportable
@@ -244,7 +246,7 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
 
     def train_data(self, settings: TuningSettings, root: Path) -> StudySet:
         """The training studies that have all inputs."""
-        return _studies(settings, find_studies(root, settings.data, "train"), root)
+        return self.cases(settings, root, "train")
 
     def augment(
         self, settings: TuningSettings
@@ -262,13 +264,14 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
 
     def cases(self, settings: TuningSettings, root: Path, split: str) -> StudySet:
         """The studies of a split that have all inputs."""
-        return _studies(settings, find_studies(root, settings.data, split), root)
+        files = find_studies(root, settings.data, split)
+        return _studies(settings, files, root, skipped_rows(settings.data, root))
 
     def inputs(self, settings: TuningSettings, paths: Sequence[Path]) -> StudySet:
         """Studies of manifests, pictures and records that have all inputs."""
         data = replace(settings.data, labels=(), cache_mb=0)
         files = [replace(file, labels={}) for file in find_inputs(paths, data)]
-        return _studies(settings, files, paths[0])
+        return _studies(settings, files, paths[0], skipped_inputs(data, paths))
 
     def model(self, settings: TuningSettings) -> MoreClassifier:
         """The network."""
@@ -389,7 +392,9 @@ def pretrained(folder: Path) -> MoreSettings:
     return settings
 
 
-def _studies(settings: TuningSettings, files: Sequence[StudyFile], root: Path) -> StudySet:
+def _studies(
+    settings: TuningSettings, files: Sequence[StudyFile], root: Path, skipped: Sequence[str]
+) -> StudySet:
     """Those of the studies that have all inputs; texts are not looked at."""
     wanted = settings.model.inputs
     kept = [file for file in files if set(wanted) <= set(file.modalities)]
@@ -397,7 +402,7 @@ def _studies(settings: TuningSettings, files: Sequence[StudyFile], root: Path) -
         raise InputError(f"has no study with {' and '.join(wanted)}", path=root)
     hidden: dict[str, Any] = {name: None for name in ("xray", "ecg") if name not in wanted}
     kept = [replace(file, report=("", ""), **hidden) for file in kept]
-    return StudySet(kept, settings.data, settings.model.more)
+    return StudySet(kept, settings.data, settings.model.more, skipped=skipped)
 
 
 def _labels(cases: Sequence[Study], names: Sequence[str]) -> Tensor:

@@ -20,7 +20,7 @@ from heed_medical.more import More, MoreConfig
 from heed_medical.more.batches import Augmentation
 from heed_medical.more.network import xray_tower
 from heed_medical.more.settings import MoreData
-from heed_medical.more.studies import prepare_xray
+from heed_medical.more.studies import broken_inputs, broken_rows, prepare_xray
 from heed_medical.pictures.reading import read_grey
 from heed_runtime.recipe import Exportable
 
@@ -151,6 +151,16 @@ def embedding_stages(model: More, data: MoreData) -> dict[str, Callable[[], obje
         "prepare ECG": lambda: prepare_ecg(ecg, samples=config.ecg_samples, part=data.ecg_part),
         "network": embed,
     }
+
+
+def skipped_rows(data: MoreData, root: Path) -> tuple[str, ...]:
+    """What is left out of a data set, a line each; nothing where it stops instead."""
+    return broken_rows(root, data) if data.on_error == "skip" else ()
+
+
+def skipped_inputs(data: MoreData, paths: Sequence[Path]) -> tuple[str, ...]:
+    """What is left out of inputs, a line each; nothing where it stops instead."""
+    return broken_inputs(paths, data) if data.on_error == "skip" else ()
 
 
 def is_installed(name: str) -> bool:

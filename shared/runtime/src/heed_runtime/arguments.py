@@ -71,6 +71,8 @@ def _parse_with_settings(
 ) -> Parsed:
     recipe = app.recipe(words[0])
     if _wants_help(words):
+        card = recipe.card
+        about = f"{about}\n\n{card.title}; {card.verified}\n\n{card.notice}".strip()
         base, words = default_settings(recipe), ["--help"]  # else only the flags to come are shown
     else:
         base = _first_pass(options, words, prog=prog).base(app, recipe)

@@ -116,7 +116,7 @@ def _worker_input_error(message: str) -> str | None:
 
 def _original_line(message: str) -> str:
     line = _worker_input_error(message) if "Traceback" in message else None
-    return line or " ".join(message.split())
+    return line or " ".join(part.strip() for part in message.splitlines() if part.strip())
 
 
 def _line(text: str) -> None:

@@ -24,6 +24,8 @@ class BagSet:
 
     files: Sequence[BagFile]
     data: BagData
+    skipped: Sequence[str] = field(default=(), kw_only=True)
+    """What the lists left out, a line each."""
     _kept: dict[int, Bag] = field(default_factory=dict, repr=False)
     _free: int = field(default=-1, repr=False)
 

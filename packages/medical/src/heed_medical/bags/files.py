@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,9 +94,9 @@ def open_h5(path: Path) -> Iterator[h5py.File]:
 
 def slide_groups(path: Path) -> dict[str, str | None]:
     """The slides in an h5 file that holds many, and their labels; empty for a file of one slide."""
-    import h5py
-
     with open_h5(path) as file:
+        import h5py
+
         groups = {name: group for name, group in file.items() if isinstance(group, h5py.Group)}
         return {name: _label(group.attrs.get("label")) for name, group in groups.items()}
 
@@ -128,9 +129,9 @@ def _read(file: BagFile) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _read_h5(file: BagFile) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    import h5py
-
     with open_h5(file.path) as opened:
+        import h5py
+
         node: Any = opened
         if file.group is not None:
             node = opened.get(file.group)
@@ -308,8 +309,11 @@ def _csv_rows(path: Path) -> list[list[str]]:
     try:
         with opener(path, "rt", newline="", encoding="utf-8-sig") as stream:
             rows = [row for row in csv.reader(stream) if row]
-    except (OSError, UnicodeDecodeError, csv.Error, EOFError) as error:
-        raise InputError(f"is not a csv file ({error})", path=path) from None
+    except (OSError, UnicodeDecodeError, csv.Error, EOFError, zlib.error) as error:
+        reason = reason_of(error)
+        raise InputError(
+            f"is not a csv file ({reason})", path=path, remedy="save it as csv in UTF-8"
+        ) from None
     if not rows or len(rows[0]) < 3:
         raise InputError(
             "is not a table of bags", path=path, remedy="give the columns label, bag, features"

@@ -50,7 +50,7 @@ def find_thumbnail(
     """The picture of a slide and the size of the full slide; None where there is none.
 
     Args:
-        name: Of the slide.
+        name: Of the slide; folders before it, which tell slides of one name apart, do not count.
         features: The file of its features; the folder `thumbnails` is looked for beside it.
         folder: Where the pictures or slides are.
         slide_size: Of the full slide; a plain picture can be used only where it is known.
@@ -60,6 +60,7 @@ def find_thumbnail(
     """
     if folder is not None and not folder.is_dir():
         raise InputError("no such folder", path=folder, remedy="correct --data.thumbnails")
+    name = name.rpartition("/")[2]
     beside = [] if features is None else [features.parent, features.parent.parent]
     folders = [folder] if folder is not None else [near / "thumbnails" for near in beside]
     for place in folders:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_medical.bags.bag import BagFile
 from heed_medical.bags.files import H5_SUFFIXES, SUFFIXES, read_table, slide_groups
 from heed_medical.bags.settings import BagData
-from heed_medical.bags.splits import assign_splits, few_shot, strip_suffix
+from heed_medical.bags.splits import assign_splits, few_shot, names_without_bag, strip_suffix
+from heed_medical.files import files_under, unique_names
 from heed_medical.splits import SPLITS, Split
 
 SLIDE_COLUMNS = ("slide_id", "slide", "bag", "name", "image", "file", "path", "id")
@@ -65,17 +68,14 @@ def list_bags(root: Path, data: BagData) -> Listing:
         _join(root, table, found)
     labelled = [file for file in found.files if file.label is not None]
     if not labelled:
-        raise InputError(
-            "holds features and no labels",
-            path=root,
-            remedy="add labels.csv with the columns slide_id and label",
-        )
+        raise _no_labels(root, table)
     if len(labelled) < len(found.files):
         names = [file.name for file in found.files if file.label is None]
         found.warnings.append(
             f"{root}: {len(names)} slides have no label and are left out ({', '.join(names[:5])})"
         )
     files = assign_splits(root, labelled, data)
+    found.warnings += names_without_bag(root, found.files, data)
     left_out = [file.name for file in files if file.split is None]
     if left_out:
         found.warnings.append(
@@ -122,17 +122,27 @@ def find_bags(root: Path, data: BagData, split: str) -> list[BagFile]:
 
 
 def find_inputs(paths: Sequence[Path], data: BagData) -> list[BagFile]:
-    """The bags in files and folders, without labels.
+    """The bags in files and folders, each once and under a name of its own, without labels.
 
     Raises:
         InputError: A path that does not exist or holds no features.
     """
-    found: list[BagFile] = []
+    found: dict[tuple[Path, str | None, str], BagFile] = {}
     for path in paths:
         if not path.exists():
             raise InputError("no such file or folder", path=path)
-        found += find_features(path, data)
-    return [replace(file, label=None, split=None) for file in found]
+        found |= {(f.path, f.group, f.name): f for f in find_features(path, data)}
+    files = list(found.values())
+    names = unique_names([file.name for file in files], [file.path for file in files])
+    return [
+        replace(file, name=name, label=None, split=None)
+        for file, name in zip(files, names, strict=True)
+    ]
+
+
+def broken_rows(root: Path, data: BagData) -> tuple[str, ...]:
+    """What `find_bags` leaves out with `on_error="skip"`, a line each."""
+    return tuple(list_bags(root, data).problems)
 
 
 def class_of(file: BagFile, data: BagData) -> int | None:
@@ -168,14 +178,14 @@ def find_features(root: Path, data: BagData) -> list[BagFile]:
         return _in_file(start)
     paths = [
         path
-        for path in sorted(start.rglob("*"))
+        for path in files_under(start)
         if path.suffix.lower() in SUFFIXES
-        and path.is_file()
         and not set(path.relative_to(start).parts[:-1]) & set(NOT_FEATURES)
     ]
-    files = [file for path in _preferred(paths) for file in _in_file(path, alone=len(paths) < 3)]
+    open_all = len(paths) < 3 or _holds_many(paths)
+    files = [file for path in _preferred(paths) for file in _in_file(path, alone=open_all)]
     if not files:
-        tables = sorted(path for path in start.glob("*.csv*") if is_bag_table(path))
+        tables = [path for path in _visible(start, "*.csv*") if is_bag_table(path)]
         if len(tables) != 1:
             raise InputError(
                 "holds no features",
@@ -188,13 +198,14 @@ def find_features(root: Path, data: BagData) -> list[BagFile]:
 
 
 def is_bag_table(path: Path) -> bool:
-    """Whether a csv file has a row per instance: wide, without a column of slides."""
+    """Whether a csv file has a row per instance: wide, without a column of slides.
+
+    Raises:
+        InputError: It cannot be read.
+    """
     if not path.name.endswith((".csv", ".csv.gz")):
         return False
-    import gzip
-
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8-sig") as text:
-        head = [name.strip().lower() for name in text.readline().split(",")]
+    head = [name.lower() for name in _columns(_first_line(path))]
     return len(head) > 2 and ({"bag", "label"} <= set(head) or _numeric(head[2:]))
 
 
@@ -207,7 +218,7 @@ def _numeric(fields: Sequence[str]) -> bool:
 
 
 def _in_file(path: Path, *, alone: bool = True) -> list[BagFile]:
-    """The bags of a file. Only a file that is alone is opened to see whether it holds many."""
+    """The bags of a file; `alone`: whether it is opened to see if it holds many."""
     if path.name.endswith((".csv", ".csv.gz")):
         return read_table(path)
     if alone and path.suffix.lower() in H5_SUFFIXES:
@@ -218,6 +229,17 @@ def _in_file(path: Path, *, alone: bool = True) -> list[BagFile]:
                 for name, label in groups.items()
             ]
     return [BagFile(name=path.stem, path=path)]
+
+
+def _holds_many(paths: Sequence[Path]) -> bool:
+    """Whether the first h5 file that can be read holds many slides: the others are like it."""
+    for path in paths:
+        if path.suffix.lower() in H5_SUFFIXES:
+            try:
+                return bool(slide_groups(path))
+            except InputError:
+                continue
+    return False
 
 
 def _preferred(paths: Sequence[Path]) -> list[Path]:
@@ -245,8 +267,8 @@ def _label_file(root: Path, data: BagData) -> Path | None:
         return folder / data.labels
     found = [
         path
-        for path in sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
-        if not path.name.startswith(".") and _has_labels(path)
+        for path in sorted([*_visible(folder, "*.csv"), *_visible(folder, "*.jsonl")])
+        if _has_labels(path)
     ]
     if len(found) > 1:
         raise InputError(
@@ -257,13 +279,64 @@ def _label_file(root: Path, data: BagData) -> Path | None:
     return found[0] if found else None
 
 
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """The files of a pattern; those that a file system hides are left out."""
+    found = (path for path in folder.glob(pattern) if not path.name.startswith("."))
+    return sorted(path for path in found if path.is_file())
+
+
 def _has_labels(path: Path) -> bool:
-    with path.open(encoding="utf-8-sig", errors="replace") as text:
-        line = text.readline()
+    line = _first_line(path)
     if path.suffix == ".jsonl":
         return '"label"' in line
-    head = {name.strip().strip('"').lower() for name in line.split(",")}
+    head = {name.lower() for name in _columns(line)}
     return "label" in head and bool(head & set(SLIDE_COLUMNS)) and not is_bag_table(path)
+
+
+def _no_labels(root: Path, table: Path | None) -> InputError:
+    """Why no slide has a label: there is no table of them, or none that can be used."""
+    if table is not None:
+        return InputError(
+            f"lists none of the slides whose features {root} holds",
+            path=table,
+            remedy="name slides as the files of their features",
+        )
+    folder = root.parent if root.is_file() else root
+    others = [
+        f"{path.name} {_header_in_words(path)}"
+        for path in _visible(folder, "*.csv")
+        if not is_bag_table(path) and not set(SPLITS) & set(_columns(_first_line(path)))
+    ]
+    return InputError(
+        "; ".join(["holds features and no labels", *others[:3]]),
+        path=root,
+        remedy="give labels.csv the columns slide_id and label"
+        if others
+        else "add labels.csv with the columns slide_id and label",
+    )
+
+
+def _first_line(path: Path) -> str:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as text:
+            return str(text.readline()).strip()
+    except (OSError, EOFError, zlib.error) as error:
+        reason = reason_of(error, path)
+        raise InputError(f"cannot be read ({reason})", path=path, remedy="copy it again") from None
+
+
+def _columns(line: str) -> list[str]:
+    return [name.strip().strip('"') for name in line.split(",")]
+
+
+def _header_in_words(path: Path) -> str:
+    """What the first line of a csv file says of its columns."""
+    line = _first_line(path)
+    for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+        if sign in line and "," not in line:
+            return f"seems to be separated by {name}, commas are needed ({line[:80]})"
+    return f"has the columns {', '.join(_columns(line)[:12])}"
 
 
 def read_labels(path: Path) -> list[LabelRow]:
@@ -272,12 +345,17 @@ def read_labels(path: Path) -> list[LabelRow]:
     Raises:
         InputError: It cannot be read, lacks a column, or lists a slide twice.
     """
-    rows = _json_rows(path) if path.suffix == ".jsonl" else _csv_rows(path)
-    head = rows[0][1] if rows else {}
+    is_json = path.suffix == ".jsonl"
+    rows = _json_rows(path) if is_json else _csv_rows(path)
+    if not rows:
+        raise InputError("lists no slide", path=path, remedy="give a row for each")
+    head = rows[0][1]
     slide = next((name for name in SLIDE_COLUMNS if name in head), None)
     if slide is None or "label" not in head:
+        missing = "label" if slide else "slide_id"
+        has = f"it has {', '.join(head)}" if is_json else f"it {_header_in_words(path)}"
         raise InputError(
-            f"has no column {'label' if slide else 'slide_id'!r}",
+            f"has no {'key' if is_json else 'column'} {missing!r}; {has}",
             path=path,
             remedy="give the columns slide_id and label",
         )
@@ -321,8 +399,11 @@ def _csv_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"is not a csv file ({error})", path=path) from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = reason_of(error)
+        raise InputError(
+            f"is not a csv file ({reason})", path=path, remedy="save it as csv in UTF-8"
+        ) from None
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise InputError(
@@ -337,8 +418,15 @@ def _csv_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
 def _json_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
     if not path.is_file():
         raise InputError("no such file", path=path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = reason_of(error)
+        raise InputError(
+            f"cannot be read as text ({reason})", path=path, remedy="save it in UTF-8"
+        ) from None
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             loaded: Any = json.loads(line)
         except json.JSONDecodeError as error:

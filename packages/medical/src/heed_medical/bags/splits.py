@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_medical.bags.bag import BagFile
 from heed_medical.bags.settings import BagData
 from heed_medical.splits import SPLITS, Split, in_several_splits
@@ -33,7 +33,7 @@ def assign_splits(root: Path, files: Sequence[BagFile], data: BagData) -> list[B
         return _folded(files, data)
     source = _split_file(root, data)
     if source is not None:
-        listed = read_splits(source)
+        listed = _listed(source, files)
         placed = [replace(file, split=listed.get(file.name)) for file in files]
         if not any(file.split for file in placed):
             raise InputError(
@@ -43,6 +43,36 @@ def assign_splits(root: Path, files: Sequence[BagFile], data: BagData) -> list[B
     if any(file.split for file in files):
         return _with_validation(files, data)
     return _drawn(files, data)
+
+
+def names_without_bag(root: Path, files: Sequence[BagFile], data: BagData) -> list[str]:
+    """A line where the split file names slides that are none of all the files."""
+    source = None if data.folds else _split_file(root, data)
+    if source is None:
+        return []
+    lost = sorted(set(_listed(source, files)) - {file.name for file in files})
+    if not lost:
+        return []
+    some = ", ".join(lost[:5])
+    return [f"{source}: names {len(lost)} slides that have no features in {root} ({some})"]
+
+
+def _listed(source: Path, files: Sequence[BagFile]) -> dict[str, Split]:
+    """Name of the slide -> split.
+
+    pandas writes the numbers of a column that it filled up as 1008.0: this is 1008, unless a slide
+    is called so.
+    """
+    names = {file.name for file in files}
+    found: dict[str, Split] = {}
+    for entry, split in read_splits(source).items():
+        whole = entry.removesuffix(".0")
+        name = whole if whole in names and entry not in names and whole.isdigit() else entry
+        if found.setdefault(name, split) != split:
+            raise InputError(
+                f"slide {name!r} is in the splits {found[name]} and {split}", path=source
+            )
+    return found
 
 
 def patients_in_several_splits(files: Iterable[BagFile]) -> dict[str, tuple[str, ...]]:
@@ -97,7 +127,7 @@ def _split_file(root: Path, data: BagData) -> Path | None:
         path
         for pattern in ("split*.json", "split*.csv", "splits/*.json", "splits/*.csv")
         for path in sorted(folder.glob(pattern))
-        if not path.stem.endswith(("_bool", "_descriptor"))
+        if not path.name.startswith(".") and not path.stem.endswith(("_bool", "_descriptor"))
     ]
     if len(found) < 2:
         return found[0] if found else None
@@ -132,7 +162,10 @@ def _csv_names(path: Path) -> dict[Split, list[str]]:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"is not a csv file ({error})", path=path) from None
+        reason = reason_of(error)
+        raise InputError(
+            f"is not a csv file ({reason})", path=path, remedy="save it as csv in UTF-8"
+        ) from None
     if not rows or not set(SPLITS) & set(rows[0]):
         raise InputError("has no column train, val or test", path=path)
     return {

@@ -36,8 +36,9 @@ def write_bags(
         bags: In the order in which they are written.
         out: The folder.
         layout: clam: h5_files/, pt_files/ and patches/; trident: features_ENCODER/ of h5; acmil:
-            one patch_feats_pretrain_ENCODER.h5 with float16 features and labels as numbers; pt,
-            npy: a file per slide, without coordinates; csv: one table with a row per patch.
+            one patch_feats_pretrain_ENCODER.h5 with float16 features (float32 for a bag that has
+            one beyond float16, 65504) and labels as numbers; pt, npy: a file per slide, without
+            coordinates; csv: one table with a row per patch.
         encoder: The name that trident and acmil give the features.
 
     Raises:
@@ -115,7 +116,8 @@ def _write_array(path: Path, bag: Bag) -> None:
 def _append_group(path: Path, bag: Bag) -> None:
     with _h5py().File(path, "a") as file:
         group = file.create_group(bag.name)
-        group["feat"] = bag.features.astype(np.float16)
+        fits = bool((np.abs(bag.features) <= np.finfo(np.float16).max).all())
+        group["feat"] = bag.features.astype(np.float16 if fits else np.float32)
         if bag.coords is not None:
             group["coords"] = bag.coords.astype(np.int32)
             if bag.patch_size is not None:

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
+from scipy.special import expit, logit  # type: ignore[import-untyped]
+
+LEAST_SCORE = 1e-7
+"""Log-odds are those of scores at least so far from 0 and 1: what single precision tells apart."""
 
 ScoreRow = Mapping[str, str | int | float | None]
 
@@ -149,24 +153,24 @@ def average_precision(scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarr
 def best_threshold(scores: Float64[np.ndarray, " n"], positive: Bool[np.ndarray, " n"]) -> float:
     """The score from which on to call a case positive, for the best mean of both sensitivities.
 
-    It lies in the middle between two scores; of equally good ones it is the nearest to 0.5. Without
-    positive or negative cases it is 0.5.
+    It lies between two scores, in the middle of their log-odds: as far from the last negative case
+    as from the first positive one on the scale that a classifier adds up on. Of equally good ones
+    it is the one with the widest such gap. Where none is better than chance it is 0.5.
     """
     if not len(scores) or positive.all() or not positive.any():
         return 0.5
     curve = roc_curve(scores, positive)
-    gain = curve.y - curve.x
-    levels = curve.thresholds[1:]
-    middles = np.r_[(1 + levels[0]) / 2, (levels[:-1] + levels[1:]) / 2, levels[-1] / 2]
-    if levels[0] >= 1:
-        gain[0] = -np.inf  # a threshold of 1 calls the score 1 too: no threshold calls nothing
-    best = np.flatnonzero(gain >= gain.max() - 1e-12)
-    # between the two scores around a best step every threshold is as good; 0.5 where it is inside
-    low, high = np.r_[levels, 0.0], np.r_[1.0, levels]
-    inside = best[(low[best] < 0.5) & (high[best] >= 0.5)]
-    if len(inside):
+    gain = (curve.y - curve.x)[1:-1]  # calling nothing and calling everything are no thresholds
+    if not len(gain) or gain.max() <= 0:
         return 0.5
-    return float(middles[best[np.argmin(np.abs(middles[best] - 0.5))]])
+    high, low = curve.thresholds[1:-1], curve.thresholds[2:]
+    odds = [logit(side.clip(LEAST_SCORE, 1 - LEAST_SCORE)) for side in (low, high)]
+    best = np.flatnonzero(gain >= gain.max() - 1e-12)
+    widest = best[np.argmax((odds[1] - odds[0])[best])]
+    middle = float(expit((odds[0] + odds[1])[widest] / 2))
+    if low[widest] < middle <= high[widest]:
+        return middle
+    return float((low[widest] + high[widest]) / 2)  # both at one end of the clipped log-odds
 
 
 def calibration(

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from heed_medical.medusa.network import SMALLEST_SIDE
 from heed_medical.pictures.augmentation import PictureAugmentation, augment_pictures
-from heed_medical.pictures.batches import even_groups
+from heed_medical.pictures.batches import even_groups, groups_apart
 from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical.pictures.records import PictureFile
@@ -194,6 +194,7 @@ class TrainData(Dataset[tuple[MedusaCase | Lot, ...]]):
     ) -> None:
         self.files, self.data, self.skipped = tuple(files), data, tuple(skipped)
         self.groups: list[list[Int64[np.ndarray, " n"]]] | None = None
+        self.apart: Sequence[str] = ()
         if data.balance != "none":
             self.groups = even_groups(
                 [data.classes.index(str(file.label)) for file in files],
@@ -201,6 +202,8 @@ class TrainData(Dataset[tuple[MedusaCase | Lot, ...]]):
                 positive_only=data.balance == "positive",
                 seed=data.split_seed,
             )
+            if data.balance == "positive":
+                self.apart = groups_apart(self.groups)
 
     def __len__(self) -> int:
         return len(self.files) if self.groups is None else len(self.groups)

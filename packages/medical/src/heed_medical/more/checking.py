@@ -17,6 +17,7 @@ from heed_medical.more.studies import (
     clean_report,
     list_studies,
     subjects_in_several_splits,
+    unknown_splits,
 )
 from heed_medical.pictures.reading import read_grey
 from heed_medical.splits import SPLITS
@@ -48,12 +49,12 @@ def check_studies(data: MoreData, root: Path, *, samples: int = 1000) -> StudyCh
         return StudyCheck(counts=(), problems=(str(error),), warnings=())
     studies, problems, warnings = listing.studies, list(listing.problems), []
     if listing.drawn:
-        warnings.append(
-            f"{root}: gives no splits; they are drawn by subject (seed {data.split_seed})"
-        )
-    for study in studies:
-        if study.split not in SPLITS:
-            problems.append(f"{study.place}: split {study.split!r} is none of {', '.join(SPLITS)}")
+        lacking = "splits; they are" if "train" in listing.drawn else "val split; it is"
+        warnings.append(f"{root}: gives no {lacking} drawn by subject (seed {data.split_seed})")
+    problems += unknown_splits(studies)
+    given = {study.split for study in studies}
+    if "train" in given and "val" not in given:
+        problems.append(f"{root}: has no study of the split 'val', and one subject to draw it from")
     for path in dict.fromkeys(s.xray for s in studies if s.xray):
         try:
             read_grey(path)

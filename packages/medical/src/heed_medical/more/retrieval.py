@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from heed_core.errors import InputError, MissingExtra
+from heed_medical.files import files_under
 from heed_medical.more.network import MODALITIES
 
 LARGE = 20_000
@@ -69,7 +70,7 @@ class EmbeddingIndex:
     def _of_folder(cls, folder: Path) -> EmbeddingIndex:
         rows: dict[str, list[np.ndarray]] = {}
         names: dict[str, list[str]] = {}
-        for path in sorted(folder.rglob("*.npz")):
+        for path in (file for file in files_under(folder) if file.suffix == ".npz"):
             try:
                 with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                     found = {key: arrays[key] for key in arrays.files}

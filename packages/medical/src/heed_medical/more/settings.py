@@ -63,8 +63,12 @@ class MoreData:
     """Where predict looks for neighbours: an index, or a folder that an earlier predict wrote."""
     neighbours: int = 5
     """How many of them."""
+    val_share: float = 0.1
+    """Share of the subjects, or of the training subjects, that becomes the validation where the
+    data have none."""
     split_seed: int = 0
-    """Seed of the splits by subject (70 % train, 10 % val, 20 % test) where the data give none."""
+    """Seed of the splits by subject that the data do not give; a fifth is the test where they give
+    none."""
     cache_mb: int = 512
     """Prepared X-rays and ECGs are kept in memory up to this size."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -73,6 +77,8 @@ class MoreData:
     def __post_init__(self) -> None:
         if unknown := set(self.modalities) - set(MODALITIES):
             raise ValueError(f"modalities must be of {', '.join(MODALITIES)}, got {unknown}")
+        if not 0.0 < self.val_share < 0.5:
+            raise ValueError(f"val_share must be above 0, below 0.5, got {self.val_share}")
         if self.neighbours < 1:
             raise ValueError(f"neighbours must be at least 1, got {self.neighbours}")
         if self.cache_mb < 0:

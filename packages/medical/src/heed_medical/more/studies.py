@@ -15,16 +15,17 @@ from heed_core.errors import InputError
 from heed_medical.ecg.ptbxl import DATABASE, SUPERCLASSES, ptbxl_records
 from heed_medical.ecg.reading import read_ecg
 from heed_medical.ecg.signals import prepare_ecg
+from heed_medical.files import files_under
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.more.network import MODALITIES, MoreConfig
 from heed_medical.more.settings import CHEXPERT, MoreData
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical.pictures.records import Rows, read_rows
-from heed_medical.splits import in_several_splits
+from heed_medical.splits import SPLITS, in_several_splits
 
 MANIFESTS = ("manifest.csv", "manifest.jsonl", "labels.csv")
 TABLE_SUFFIXES = (".csv", ".gz", ".jsonl", ".ndjson")
-_VAL_SHARE, _TEST_SHARE = 0.1, 0.2
+_TEST_SHARE = 0.2
 GREY_MEAN, GREY_STD = 0.499, 0.293
 """Of X-rays within 0..1, by which they are standardised."""
 
@@ -90,8 +91,8 @@ class StudyListing:
     studies: tuple[StudyFile, ...]
     problems: tuple[str, ...] = ()
     """A line for each row that cannot be used; its study is left out."""
-    drawn: bool = False
-    """Whether the splits were drawn by subject because the data give none."""
+    drawn: tuple[str, ...] = ()
+    """The splits that were drawn by subject because the data do not give them."""
 
 
 def list_studies(root: Path, data: MoreData) -> StudyListing:
@@ -110,12 +111,8 @@ def list_studies(root: Path, data: MoreData) -> StudyListing:
     wanted = [replace(study, labels=_labels(study, data)) for study in found]
     if not wanted:
         raise InputError(problems[0]) if problems else InputError("has no study", path=root)
-    drawn = not any(study.split for study in wanted)
-    return StudyListing(
-        studies=tuple(draw_splits(wanted, data.split_seed) if drawn else wanted),
-        problems=tuple(problems),
-        drawn=drawn,
-    )
+    settled, drawn = _with_splits(wanted, data)
+    return StudyListing(studies=tuple(settled), problems=tuple(problems), drawn=drawn)
 
 
 def find_studies(root: Path, data: MoreData, split: str | None = None) -> list[StudyFile]:
@@ -126,26 +123,69 @@ def find_studies(root: Path, data: MoreData, split: str | None = None) -> list[S
             `data.on_error` is "skip".
     """
     listing = list_studies(root, data)
-    if listing.problems and data.on_error == "stop":
-        more = len(listing.problems) - 1
-        raise InputError(listing.problems[0] + (f" (and {more} more such rows)" if more else ""))
+    problems = list(listing.problems)
+    if split is not None:
+        problems += unknown_splits(listing.studies)
+    if problems and data.on_error == "stop":
+        more = len(problems) - 1
+        raise InputError(problems[0] + (f" (and {more} more such rows)" if more else ""))
     wanted = [study for study in listing.studies if split is None or study.split == split]
     if not wanted:
         raise InputError(f"has no study of the split {split!r}", path=root)
     return wanted
 
 
-def draw_splits(studies: Sequence[StudyFile], seed: int) -> list[StudyFile]:
-    """A tenth of the subjects for validation, a fifth for the test, the others for training."""
+def broken_rows(root: Path, data: MoreData) -> tuple[str, ...]:
+    """What `find_studies` leaves out of the splits with `on_error="skip"`, a line each."""
+    listing = list_studies(root, data)
+    return (*listing.problems, *unknown_splits(listing.studies))
+
+
+def unknown_splits(studies: Sequence[StudyFile]) -> list[str]:
+    """A line for each study whose split is none."""
+    return [
+        f"{study.place}: split {study.split!r} is none of {', '.join(SPLITS)}"
+        for study in studies
+        if study.split not in SPLITS
+    ]
+
+
+def _with_splits(
+    studies: Sequence[StudyFile], data: MoreData
+) -> tuple[list[StudyFile], tuple[str, ...]]:
+    """Draw the splits by subject where there are none, or the validation where it is missing."""
+    given = {study.split for study in studies}
+    if given == {""}:
+        shares = {"test": _TEST_SHARE, "val": data.val_share}
+        return draw_splits(studies, shares, data.split_seed), SPLITS
+    if "train" not in given or "val" in given:
+        return list(studies), ()
+    train = [study for study in studies if study.split == "train"]
+    elsewhere = {study.subject for study in studies if study.split != "train"} - {""}
+    openly = [study for study in train if study.subject not in elsewhere]
+    if len({study.subject or study.name for study in openly}) < 2:
+        return list(studies), ()
+    drawn = draw_splits(openly, {"val": data.val_share}, data.split_seed)
+    split_of = {study.name: study.split for study in drawn}
+    settled = [replace(study, split=split_of.get(study.name, study.split)) for study in studies]
+    return settled, ("val",)
+
+
+def draw_splits(
+    studies: Sequence[StudyFile], shares: Mapping[str, float], seed: int
+) -> list[StudyFile]:
+    """Give each split its share of the subjects, at least one; the others are for training."""
     subjects = sorted({study.subject or study.name for study in studies})
     order = np.random.default_rng(seed).permutation(len(subjects))
-    test = max(1, round(_TEST_SHARE * len(subjects)))
-    val = max(1, round(_VAL_SHARE * len(subjects)))
-    split_of = {
-        subjects[number]: "test" if rank < test else "val" if rank < test + val else "train"
-        for rank, number in enumerate(order)
-    }
-    return [replace(study, split=split_of[study.subject or study.name]) for study in studies]
+    split_of: dict[str, str] = {}
+    for split, share in shares.items():
+        count = max(1, round(share * len(subjects)))
+        start = len(split_of)
+        split_of |= {subjects[number]: split for number in order[start : start + count]}
+    return [
+        replace(study, split=split_of.get(study.subject or study.name, "train"))
+        for study in studies
+    ]
 
 
 def manifest_of(root: Path, data: MoreData) -> Path:
@@ -178,18 +218,31 @@ def find_inputs(paths: Sequence[Path], data: MoreData) -> list[StudyFile]:
     for path in paths:
         if not path.exists():
             raise InputError("does not exist", path=path)
-        is_table = path.is_file() and path.suffix.lower() in TABLE_SUFFIXES
-        listed = path.is_dir() and any((path / name).is_file() for name in (*MANIFESTS, DATABASE))
-        if is_table or listed:
+        if _is_list(path):
             found += find_studies(path, replace(data, manifest=None))
         elif path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p)]
+            inside = [p for p in files_under(path) if _kind(p)]
             if not inside:
                 raise InputError("holds no pictures, ECG records or texts", path=path)
             found += [_alone(p, p.relative_to(path)) for p in inside]
         else:
             found.append(_alone(path, Path(path.name)))
     return _unique(found)
+
+
+def broken_inputs(paths: Sequence[Path], data: MoreData) -> tuple[str, ...]:
+    """What `find_inputs` leaves out with `on_error="skip"`, a line each."""
+    alone = replace(data, manifest=None)
+    return tuple(
+        line for path in paths if _is_list(path) for line in list_studies(path, alone).problems
+    )
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a path is a table of studies, or a folder with one."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in (*MANIFESTS, DATABASE))
+    return path.suffix.lower() in TABLE_SUFFIXES
 
 
 def _kind(path: Path) -> str | None:
@@ -384,6 +437,8 @@ class StudySet:
     config: MoreConfig
     apart: Sequence[str] = ()
     """A name for each study; those of the same name must not meet in a batch. Empty: all may."""
+    skipped: Sequence[str] = ()
+    """What the list left out, a line each."""
     _kept: dict[tuple[str, Path], np.ndarray] = field(default_factory=dict, repr=False)
     _used: int = field(default=0, repr=False)
 

@@ -59,11 +59,15 @@ class BalancedBatchSampler(Sampler[list[int]]):
 def even_groups(
     labels: Sequence[int], *, classes: int, positive_only: bool = False, seed: int = 0
 ) -> list[list[Int64[np.ndarray, " n"]]]:
-    """Groups to draw one sample of each class from; no sample is in two groups.
+    """Groups to draw one sample of each class from.
 
     There are as many groups as the rarest class has samples; the samples of the others are dealt
     out. So a batch of different groups, one sample per class and group, is even and holds no
     sample twice.
+
+    With `positive_only` there is a group for every two negatives, so that an epoch has the steps of
+    the released recipe (`BalancedBatchSampler`), which shows half of the negatives. Where there are
+    more groups than positives, each of these is in several groups: see `groups_apart`.
 
     Args:
         labels: Class numbers.
@@ -82,9 +86,19 @@ def even_groups(
         pools = [np.flatnonzero(numbers != classes - 1), np.flatnonzero(numbers == classes - 1)]
     else:
         pools = [np.flatnonzero(numbers == k) for k in range(classes)]
-    count = min(len(pool) for pool in pools)
-    if not count:
+    count = -(-len(pools[0]) // 2) if positive_only else min(len(pool) for pool in pools)
+    if not all(len(pool) for pool in pools):
         raise InputError("a class has no training picture", remedy="set --data.balance none")
     rng = np.random.default_rng(seed)
     dealt = [rng.permutation(pool) for pool in pools]
-    return [[pool[group::count] for pool in dealt] for group in range(count)]
+    return [[pool[group % len(pool) :: count] for pool in dealt] for group in range(count)]
+
+
+def groups_apart(groups: Sequence[Sequence[Int64[np.ndarray, " n"]]]) -> list[str]:
+    """A name for each group, the same for those that hold the same positives.
+
+    Example:
+        >>> groups_apart([[np.array([0]), np.array([8])], [np.array([1]), np.array([8])]])
+        ['8', '8']
+    """
+    return [str(group[-1][0]) for group in groups]

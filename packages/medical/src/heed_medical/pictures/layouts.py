@@ -8,8 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_medical.files import files_under
 from heed_medical.pictures.findings import findings_of
-from heed_medical.pictures.listers import LISTERS, find_table, is_picture, list_folders
+from heed_medical.pictures.listers import (
+    LISTERS,
+    covidx_lists,
+    find_table,
+    is_picture,
+    list_folders,
+    other_table,
+)
 from heed_medical.pictures.records import PictureFile, first_line, plain_or_packed
 from heed_medical.pictures.settings import Layout, PictureData
 from heed_medical.splits import SPLITS
@@ -20,6 +28,8 @@ _KNOWN = (
 )
 _READABLE = "png, jpg, tif, bmp and DICOM are read"
 _TEST_SHARE = 0.2
+ONE_CLASS = ("covidx", "rsna", "folders")
+"""Layouts without columns that could be labels or findings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +50,7 @@ def list_pictures(root: Path, data: PictureData) -> Listing:
     Raises:
         InputError: No folder, no known layout, a list that cannot be read, no picture at all.
     """
-    if not root.is_dir():
-        raise InputError("is not a folder", path=root, remedy="give the folder of a data set")
-    layout = detect_layout(root, data) if data.layout == "auto" else data.layout
+    layout = layout_of(root, data)
     _refuse_unused(layout, data)
     listed, problems = LISTERS[layout](root, data)
     pictures, wrong = _existing(listed)
@@ -62,15 +70,19 @@ def list_pictures(root: Path, data: PictureData) -> Listing:
     )
 
 
-def detect_layout(root: Path, data: PictureData) -> Layout:
-    """The layout of a folder, by what lies in it.
+def layout_of(root: Path, data: PictureData) -> Layout:
+    """The layout of a folder: as the settings say, or by what lies in it.
 
     Raises:
-        InputError: None of the known ones.
+        InputError: No folder, or none of the known layouts.
     """
+    if not root.is_dir():
+        raise InputError("is not a folder", path=root, remedy="give the folder of a data set")
+    if data.layout != "auto":
+        return data.layout
     if data.table:
-        return "table"
-    if any(root.glob("*_COVIDx*.txt")):
+        return "covidx" if covidx_lists(root, data.table) else "table"
+    if covidx_lists(root):
         return "covidx"
     if (root / "stage_2_train_labels.csv").is_file():
         return "rsna"
@@ -83,18 +95,24 @@ def detect_layout(root: Path, data: PictureData) -> Layout:
         return "table"
     if len({picture.label for picture in list_folders(root, data)[0]}) > 1:
         return "folders"
-    raise InputError("holds no data set in a known layout", path=root, remedy=_KNOWN)
+    raise InputError(
+        f"holds no data set in a known layout{other_table(root)}", path=root, remedy=_KNOWN
+    )
 
 
 def _refuse_unused(layout: str, data: PictureData) -> None:
     if data.only and layout != "table":
         raise InputError(f"--data.only has no effect in the layout {layout}", remedy="leave it out")
-    if data.findings and layout in {"covidx", "rsna", "folders"}:
+    if data.table and layout not in {"table", "covidx"}:
+        raise InputError(
+            f"--data.table has no effect in the layout {layout}", remedy="leave it out"
+        )
+    if data.findings and layout in ONE_CLASS:
         raise InputError(
             f"--data.findings has no effect in the layout {layout}",
             remedy="pictures with several findings are read from a table, CheXpert or MIMIC",
         )
-    if data.label and layout in {"covidx", "rsna", "folders"}:
+    if data.label and layout in ONE_CLASS:
         raise InputError(
             f"--data.label has no effect in the layout {layout}", remedy="leave it out"
         )
@@ -233,11 +251,9 @@ def find_inputs(paths: Sequence[Path]) -> list[PictureFile]:
                 raise InputError("is not a picture that can be read", path=path, remedy=_READABLE)
             found.setdefault(path, path.stem)
         elif path.is_dir():
-            for file in sorted(path.rglob("*")):
-                inside = file.relative_to(path)
-                hidden = any(part.startswith(".") for part in inside.parts)
-                if not hidden and file.is_file() and is_picture(file):
-                    found.setdefault(file, str(inside.with_suffix("")))
+            for file in files_under(path):
+                if is_picture(file):
+                    found.setdefault(file, str(file.relative_to(path).with_suffix("")))
         else:
             raise InputError("does not exist", path=path, remedy="give a file or a folder")
     if not found:

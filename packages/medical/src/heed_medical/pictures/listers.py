@@ -4,11 +4,13 @@ A function gives pictures and problems (a line each); a file that cannot be read
 `InputError`. Splits that a layout does not have are None here.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from heed_core.errors import InputError
 from heed_medical.dicom import is_dicom
+from heed_medical.files import files_under
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.pictures.findings import finding_value
 from heed_medical.pictures.records import PictureFile, Rows, plain_or_packed, read_rows
@@ -49,14 +51,21 @@ def find_table(root: Path, name: str = "") -> Rows | None:
     """The table of a folder that names pictures: the one called `name`, or the first there is."""
     if name:
         return read_rows(root / name)
+    return next((rows for rows in _tables(root) if rows.column(FILE_COLUMNS)), None)
+
+
+def _tables(root: Path) -> Iterator[Rows]:
     paths = [p for s in ("*.csv", "*.csv.gz", "*.jsonl") for p in sorted(root.glob(s))]
     paths.sort(key=lambda p: _FIRST_TABLES.index(p.name) if p.name in _FIRST_TABLES else 9)
     for path in paths:
         if not path.name.startswith("."):
-            rows = read_rows(path)
-            if rows.column(FILE_COLUMNS):
-                return rows
-    return None
+            yield read_rows(path)
+
+
+def other_table(root: Path) -> str:
+    """Why the first table of a folder names no pictures, in brackets; empty: there is none."""
+    rows = next(_tables(root), None)
+    return "" if rows is None else f" ({rows.path.name} has no column of files; {rows.header})"
 
 
 def list_table(root: Path, data: PictureData) -> Found:
@@ -64,7 +73,7 @@ def list_table(root: Path, data: PictureData) -> Found:
     table = find_table(root, data.table)
     if table is None:
         raise InputError(
-            "holds no csv or jsonl with a column of files",
+            f"holds no csv or jsonl with a column of files{other_table(root)}",
             path=root,
             remedy=f"name the column one of {', '.join(FILE_COLUMNS)}",
         )
@@ -138,9 +147,8 @@ def list_covidx(root: Path, data: PictureData) -> Found:
 
     A patient's id may hold spaces, as those of the source `sirm` do.
     """
-    lists = sorted(root.glob("*_COVIDx*.txt"))
     pictures, problems = [], []
-    for path in lists:
+    for path in _chosen_lists(root, data.table):
         split = SPLIT_NAMES.get(path.name.split("_")[0].lower())
         if split is None:
             problems.append(f"{path}: has no split in its name; call it train_... or test_...")
@@ -174,6 +182,37 @@ def list_covidx(root: Path, data: PictureData) -> Found:
     return pictures, problems
 
 
+def covidx_lists(root: Path, table: str = "") -> list[Path]:
+    """The lists of COVIDx in a folder; with `table` those that end as it does, as in 9B."""
+    lists = sorted(root.glob("*_COVIDx*.txt"))
+    return [path for path in lists if not table or _ending(path.name) == _ending(table)]
+
+
+def _ending(name: str) -> str:
+    return name.removesuffix(".txt").rpartition("COVIDx")[2].lstrip("_")
+
+
+def _chosen_lists(root: Path, table: str) -> Sequence[Path]:
+    lists = covidx_lists(root)
+    names = ", ".join(path.name for path in lists)
+    if table:
+        if not (chosen := covidx_lists(root, table)):
+            raise InputError(
+                f"has no lists {table!r}",
+                path=root,
+                remedy=f"its lists are {names}" if lists else "see --data.layout",
+            )
+        return chosen
+    most = Counter(path.name.split("_")[0].lower() for path in lists)
+    if max(most.values(), default=0) > 1:
+        raise InputError(
+            f"has several lists of a split ({names})",
+            path=root,
+            remedy=f"choose with --data.table, as in --data.table {_ending(lists[-1].name)}",
+        )
+    return lists
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
@@ -185,7 +224,6 @@ def list_rsna(root: Path, data: PictureData) -> Found:
     """RSNA Pneumonia: a picture is positive if any of its rows has the target 1."""
     table = read_rows(root / "stage_2_train_labels.csv")
     patient, target = table.need("patientId"), table.need("Target")
-    detail = _rsna_details(root)
     targets: dict[str, str] = {}
     places: dict[str, str] = {}
     problems = []
@@ -201,21 +239,11 @@ def list_rsna(root: Path, data: PictureData) -> Found:
             path=root / "stage_2_train_images" / f"{name}.dcm",
             label="positive" if targets[name] == "1" else "negative",
             patient=name,
-            source=detail.get(name, ""),
             place=places[name],
         )
         for name in targets
     ]
     return pictures, problems
-
-
-def _rsna_details(root: Path) -> dict[str, str]:
-    path = root / "stage_2_detailed_class_info.csv"
-    if not path.is_file():
-        return {}
-    table = read_rows(path)
-    patient, kind = table.need("patientId"), table.need("class")
-    return {row[patient]: row[kind] for row in table.rows}
 
 
 def list_chexpert(root: Path, data: PictureData) -> Found:
@@ -339,8 +367,8 @@ def list_folders(root: Path, data: PictureData) -> Found:
                     label=folder.name,
                     split=split,
                 )
-                for path in sorted(folder.rglob("*"))
-                if path.is_file() and is_picture(path)
+                for path in files_under(folder)
+                if is_picture(path)
             ]
     return pictures, []
 

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections import Counter
@@ -66,12 +67,23 @@ class Rows:
             raise InputError(
                 f"has no column {' or '.join(repr(n) for n in names)}",
                 path=self.path,
-                remedy=f"its columns are {', '.join(self.columns)}",
+                remedy=self.header,
             )
         return found
 
+    @property
+    def header(self) -> str:
+        """Its columns, for messages."""
+        return _semicolons(self.columns) or f"its columns are {', '.join(self.columns)}"
+
 
 _JSON_LINES = {".jsonl", ".ndjson"}
+
+
+def _semicolons(columns: Sequence[str]) -> str | None:
+    if len(columns) == 1 and ";" in columns[0]:
+        return f"it seems to be separated by semicolons ({columns[0]}): save it with commas"
+    return None
 
 
 def plain_or_packed(path: Path) -> Path:
@@ -109,7 +121,7 @@ def read_rows(path: Path) -> Rows:
     if path.suffix.lower() in _JSON_LINES:
         return _json_rows(path, text)
     try:
-        reader = csv.DictReader(text.splitlines())
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         rows = list(reader)
     except csv.Error as error:
         raise InputError(f"is not a csv file ({error})", path=path) from None
@@ -121,7 +133,10 @@ def read_rows(path: Path) -> Rows:
     for number, row in enumerate(rows, start=2):
         if None in row or None in row.values():
             raise InputError(
-                "has another number of fields than the header", path=path, place=f"row {number}"
+                "has another number of fields than the header",
+                path=path,
+                place=f"row {number}",
+                remedy=_semicolons(columns) or "put a field that holds commas in quotes",
             )
     stripped = [{k.strip(): v.strip() for k, v in row.items()} for row in rows]
     return Rows(path=path, columns=columns, rows=stripped)

@@ -22,7 +22,8 @@ class PictureData:
     on_error: Literal["stop", "skip"] = "stop"
     """What a broken picture or row does: stop, or be skipped, counted and listed."""
     table: str = ""
-    """The csv or jsonl of the layout table, relative to the data. Empty: the one there is."""
+    """The csv or jsonl of the layout table, relative to the data; in COVIDx the end of the lists'
+    names, such as 9B. Empty: the one there is."""
     label: str = ""
     """The column of the labels; in CheXpert and MIMIC the finding. Empty: label; Pneumonia."""
     classes: tuple[str, ...] = ()
@@ -49,7 +50,8 @@ class PictureData:
     balance: Balance = "none"
     """What a training sample is. none: one picture; classes: one picture of each class; positive:
     one of the last class and one of all others. Then a batch of 4 samples of two classes is 8
-    pictures, half of each, none twice."""
+    pictures, half of each, none twice. An epoch shows the rarest class once with classes, and half
+    of the others with positive, as that of COVID-Net."""
     val_share: float = 0.1
     """Share of the training patients that becomes the validation where the data have none."""
     split_seed: int = 0

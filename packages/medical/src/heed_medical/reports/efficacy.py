@@ -5,7 +5,6 @@ Both are labelled by a labeller outside (CheXpert-labeler, CheXbert), which writ
 counts as positive.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from heed_core.errors import InputError
+from heed_medical.pictures.records import read_rows
 
 Counts = np.ndarray | np.integer
 """Cases that were counted: per finding, or of all together."""
@@ -96,39 +96,37 @@ def read_findings(path: Path) -> tuple[list[str], Float64[np.ndarray, "n 14"]]:
     Without a column that names reports, they are numbered in order.
 
     Raises:
-        InputError: The file is missing, a finding has no column, or a label is not 1, 0, -1 or
-            blank.
+        InputError: The file is missing or no csv, a finding has no column, or a label is not 1, 0,
+            -1 or blank.
     """
     if not path.is_file():
         raise InputError("no such file", path=path, remedy="give the csv of a labeller")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or ()
-        if lacking := [name for name in FINDINGS if name not in columns]:
-            raise InputError(
-                f"has no column {', '.join(map(repr, lacking))}",
-                path=path,
-                remedy="give the csv of a labeller with all 14 CheXpert findings",
-            )
-        naming = next((name for name in _NAMES if name in columns), None)
-        names, rows = [], []
-        for number, row in enumerate(reader, start=1):
-            names.append(row[naming] if naming else str(number))
-            rows.append([_label(row[name], path, f"row {number}, {name}") for name in FINDINGS])
+    table = read_rows(path)
+    if lacking := [name for name in FINDINGS if name not in table.columns]:
+        raise InputError(
+            f"has no column {', '.join(map(repr, lacking))}",
+            path=path,
+            remedy="give the csv of a labeller with all 14 CheXpert findings",
+        )
+    naming = next((name for name in _NAMES if name in table.columns), None)
+    names, rows = [], []
+    for number, (place, row) in enumerate(table.numbered(), start=1):
+        names.append(row[naming] if naming else str(number))
+        rows.append([_label(row[name], f"{place}, {name}") for name in FINDINGS])
     if not rows:
         raise InputError("holds no row", path=path)
     return names, np.array(rows)
 
 
-def _label(text: str | None, path: Path, place: str) -> float:
-    if text is None or not text.strip():
+def _label(text: str, place: str) -> float:
+    if not text:
         return float("nan")
     try:
         value = float(text)
     except ValueError:
         value = float("inf")
     if value not in (1.0, 0.0, -1.0):
-        raise InputError(f"is {text!r}, not 1, 0, -1 or blank", path=path, place=place)
+        raise InputError(f"is {text!r}, not 1, 0, -1 or blank", place=place)
     return value
 
 

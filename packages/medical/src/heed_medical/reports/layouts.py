@@ -1,7 +1,5 @@
 """Find the studies of a data set: pictures, report and split of each, in five layouts."""
 
-import csv
-import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +12,16 @@ import numpy as np
 
 from heed_core.errors import InputError
 from heed_medical.dicom import is_dicom
+from heed_medical.files import files_under
 from heed_medical.images import file_kind
+from heed_medical.pictures.records import read_rows
 from heed_medical.reports.settings import Layout, ReportData
 from heed_medical.splits import SPLITS
 
 _TEXTS = ("report", "text", "caption")
 _PICTURES = ("image", "image_path", "file", "path", "filename")
 _NAMES = ("id", "study", "study_id", "name")
+_PATIENTS = ("patient", "subject_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,8 @@ def find_inputs(paths: Sequence[Path], *, views: int) -> tuple[Study, ...]:
 
 def _studies_in(root: Path, views: int) -> Iterator[Study]:
     folders: dict[Path, list[Path]] = {}
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and (file_kind(path) == "picture" or is_dicom(path)):
+    for path in files_under(root):
+        if file_kind(path) == "picture" or is_dicom(path):
             folders.setdefault(path.parent, []).append(path)
     if not folders:
         raise InputError("holds no picture", path=root, remedy="png, jpg, tif, bmp or DICOM")
@@ -242,33 +243,32 @@ def _annotated(entry: Any, split: str, images: Path, path: Path, place: str) -> 
 def _table(root: Path, data: ReportData) -> Listing:
     """A csv or jsonl with a row per picture; rows of one study share its id."""
     path = _table_path(root, data)
-    rows = list(_read_rows(path))
-    columns = set(rows[0][1]) if rows else set()
-    text = _column(columns, _TEXTS, path)
-    picture = _column(columns, _PICTURES, path)
-    name_of = next((name for name in _NAMES if name in columns), None)
+    table = read_rows(path)
+    text, picture = table.need(*_TEXTS), table.need(*_PICTURES)
+    name_of, split_of = table.column(_NAMES), table.column(("split",))
+    patient_of = table.column(_PATIENTS)
     images = _folder(root, data)
     studies: dict[str, Study] = {}
     problems = []
-    for place, row in rows:
-        file, report = str(row.get(picture) or "").strip(), str(row.get(text) or "")
-        split = str(row.get("split") or "").strip() or None
+    for place, row in table.numbered():
+        file, report = row[picture], row[text]
+        split = (row[split_of] if split_of else "") or None
         if not file or (split is not None and split not in SPLITS):
             fault = f"has the unknown split {split!r}" if file else f"has no {picture}"
-            problems.append(str(InputError(fault, path=path, place=place)))
+            problems.append(str(InputError(fault, place=place)))
             continue
-        name = str(row[name_of]) if name_of else Path(file).with_suffix("").as_posix()
+        name = row[name_of] if name_of else Path(file).with_suffix("").as_posix()
         study = Study(
             name=name,
             pictures=(images / file,),
             report=report,
             split=split,
-            patient=str(row.get("patient") or row.get("subject_id") or ""),
+            patient=row[patient_of] if patient_of else "",
         )
         before = studies.get(name)
         if before is not None and (before.report, before.split) != (report, split):
             fault = f"the study {name!r} has another report or split in an earlier row"
-            problems.append(str(InputError(fault, path=path, place=place)))
+            problems.append(str(InputError(fault, place=place)))
         elif before is not None:
             studies[name] = replace(before, pictures=(*before.pictures, *study.pictures))
         else:
@@ -285,38 +285,6 @@ def _table_path(root: Path, data: ReportData) -> Path:
             f"holds {len(found)} tables", path=root, remedy="name the table with --data.annotation"
         )
     return found[0]
-
-
-def _column(columns: set[str], names: Sequence[str], path: Path) -> str:
-    for name in names:
-        if name in columns:
-            return name
-    raise InputError(
-        f"has no column {names[0]!r} (nor {', '.join(names[1:])})", path=path, remedy="add it"
-    )
-
-
-def _read_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a csv, csv.gz or jsonl file and what to call each."""
-    try:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is no object")
-                    yield f"line {number}", row
-            return
-        if path.suffix == ".gz":
-            text = gzip.decompress(path.read_bytes()).decode("utf-8-sig")
-        else:
-            text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("no such file", path=path) from None
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"cannot be read ({error})", path=path) from None
-    for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), start=1):
-        yield f"row {number}", row
 
 
 def _join(sections: Mapping[Any, str], data: ReportData) -> str:
@@ -368,19 +336,18 @@ def _kaggle(root: Path, data: ReportData) -> Listing:
     images = _folder(root, data, "images/images_normalized", "images_normalized", "images")
     table = root / "indiana_projections.csv"
     pictures: dict[str, list[tuple[bool, str]]] = {}
-    for place, row in _read_rows(table):
+    for place, row in read_rows(table).numbered():
         if not row.get("uid") or not row.get("filename"):
-            raise InputError("has no uid or filename", path=table, place=place)
-        lateral = str(row.get("projection", "")).lower() != "frontal"
+            raise InputError("has no uid or filename", place=place)
+        lateral = row.get("projection", "").lower() != "frontal"
         pictures.setdefault(row["uid"], []).append((lateral, row["filename"]))
     studies, rows = [], 0
-    for place, row in _read_rows(root / "indiana_reports.csv"):
+    for place, row in read_rows(root / "indiana_reports.csv").numbered():
         rows += 1
-        uid = str(row.get("uid") or "")
+        uid = row.get("uid", "")
         if not uid.isdigit():
-            path = root / "indiana_reports.csv"
-            raise InputError("has no uid that is a number", path=path, place=place)
-        sections = {name: str(row.get(name) or "").strip() for name in data.sections}
+            raise InputError("has no uid that is a number", place=place)
+        sections = {name: row.get(name, "") for name in data.sections}
         if report := _join(sections, data):
             files = tuple(images / name for _, name in sorted(pictures.get(uid, [])))
             if files or data.pictures == "ignored":
@@ -416,12 +383,12 @@ def _mimic(root: Path, data: ReportData) -> Listing:
     names = {"train": "train", "validate": "val", "test": "test"}
     texts: dict[Path, str] = {}
     studies, problems, left_out = [], [], 0
-    for place, row in _read_rows(tables[0]):
+    for place, row in read_rows(tables[0]).numbered():
         try:
             patient, exam, picture = (row[k] for k in ("subject_id", "study_id", "dicom_id"))
             split = names[row["split"]]
         except KeyError as error:
-            raise InputError(f"has no {error}", path=tables[0], place=place) from None
+            raise InputError(f"has no {error}", place=place) from None
         folder = files / f"p{patient[:2]}" / f"p{patient}"
         note = folder / f"s{exam}.txt"
         if note not in texts:

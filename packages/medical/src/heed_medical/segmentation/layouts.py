@@ -1,12 +1,13 @@
 """The cases in a data set, and in files that a user gives."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from heed_core.errors import InputError
 from heed_medical.dicom import is_dicom, list_series
+from heed_medical.files import files_under, unique_names
 from heed_medical.images import file_kind, file_stem
 from heed_medical.segmentation.cases import CaseFiles
 from heed_medical.segmentation.listers import (
@@ -187,10 +188,8 @@ def _files_under(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError("does not exist", path=path, remedy="give a file or a folder")
     found = []
-    for file in sorted(path.rglob("*")):
-        parts = file.relative_to(path).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if hidden or MASK_FOLDERS & set(parts[:-1]) or not file.is_file():
+    for file in files_under(path):
+        if MASK_FOLDERS & set(file.relative_to(path).parts[:-1]):
             continue
         if file_stem(file).endswith(MASK_SUFFIXES):
             continue
@@ -248,24 +247,5 @@ def _series(files: Sequence[Path]) -> list[CaseFiles]:
 
 
 def _with_unique_names(cases: Sequence[CaseFiles]) -> list[CaseFiles]:
-    """Put the names of parent folders before names that occur twice."""
-    names = [case.name for case in cases]
-    parents = [
-        [folder.name for folder in case.images[0].resolve().parents if folder.name]
-        for case in cases
-    ]
-    for depth in range(max((len(p) for p in parents), default=0)):
-        twice = {name for name, count in Counter(names).items() if count > 1}
-        if not twice:
-            break
-        names = [
-            f"{above[depth]}/{name}" if name in twice and depth < len(above) else name
-            for name, above in zip(names, parents, strict=True)
-        ]
-    seen: Counter[str] = Counter()
-    unique = []
-    for case, name in zip(cases, names, strict=True):
-        seen[name] += 1
-        suffix = f"_{seen[name]}" if seen[name] > 1 else ""
-        unique.append(replace(case, name=name + suffix))
-    return unique
+    names = unique_names([case.name for case in cases], [case.images[0] for case in cases])
+    return [replace(case, name=name) for case, name in zip(cases, names, strict=True)]

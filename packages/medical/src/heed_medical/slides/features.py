@@ -11,6 +11,7 @@ from jaxtyping import Float16, UInt8
 from PIL import Image
 
 from heed_core.errors import InputError
+from heed_medical.files import files_under
 from heed_medical.slides.reading import PLAIN_SUFFIXES, SLIDE_SUFFIXES, open_slide
 from heed_medical.slides.tiling import Tiling, find_tiles, read_tiles
 from heed_medical.slides.tissue import TissueSearch
@@ -44,7 +45,7 @@ def find_slides(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
             continue
         known = (*SLIDE_SUFFIXES, *PLAIN_SUFFIXES)
-        inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in known and p.is_file()]
+        inside = [p for p in files_under(path) if p.suffix.lower() in known]
         if not inside:
             raise InputError(f"holds no slide ({', '.join(known)})", path=path)
         found += inside

@@ -61,15 +61,24 @@ def measure(exportable: Exportable) -> Row:
     """
     model, example = exportable.model, exportable.examples[0]
     try:
-        flops = _count_flops(copy.deepcopy(model).to("meta"), [x.to("meta") for x in example])
+        flops = _count_flops(_frozen(model).to("meta"), [x.to("meta") for x in example])
     except (NotImplementedError, RuntimeError):
-        flops = _count_flops(model, example)
+        flops = _count_flops(_frozen(model), example)
     return {
         "parameters": count_parameters(model),
         "trainable": count_parameters(model, trainable=True),
         "input": ", ".join("x".join(str(n) for n in tensor.shape) for tensor in example),
         "gflops": flops / 1e9,
     }
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """A copy that needs no gradients.
+
+    The counter watches what modules are given: a view of a parameter that needs gradients looks to
+    it as if it had a history, also under `no_grad`, and it fails for want of one.
+    """
+    return copy.deepcopy(model).requires_grad_(False)
 
 
 def _count_flops(model: nn.Module, example: Sequence[Tensor]) -> int:
