@@ -33,6 +33,7 @@ SMALL = {
     "more-findings": ("--model.more.tower.depth", "1", "--model.inputs", "xray"),
     "msga": ("--model.width", "8", "--model.scales", "1", "2"),
     "curbnet": VOXELS,
+    "curbnet-released": VOXELS,
     "cylinder3d": VOXELS,
     "eccnet": (
         *("--model.widths", "2", "2", "3", "3", "4", "--model.picture", "32"),
@@ -53,6 +54,7 @@ STREET = "sequences/11/velodyne/000000.bin"
 PART = {
     "oat": "images/shelf-00.png",
     "curbnet": STREET,
+    "curbnet-released": STREET,
     "cylinder3d": STREET,
     "classical": STREET,
     "msga": "imagesTs/phantom_13_0000.nii.gz",

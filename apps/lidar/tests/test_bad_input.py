@@ -120,6 +120,17 @@ def test_a_crop_that_leaves_nothing(data: Path, tmp_path: Path):
     assert "--data.crop" in line
 
 
+def test_a_crop_that_leaves_one_voxel_is_trained_on(data: Path, tmp_path: Path):
+    for number in (0, 1):
+        points = np.full((3, 4), 0.001, dtype="<f4") * np.arange(3, dtype="<f4")[:, None]
+        (points + np.array([5, 0.5, -1.7, 0.2], dtype="<f4")).tofile(scan(data, number))
+        np.full(3, 40, dtype="<u4").tofile(labels(data, number))
+    words = ["--trainer.batch", "1", "--training.augmentation.rotate-deg", "0"]
+    line = ("train", "curbnet", "--data", data, "--out", tmp_path / "run", *QUICK, *words)
+    code, _, err = call(*line)
+    assert code == 0, err
+
+
 def test_an_empty_folder(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     line = refusal("train", "curbnet", "--data", tmp_path / "empty", "--out", tmp_path / "run")
@@ -224,6 +235,31 @@ def test_a_broken_scan_stops_a_stream_or_is_skipped_and_listed(
     assert all("000001.bin" in json.loads(line)["error"] for line in entries)
 
 
+@pytest.mark.parametrize("inner", ["", "found"])
+def test_predictions_are_not_taken_for_scans(made: Path, tmp_path: Path, inner: str):
+    folder = Path(shutil.copytree(made / "data/sequences/11/velodyne", tmp_path / "scans"))
+    words = ("predict", made / "run", folder, "--out", folder / inner, "--device", "cpu", "--json")
+    code, out, err = call(*words, "--data.write", "ply", "csv")
+    assert code == 0, err
+    assert json.loads(out)["n"] == 2
+    code, out, err = call(*words, "--data.write", "ply", "csv", "--resume")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["n"], found["earlier"]) == (0, 2)
+    assert "left out" not in err
+    code, out, err = call("view", folder / inner / "000000.ply", "--out", tmp_path / "v")
+    assert code == 0, err
+
+
+def test_links_of_derived_labels_are_predicted(made: Path, data: Path, tmp_path: Path):
+    words = ("make-curb-labels", data, "--out", tmp_path / "derived")
+    assert call(*words)[0] == 0
+    words = ("predict", made / "run", tmp_path / "derived", "--out", tmp_path / "out", "--json")
+    code, out, err = call(*words, "--data.write", "label", "--device", "cpu")
+    assert code == 0, err
+    assert json.loads(out)["n"] == 5
+
+
 def test_a_grid_that_does_not_fit_the_weights(made: Path, tmp_path: Path):
     run = Path(shutil.copytree(made / "run", tmp_path / "run"))
     config = run / "config.yaml"
@@ -292,6 +328,29 @@ def test_the_verbs_of_the_domain_refuse_in_one_line(made: Path, tmp_path: Path):
     words = ("make-curb-labels", made / "data", "--out", made / "data")
     assert "labels" in refusal(*words)
     assert "--out DIR or --window" in refusal("view", scan(made / "data"))
+
+
+def test_nothing_to_score_is_said_in_one_line(made: Path, data: Path):
+    line = refusal("compare", data, data, "--roi", "900:901,900:901")
+    assert "no point of 5 scans is in the region that counts" in line
+    assert "choose another --roi" in line
+    words = ("evaluate", made / "run", "--split", "val", "--data.roi", "900:901,900:901")
+    assert "another --data.roi" in refusal(*words)
+
+
+def test_the_verbs_of_the_domain_name_flags_that_they_have(made: Path, data: Path, tmp_path: Path):
+    np.save(tmp_path / "five.npy", np.random.default_rng(0).uniform(1, 9, (2000, 5)))
+    words = ("view", tmp_path / "five.npy", "--out", tmp_path / "pictures")
+    assert "--data.columns x y z ..." in refusal(*words)
+    assert call(*words, "--data.columns", "x", "y", "z", "intensity", "ring")[0] == 0
+    raw = np.fromfile(labels(data), dtype="<u4")
+    raw[5] = 777
+    raw.tofile(labels(data))
+    line = refusal("compare", data / "sequences/00/labels", data / "sequences/00/labels")
+    assert "--map FILE.yaml" in line
+    line = refusal("view", scan(data), "--out", tmp_path / "others")
+    assert "--labels FILE.yaml" in line
+    assert "--data.labels" not in line
 
 
 def test_a_detector_is_not_exported(data: Path, tmp_path: Path):

@@ -19,13 +19,14 @@ from heed_lidar.clouds.ply import read_ply
 from heed_lidar.clouds.reading import read_cloud
 from heed_lidar.curbnet import CurbNet, CurbNetConfig
 from heed_lidar.cylinder3d import Cylinder3dConfig
+from heed_lidar.cylinder3d.weights import official_name
 from heed_lidar.cylindrical import CylindricalGrid
 from heed_lidar.labels import read_labels
 from heed_lidar.layouts import find_scans
 from heed_lidar.scans import load_scan
 from heed_lidar.scenes.files import SceneSet, write_scenes
 from heed_lidar.scenes.sensor import Sensor
-from heed_lidar_cli import APP, classical, curbnet, cylinder3d
+from heed_lidar_cli import APP, classical, curbnet, curbnet_released, cylinder3d
 from heed_lidar_cli.compare import key_of
 from heed_lidar_cli.explaining import (
     HEIGHTS_M,
@@ -40,7 +41,7 @@ from heed_lidar_cli.explaining import (
 from heed_lidar_cli.prediction import StreetPrediction, finish
 from heed_lidar_cli.scoring import score
 from heed_lidar_cli.settings import NetworkData, NetworkTraining, StreetData
-from heed_lidar_cli.street import cosine_to_a_hundredth, prepare, scattered
+from heed_lidar_cli.street import SegmentationModule, cosine_to_a_hundredth, prepare, scattered
 from heed_runtime.recipe import Recipe
 
 GRID = CylindricalGrid(shape=(48, 36, 8))
@@ -112,7 +113,36 @@ def test_cylinder3d_counts_nothing_and_takes_any_classes(data: Path):
     assert planned.training.class_counts == ()
 
 
-@pytest.mark.parametrize("recipe", [curbnet.RECIPE, cylinder3d.RECIPE, classical.RECIPE])
+def test_the_released_network_is_counted_and_takes_its_weights(data: Path, tmp_path: Path):
+    recipe = curbnet_released.RECIPE
+    settings = recipe.presets["released"]()
+    with torch.device("meta"):
+        network = recipe.model(settings)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 294_605_095
+    grid = CylindricalGrid(shape=(24, 18, 8))
+    config = dataclasses.replace(settings.model, width=2, grid=grid)
+    made = recipe.model(dataclasses.replace(settings, model=config))
+    state = {}
+    for name, tensor in made.state_dict().items():
+        if tensor.ndim == 5 and tensor.shape[1:4] == (1, 1, 1):  # stored as (out, in)
+            tensor = tensor.reshape(tensor.shape[0], -1).T.reshape(tensor.shape)
+        state[official_name(name)] = tensor
+    torch.save(state, tmp_path / "official.pt")
+    training = dataclasses.replace(settings.training, weights=tmp_path / "official.pt")
+    settings = dataclasses.replace(settings, model=config, training=training)
+    other = recipe.model(settings)
+    recipe.start(settings, other)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, made.state_dict()[name]), name
+    broken = dataclasses.replace(settings, model=dataclasses.replace(config, variant="520"))
+    with pytest.raises(InputError, match="520 can be counted and does not run"):
+        recipe.plan(broken, data)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [curbnet.RECIPE, curbnet_released.RECIPE, cylinder3d.RECIPE, classical.RECIPE],
+)
 def test_presets_are_of_the_recipe(recipe: Recipe):
     for make in recipe.presets.values():
         assert isinstance(make(), recipe.settings)
@@ -137,6 +167,7 @@ def test_the_paper_is_a_preset():
     [
         ({"voxel_loss": "none", "region_loss": "none"}, "nothing"),
         ({"learning_rate": 0.0}, "learning_rate"),
+        ({"rate_batch": 0}, "rate_batch"),
         ({"weight_decay": 0.1}, "adamw"),
         ({"delta": 1.0}, "delta"),
         ({"gamma": -1.0}, "gamma"),
@@ -152,6 +183,25 @@ def test_the_learning_rate_falls_to_a_hundredth():
     assert cosine_to_a_hundredth(10, steps=10) == pytest.approx(0.01)
     assert cosine_to_a_hundredth(99, steps=10) == pytest.approx(0.01)
     assert cosine_to_a_hundredth(5, steps=10) == pytest.approx(0.505)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset", "batch", "expected"),
+    [
+        (cylinder3d.RECIPE, "base", 2, 1e-3),
+        (cylinder3d.RECIPE, "base", 8, 2e-3),
+        (cylinder3d.RECIPE, "released", 8, 1e-3),
+        (curbnet.RECIPE, "paper", 6, 1e-3),
+        (curbnet.RECIPE, "paper", 24, 1e-3),
+    ],
+)
+def test_the_learning_rate_grows_with_the_root_of_the_batch(recipe, preset, batch, expected):
+    settings = recipe.presets[preset]()
+    trainer = dataclasses.replace(settings.trainer, batch=batch // 2, accumulate=2)
+    training = dataclasses.replace(settings.training, schedule="constant")
+    settings = dataclasses.replace(settings, trainer=trainer, training=training)
+    optimizer = SegmentationModule(torch.nn.Linear(2, 2), settings).configure_optimizers()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 
 def test_voxels_are_made_after_the_change_of_a_scan(planned, data: Path):
@@ -352,6 +402,33 @@ def test_curb_labels_are_derived_into_a_data_set_of_their_own(data: Path, tmp_pa
     original = load_scan(find_scans(data, settings, "train")[0], settings)
     derived = load_scan(scans[0], settings)
     np.testing.assert_array_equal(derived.cloud.xyz, original.cloud.xyz)
+
+
+def test_scores_on_derived_labels_say_so(run: Path, data: Path, tmp_path: Path):
+    derived = tmp_path / "derived"
+    call("make-curb-labels", data, "--out", derived)
+    found = call("evaluate", run, "--data", derived, "--split", "val", "--device", "cpu")
+    assert found["metrics"]["scans_with_derived_labels"] == 1
+    assert "curbs (derived labels)" in found["tables"]
+    found = call("compare", data, derived)
+    assert found["metrics"]["scans_with_derived_labels"] == 6
+    assert all(title.endswith("(derived labels)") for title in found["tables"])
+    only = derived / "sequences" / "00" / "labels"
+    assert "classes (derived labels)" in call("compare", only, only)["tables"]
+    found = call("check", "curbnet", derived)
+    assert any("6 scans have derived labels" in line for line in found["warnings"])
+    assert found["counts"][0]["derived labels"] == 3
+    found = call("compare", derived, data)
+    assert "classes" in found["tables"]
+    assert "scans_with_derived_labels" not in found["metrics"]
+
+
+def test_doctor_lists_the_sparse_back_ends(monkeypatch: pytest.MonkeyPatch):
+    rows = call("doctor")["sparse_back_ends"]
+    assert next(row["back-end"] for row in rows if row["used"] == "yes") == "torch"
+    monkeypatch.setenv("HEED_SPARSE_BACKEND", "reference")
+    rows = call("doctor")["sparse_back_ends"]
+    assert next(row["back-end"] for row in rows if row["used"] == "yes") == "reference"
 
 
 def test_explanations_hold_what_they_say(module, planned, data: Path):

@@ -358,6 +358,31 @@ def test_csv_round_trip(tmp_path):
     np.testing.assert_allclose(read_cloud(tmp_path / "a.csv").xyz, xyz, atol=5e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"x,y,z,x\n1,2,3,4\n"),
+        ("a.csv", b"x,y,z,X\n1,2,3,4\n"),
+        ("a.pcd", pcd(XYZI.tobytes(), fields="x y z x")),
+        ("b.pcd", pcd(ASCII_ROWS.encode(), fields="x y z x", mode="ascii")),
+        ("a.ply", ply(XYZI, properties=("x", "y", "z", "x"))),
+        ("b.ply", ASCII_PLY.replace("scalar_intensity", "x").encode()),
+    ],
+)
+def test_a_column_that_is_there_twice_is_refused(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as fault:
+        read_cloud(path)
+    assert one_line(fault).startswith(f"{path}: has more than one column x")
+
+
+def test_an_archive_with_two_x_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", xyz=np.ones((2, 3)), x=np.zeros(2))
+    with pytest.raises(InputError, match="more than one column x"):
+        read_cloud(tmp_path / "a.npz")
+
+
 @pytest.mark.bad_input
 def test_programmers_faults_are_value_errors(tmp_path):
     with pytest.raises(ValueError, match="columns must name x, y and z, got x y"):

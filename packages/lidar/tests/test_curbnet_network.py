@@ -57,6 +57,16 @@ def test_sizes_of_the_levels():
     assert count(network.down[0].body) == 378_320
 
 
+def test_a_scan_in_one_voxel_can_be_trained_on():
+    torch.manual_seed(0)
+    network = CurbNet(CONFIG).train()
+    index = torch.tensor([[0, 4, 5, 6]]).expand(10, -1)
+    found = network(torch.randn(10, 9), index)
+    assert found.logits.shape == (1, 5)
+    found.logits.square().sum().backward()
+    assert network.down[0].body.fuse.weight.grad.abs().sum() > 0
+
+
 def test_columns_have_the_height_of_their_level():
     with torch.device("meta"):
         base, tiny = CurbNet(PRESETS["base"]), CurbNet(PRESETS["tiny"])

@@ -113,13 +113,24 @@ def test_a_yaml_without_a_needed_key_is_refused(tmp_path, key):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"learning_map_inv": {0: 0, 1: 40, 2: 48}}, "has no entry for 3"),
-        ({"color_map": {0: [0, 0, 0], 40: [1, 2], 48: [0, 0, 0], 3: [0, 0, 0]}}, "not enough"),
+        ({"learning_map_inv": {0: 0, 1: 40, 2: 48}}, "learning_map_inv has no entry for 3"),
+        (
+            {"color_map": {0: [0, 0, 0], 40: [1, 2], 48: [0, 0, 0], 3: [0, 0, 0]}},
+            "color_map.40 must be blue, green and red, got [1, 2]",
+        ),
         ({"color_map": {40: [300, 0, 0], 48: [0, 0, 0], 3: [0, 0, 0]}}, "rgb must be within"),
         ({"learning_map": {0: 0, 70000: 1, 48: 2, 3: 3}}, "raw ids must be within 0..65535"),
-        ({"learning_map": {0: "zero"}}, "invalid literal"),
+        ({"learning_map": {0: "zero"}}, "learning_map.0 must hold whole numbers, got 'zero'"),
         ({"labels": {0: "a", 40: "road", 48: "road", 3: "curb"}}, "names must differ"),
-        ({"split": {"train": 3}}, "not iterable"),
+        ({"split": {"train": 0}}, "split.train must be a list of sequences, got 0"),
+        ({"split": {"valid": "08"}}, "split.valid must be a list of sequences, got '08'"),
+        ({"split": [1]}, "split must be a table, got [1]"),
+        ({"learning_ignore": 0}, "learning_ignore must be a table, got 0"),
+        ({"content": {40: "much"}}, "content.40 must be a share of the points, got 'much'"),
+        (
+            {"split": {"train": [0, 8], "valid": ["08"]}},
+            "the sequence 08 is in split.train and in split.valid",
+        ),
     ],
 )
 def test_a_yaml_whose_keys_do_not_fit_is_refused(tmp_path, change, expected):
@@ -130,6 +141,27 @@ def test_a_yaml_whose_keys_do_not_fit_is_refused(tmp_path, change, expected):
     assert expected in str(fault.value)
     assert str(path) in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+def test_empty_keys_of_a_yaml_are_as_if_absent(tmp_path):
+    path = tmp_path / "map.yaml"
+    change = {"learning_ignore": None, "content": None, "split": {"train": [1], "test": None}}
+    path.write_text(yaml.safe_dump(YAML | change))
+    found = read_label_map(path)
+    assert found.names == ("ignore", "road", "sidewalk", "curb")
+    assert found.split == {"train": ("01",), "test": ()}
+    path.write_text(yaml.safe_dump(YAML | {"split": None}))
+    assert read_label_map(path).split == {}
+
+
+def test_the_shares_of_a_yaml_are_kept(tmp_path):
+    path = tmp_path / "map.yaml"
+    path.write_text(yaml.safe_dump(YAML | {"content": {0: 0.018, 40: 0.2, 3: 1}}))
+    found = read_label_map(path)
+    assert found.shares == {0: 0.018, 40: 0.2, 3: 1.0}
+    write_label_map(path, found)
+    assert yaml.safe_load(path.read_text())["content"] == {0: 0.018, 40: 0.2, 3: 1.0}
+    assert read_label_map(path) == found
 
 
 def test_files_that_are_no_yaml_are_refused(tmp_path):

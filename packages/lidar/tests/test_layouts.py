@@ -12,6 +12,7 @@ import pytest
 
 from heed_core.errors import InputError
 from heed_lidar.checking import check_data
+from heed_lidar.curb_labels import read_curb_rows
 from heed_lidar.labels import BUILTIN, read_labels, write_label_map, write_labels
 from heed_lidar.layouts import ScanFile, find_inputs, find_scans, list_scans, natural_key
 from heed_lidar.poses import read_calib, read_poses, read_times
@@ -187,6 +188,55 @@ def test_a_plain_folder_is_read_in_natural_order(tmp_path):
     for path in tmp_path.glob("*.bin"):
         path.unlink()
     assert names(find_inputs([tmp_path], data)) == ["table"]
+
+
+def test_links_to_folders_are_followed_once_and_not_in_circles(tmp_path):
+    write_scan(tmp_path / "store", "00", "1")
+    root = tmp_path / "mine"
+    (root / "sequences/00").mkdir(parents=True)
+    (root / "sequences/00/velodyne").symlink_to(tmp_path / "store/sequences/00/velodyne")
+    (root / "again").symlink_to(root / "sequences")
+    (root / "up").symlink_to(tmp_path)
+    (root / "sequences/00/round").symlink_to(root)
+    assert names(find_inputs([root], LidarData())) == ["sequences/00/1"]
+    (root / "loop").symlink_to(tmp_path / "loops")
+    (tmp_path / "loops").mkdir()
+    (tmp_path / "loops/self").symlink_to(tmp_path / "loops")
+    (tmp_path / "loops/2.bin").write_bytes(points().tobytes())
+    assert names(find_inputs([root], LidarData())) == ["loop/2", "sequences/00/1"]
+
+
+def test_broken_links_are_named(tmp_path, kitti):
+    (tmp_path / "scans").mkdir()
+    (tmp_path / "scans/1.bin").symlink_to(tmp_path / "gone.bin")
+    found = find_inputs([tmp_path / "scans"], LidarData())
+    with pytest.raises(InputError, match=r"1.bin: is a link to .*gone.bin, which does not exist"):
+        load_scan(found[0], LidarData())
+    (tmp_path / "scans/more").symlink_to(tmp_path / "away")
+    with pytest.raises(InputError, match=r"more: is a link to .*away, which does not exist"):
+        find_inputs([tmp_path / "scans"], LidarData())
+    (kitti / "sequences/12").mkdir()
+    (kitti / "sequences/12/velodyne").symlink_to(tmp_path / "away")
+    with pytest.raises(InputError, match=r"12/velodyne: is a link to"):
+        list_scans(kitti, LidarData())
+
+
+def test_what_a_mixed_folder_leaves_out_is_said(tmp_path, caplog):
+    (tmp_path / "predictions").mkdir()
+    for name in ("a.bin", "predictions/d.bin"):
+        (tmp_path / name).write_bytes(points().tobytes())
+    np.save(tmp_path / "b.npy", points())
+    (tmp_path / "c.csv").write_text("x,y,z\n1,2,3\n")
+    (tmp_path / "poses.txt").write_text("1 0 0 0\n")
+    assert names(find_inputs([tmp_path], LidarData())) == ["a"]
+    assert len(caplog.messages) == 1
+    assert "left out (1 .csv, 1 .npy, 1 in predictions/)" in caplog.text
+    caplog.clear()
+    assert names(list_scans(tmp_path, LidarData()).scans) == ["a"]
+    assert len(caplog.messages) == 1
+    caplog.clear()
+    find_inputs([tmp_path / "a.bin", tmp_path / "predictions"], LidarData())
+    assert not caplog.messages
 
 
 def test_inputs_have_different_names(tmp_path, kitti):
@@ -388,6 +438,20 @@ def test_poses_are_turned_into_the_frame_of_the_lidar(tmp_path):
     np.testing.assert_allclose(poses[1][:3, 3], [2, 0, 0], atol=1e-12)
     np.testing.assert_allclose(read_poses(tmp_path / "poses.txt")[1][:3, 3], [0, 0, 2])
     assert read_times(tmp_path / "times.txt").tolist() == [0.0, 0.1036]
+
+
+def test_text_files_may_begin_with_a_byte_order_mark(tmp_path):
+    pose = "1 0 0 0 0 1 0 0 0 0 1 0"
+    contents = {
+        "poses.txt": (pose, read_poses, 1),
+        "times.txt": ("0.5", read_times, 1),
+        "calib.txt": (f"Tr: {pose}", read_calib, 1),
+        "curb.txt": ("1 2 3\n4 5 6", read_curb_rows, 2),
+    }
+    for name, (text, read, count) in contents.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert len(read(tmp_path / name)) == count
+    assert list(read_calib(tmp_path / "calib.txt")) == ["Tr"]
 
 
 def test_poses_that_cannot_be_read_name_the_row(tmp_path):

@@ -62,6 +62,17 @@ def check_geojson(document):
             assert lowest <= z <= highest
 
 
+def test_coordinates_of_a_map_are_not_put_on_the_earth(tmp_path):
+    utm = [replace(c, polyline=c.polyline + np.array([690_000, 5_400_000, 0])) for c in CURBS]
+    for write, name in ((write_geojson, "a.geojson"), (write_osm, "a.osm")):
+        with pytest.raises(InputError, match=f"{name}: would hold a curb 544. km from map_origin"):
+            write(utm, tmp_path / name, origin=ORIGIN)
+        assert not (tmp_path / name).exists()
+    assert write_geojson(utm, tmp_path / "a.geojson", crs="map").exists()
+    near = [replace(c, polyline=c.polyline + np.array([60_000, 70_000, 0])) for c in CURBS]
+    assert write_geojson(near, tmp_path / "b.geojson", origin=ORIGIN).exists()
+
+
 def test_geojson_re_projects_within_a_centimetre(tmp_path):
     path = write_geojson(CURBS, tmp_path / "a.geojson", origin=ORIGIN, frame="000042", stamp=12.5)
     assert path == tmp_path / "a.geojson"

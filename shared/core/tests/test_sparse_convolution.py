@@ -24,7 +24,8 @@ from heed_core.sparse import (
     sparse_conv,
     use_backend,
 )
-from heed_core.sparse.blocks import activate_norm_
+from heed_core.sparse.backends import ConvolutionFacts, select
+from heed_core.sparse.blocks import activate_norm_, norm_rows
 from heed_core.sparse.rulebook import LARGEST_KEY, Rulebook, submanifold_window
 
 needs_spconv = pytest.mark.skipif(
@@ -578,6 +579,47 @@ def test_a_compiled_network_gives_the_same() -> None:
         with torch.no_grad():
             expected, found = (run(x.features, x.coords) for run in (net, compiled))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_environment_chooses_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = cloud((4, 4, 4))
+    conv = SubMConv3d(4, 3, 3).double()
+    monkeypatch.setenv("HEED_SPARSE_BACKEND", "reference")
+    assert [r.name for r in explain_backends("cpu", torch.float64) if r.chosen] == ["reference"]
+    facts = ConvolutionFacts("cpu", torch.float64, tracing=False)
+    assert select(facts, "auto").name == "reference"
+    assert select(facts, "torch").name == "torch"
+    assert select(facts._replace(tracing=True), "auto").name == "torch"
+    found = conv(x).features
+    monkeypatch.setenv("HEED_SPARSE_BACKEND", "")
+    assert select(facts, "auto").name == "torch"
+    torch.testing.assert_close(found, conv(x).features)
+    monkeypatch.setenv("HEED_SPARSE_BACKEND", "spcnov")
+    with pytest.raises(UnsupportedBackend, match=r"HEED_SPARSE_BACKEND must be auto or .*'spcnov'"):
+        conv(x)
+
+
+def test_a_back_end_of_the_environment_that_cannot_run_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HEED_SPARSE_BACKEND", "spconv")
+    facts = ConvolutionFacts("cpu", torch.bfloat16, tracing=False)
+    with pytest.raises(UnsupportedBackend, match="HEED_SPARSE_BACKEND=spconv cannot run this call"):
+        select(facts, "auto")
+    assert not any(report.chosen for report in explain_backends("cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_norm_learns_nothing_from_too_few_rows(count: int) -> None:
+    norm = nn.BatchNorm1d(3).double()
+    norm(torch.randn(9, 3, dtype=torch.float64) + 1)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    rows = torch.randn(count, 3, dtype=torch.float64, requires_grad=True)
+    found = norm_rows(norm, rows)
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+    torch.testing.assert_close(found, norm.eval()(rows) if count else rows)
+    found.sum().backward()
+    assert norm.bias.grad.tolist() == [count] * 3
 
 
 @pytest.mark.parametrize("made", [{}, {"affine": False}, {"track_running_stats": False}])

@@ -92,6 +92,16 @@ def test_a_verb_of_every_app_is_not_replaced() -> None:
         App(name="a", about="", systems={}, verbs={"train": Verb(module="b")})
 
 
+def test_doctor_shows_the_tables_of_the_domain(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "diagnosing.py").write_text("def weather():\n    return [{'sky': 'blue'}]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    app = App(name="a", about="", systems={}, diagnoses={"the sky": "diagnosing:weather"})
+    assert app.call(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["the_sky"] == [{"sky": "blue"}]
+
+
 def test_doctor_lists_the_libraries_of_the_domain(
     app: App, capsys: pytest.CaptureFixture[str]
 ) -> None:

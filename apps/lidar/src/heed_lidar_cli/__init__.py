@@ -9,6 +9,7 @@ APP = App(
     about="Attention models for LiDAR: curbs from raw scans.",
     systems={
         "curbnet": "heed_lidar_cli.curbnet:RECIPE",
+        "curbnet-released": "heed_lidar_cli.curbnet_released:RECIPE",
         "cylinder3d": "heed_lidar_cli.cylinder3d:RECIPE",
         "classical": "heed_lidar_cli.classical:RECIPE",
     },
@@ -20,6 +21,7 @@ APP = App(
         "merge": Verb(module="heed_lidar_cli.merge", arguments="PREDICTIONS --poses F --out DIR"),
         "view": Verb(module="heed_lidar_cli.view", arguments="INPUT... --out DIR"),
     },
+    diagnoses={"sparse back-ends": "heed_lidar_cli.diagnoses:sparse_backends"},
     libraries={
         "laspy": "las and laz files (heed-lidar[las])",
         "open3d": "view --window (heed-lidar[open3d])",

@@ -9,7 +9,7 @@ compared point by point.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +17,13 @@ import numpy as np
 import tyro
 
 from heed_core.errors import InputError
+from heed_lidar.clouds.cloud import CloudOptions
+from heed_lidar.folders import files_under
 from heed_lidar.labels import read_labels
-from heed_lidar.layouts import list_scans
+from heed_lidar.layouts import is_derived, list_scans
 from heed_lidar.scans import load_scan
-from heed_lidar_cli.scoring import FINAL, report, row_of
-from heed_lidar_cli.settings import StreetData
+from heed_lidar_cli.scoring import DERIVED_LABELS, FINAL, report, row_of
+from heed_lidar_cli.settings import StreetData, own_flags
 from heed_runtime.files import atomic_folder, write_csv, write_json
 from heed_runtime.options import CommonOptions, Flag, OptionalPath
 from heed_runtime.recipe import Report, Row, Table
@@ -53,18 +55,28 @@ class Options(CommonOptions):
     """The folder of a sequence of the data set that holds its labels."""
     roi: str = "forward"
     """The part that counts: all, forward, forward:RANGE or x0:x1,y0:y1; of a data set only."""
+    data: CloudOptions = field(default_factory=CloudOptions)
+    """How the points of a data set are read."""
     out: OptionalPath = None
     """Also write the tables and plots into this folder."""
     overwrite: Flag = False
     """Replace the folder."""
 
     def __post_init__(self) -> None:
-        StreetData(labels=self.map, labels_folder=self.labels_folder, roi=self.roi)
+        _ = self.settings
+
+    @property
+    def settings(self) -> StreetData:
+        """The same as the settings of a system."""
+        return StreetData(
+            labels=self.map, labels_folder=self.labels_folder, roi=self.roi, **vars(self.data)
+        )
 
 
+@own_flags({"--data.labels": "--map", "--data.roi": "--roi"})
 def run(app: App, options: Options) -> Result:
     """Score scan by scan."""
-    data = StreetData(labels=options.map, labels_folder=options.labels_folder, roi=options.roi)
+    data = options.settings
     predicted = label_files(options.predictions)
     scored, unseen = _score(options, data, predicted)
     found = report(scored, seed=0)
@@ -74,6 +86,8 @@ def run(app: App, options: Options) -> Result:
         files = _write(options, facts, scored, found)
     tables = [Table(title="", rows=rows_of(found.metrics, key="metric")), *found.tables]
     title = f"{len(scored)} scans compared"
+    if "scans_with_derived_labels" in found.metrics:
+        title += f" ({DERIVED_LABELS})"
     if unseen:
         title += f", {unseen} labelled scans without a prediction are left out"
     shown = {table.title: table.rows for table in found.tables}
@@ -89,7 +103,9 @@ def label_files(root: Path) -> dict[Key, Path]:
     if not root.is_dir():
         raise InputError("no such folder", path=root, remedy="check the path")
     found: dict[Key, Path] = {}
-    for path in sorted(root.rglob("*.label")):
+    for path in files_under(root):
+        if path.suffix != ".label":
+            continue
         key = key_of(path.relative_to(root).with_suffix(""))
         if key in found:
             raise InputError(
@@ -137,6 +153,7 @@ def _score(options: Options, data: StreetData, predicted: dict[Key, Path]) -> tu
                 scan.classes[inside],
                 classes[inside],
                 data,
+                derived=file.derived,
             )
     return rows, len(matched) - len(rows)
 
@@ -155,7 +172,11 @@ def _score_files(
         other = read_labels(predicted[key], count=len(raw))
         classes = data.label_map.classes_of(other, where=predicted[key])
         nowhere = np.zeros((len(raw), 3))
-        rows += row_of(FINAL, "/".join(key), nowhere, truth, classes, data, tolerances=())
+        rows += row_of(
+            *(FINAL, "/".join(key), nowhere, truth, classes, data),
+            tolerances=(),
+            derived=is_derived(path),
+        )
     return rows, len(labels) - len(rows)
 
 

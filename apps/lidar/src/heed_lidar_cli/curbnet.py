@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from heed_core.errors import InputError
 from heed_lidar.curbnet import PRESETS, CurbNet, CurbNetConfig
 from heed_lidar_cli.prediction import CURB, curb_class
-from heed_lidar_cli.settings import NetworkData, NetworkTraining
+from heed_lidar_cli.settings import NetworkData, NetworkTraining, StreetData
 from heed_lidar_cli.street import LAYOUT, NetworkRecipe, NetworkSettings
 from heed_runtime.recipe import Card, Contender
 from heed_runtime.settings import TrainerSettings
@@ -51,6 +51,20 @@ def paper() -> CurbNetSettings:
     return CurbNetSettings(trainer=TrainerSettings(max_epochs=100, batch=6))
 
 
+def refuse_without_curb(data: StreetData) -> None:
+    """Refuse classes without the curb.
+
+    Raises:
+        InputError: It names the classes.
+    """
+    label_map = data.label_map
+    if curb_class(label_map) is None:
+        raise InputError(
+            f"the labels {data.labels!r} have no class {CURB!r} ({', '.join(label_map.names)})",
+            remedy="choose other --data.labels, or train cylinder3d",
+        )
+
+
 class CurbNetRecipe(NetworkRecipe[CurbNetSettings]):
     """Find curbs in single LiDAR scans."""
 
@@ -77,13 +91,7 @@ class CurbNetRecipe(NetworkRecipe[CurbNetSettings]):
 
     def plan(self, settings: CurbNetSettings, root: Path) -> CurbNetSettings:
         """Take the classes, one of which is the curb, and count them."""
-        label_map = settings.data.label_map
-        if curb_class(label_map) is None:
-            raise InputError(
-                f"the labels {settings.data.labels!r} have no class {CURB!r} "
-                f"({', '.join(label_map.names)})",
-                remedy="choose other --data.labels, or train cylinder3d",
-            )
+        refuse_without_curb(settings.data)
         return super().plan(settings, root)
 
     def model(self, settings: CurbNetSettings) -> CurbNet:

@@ -23,6 +23,9 @@ class Cylinder3dTraining(NetworkTraining):
 
     voxel_loss: Literal["ace", "cross-entropy", "focal", "none"] = "cross-entropy"
     """Of each voxel: ace is cross-entropy that weighs rare classes and unsure voxels more."""
+    rate_batch: int | None = 2
+    """Scans per step (batch times accumulate) that learning_rate is meant for; another number of
+    scans multiplies it by the square root of the ratio. None: it holds for every batch."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     weight_decay: float = 1e-3
     """Of adamw."""
@@ -68,7 +71,9 @@ def released() -> Cylinder3dSettings:
     return Cylinder3dSettings(
         model=Cylinder3dConfig(classes=20),
         data=NetworkData(labels="semantic-kitti", roi="all"),
-        training=Cylinder3dTraining(optimizer="adam", weight_decay=0.0, schedule="constant"),
+        training=Cylinder3dTraining(
+            optimizer="adam", weight_decay=0.0, schedule="constant", rate_batch=None
+        ),
         trainer=TrainerSettings(max_epochs=40, batch=2),
     )
 

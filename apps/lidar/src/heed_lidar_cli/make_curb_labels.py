@@ -1,7 +1,8 @@
 """Derive curb labels where a data set has labels of road and sidewalk and none of curbs.
 
 The border of the road where the ground makes a step becomes curb. Nobody corrected these labels:
-scores on them cannot be compared with those of labels made by hand.
+scores on them cannot be compared with those of labels made by hand. The file DERIVED.md beside the
+labels lets evaluate, compare and check say so.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from heed_core.errors import InputError
+from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.curb_labels import CurbLabelling, write_curb_labels
 from heed_lidar.settings import LidarData
 from heed_runtime.options import CommonOptions, OutPath
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 class Options(CommonOptions):
     """The data set, where the labels go, and what counts as a border."""
 
-    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
+    root: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
     """A data set in SemanticKITTI's layout with labels of road (40) and sidewalk (48)."""
     out: OutPath
     """Where sequences/SS/FOLDER/*.label are written; another folder than DATA becomes a data set of
@@ -36,18 +38,20 @@ class Options(CommonOptions):
     """Name of the new folders; --data.labels-folder reads others than labels."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with a scan that cannot be read."""
+    data: CloudOptions = field(default_factory=CloudOptions)
+    """How the points are read."""
     border: CurbLabelling = field(default_factory=CurbLabelling)
 
 
 def run(app: App, options: Options) -> Result:
     """Write the labels scan by scan; each file is whole or not there."""
-    data = LidarData(labels="semantic-kitti", on_error=options.on_error)
+    data = LidarData(labels="semantic-kitti", on_error=options.on_error, **vars(options.data))
     rows: list[Row] = []
     skipped: list[str] = []
     written: set[Path] = set()
     with options.terminal.progress("label", None) as progress:
         for found in write_curb_labels(
-            options.data, options.out, data, options.border, folder=options.folder
+            options.root, options.out, data, options.border, folder=options.folder
         ):
             progress.advance(note=found.name)
             if found.path is None:
@@ -56,7 +60,7 @@ def run(app: App, options: Options) -> Result:
             rows.append({"scan": found.name, "points": found.points, "curb": found.curb})
             written.add(found.path.parent)
     if not rows:
-        raise InputError("no scan can be read", path=options.data, remedy=skipped[0])
+        raise InputError("no scan can be read", path=options.root, remedy=skipped[0])
     total = sum(int(row["curb"] or 0) for row in rows)
     tables = [Table(title="", rows=rows)]
     if skipped:

@@ -19,6 +19,7 @@ from jaxtyping import Float64
 
 from heed_core.errors import InputError
 from heed_lidar.curves import Curb
+from heed_lidar.folders import files_under
 from heed_lidar.geodesy import Origin
 from heed_lidar.map_files import read_geojson, write_csv, write_dxf, write_geojson, write_osm
 from heed_lidar.merging import merge_curbs, smooth_curbs, transform_curbs
@@ -130,7 +131,9 @@ def _read(options: Options) -> tuple[list[tuple[str, list[Curb]]], Poses]:
     if not options.predictions.is_dir():
         raise InputError("no such folder", path=options.predictions, remedy="check the path")
     paths: dict[int, Path] = {}
-    for path in sorted(options.predictions.rglob(f"*{ENDING}")):
+    for path in files_under(options.predictions):
+        if not path.name.endswith(ENDING):
+            continue
         name = path.name.removesuffix(ENDING)
         number = re.search(r"(\d+)$", name)
         if number is None:

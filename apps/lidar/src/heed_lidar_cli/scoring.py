@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
 from jaxtyping import Float64, Int64
 from matplotlib.figure import Figure
 
+from heed_core.errors import InputError
 from heed_lidar.curves import Curb
 from heed_lidar.metrics import (
     CurbScoring,
@@ -26,6 +28,8 @@ from heed_runtime import distributed
 from heed_runtime.recipe import Report, Row, Table
 from heed_runtime.report import new_figure, style
 
+DERIVED_LABELS = "derived labels"
+"""What rows and titles say of scores on labels that nobody corrected."""
 FIRST, FINAL = "points", "with curves"
 """The classes of single points, and those after the curves were fitted."""
 
@@ -88,7 +92,8 @@ def _of_scan(
     assert scan.classes is not None, f"{scan.name} has no labels"
     inside = data.region.contains(scan.cloud.xyz)
     xyz, truth, found = scan.cloud.xyz[inside], scan.classes[inside], classes[inside]
-    return row_of(output, scan.name, xyz, truth, found, data, curbs=curbs)
+    derived = scan.file.derived
+    return row_of(output, scan.name, xyz, truth, found, data, curbs=curbs, derived=derived)
 
 
 def row_of(
@@ -101,6 +106,7 @@ def row_of(
     *,
     curbs: Sequence[Curb] | None = None,
     tolerances: tuple[float, ...] | None = None,
+    derived: bool = False,
 ) -> list[Row]:
     """The counts of one scan.
 
@@ -113,15 +119,29 @@ def row_of(
         data: Names of the classes, and tolerances.
         curbs: Fitted curves, scored too where given.
         tolerances: None: those of the settings.
+        derived: Whether the labels are marked as derived, which the row says then.
     """
     reach = data.tolerances_m if tolerances is None else tolerances
     settings = CurbScoring(region="all", tolerances_m=reach, distance=data.distance)
     rows = score_scan(name, xyz, truth, found, data.label_map.names, settings=settings, curbs=curbs)
-    return [{"output": output, **row} for row in rows]
+    mark = {"labels": DERIVED_LABELS} if derived else {}
+    return [{"output": output, **mark, **row} for row in rows]
 
 
 def report(rows: Sequence[Row], *, seed: int) -> Report:
-    """Scores over all scans: the headline is of what is written."""
+    """Scores over all scans: the headline is of what is written.
+
+    Where labels are derived the titles of the tables say so, and a metric counts these scans.
+
+    Raises:
+        InputError: No point counts.
+    """
+    if not any(row["points"] for row in rows):
+        raise InputError(
+            f"no point of {len({row['scan'] for row in rows})} scans is in the region that counts "
+            f"and has a class",
+            remedy="choose another --data.roi or check the labels",
+        )
     summaries = {
         output: summarise(
             [cast(ScoreRow, row) for row in rows if row["output"] == output], seed=seed
@@ -136,8 +156,13 @@ def report(rows: Sequence[Row], *, seed: int) -> Report:
         Table(title="points of each class as predicted", rows=_shown(final.confusion)),
         Table(title="scans", rows=_shown(final.scans)),
     ]
+    metrics = dict(final.metrics)
+    derived = {row["scan"] for row in rows if row.get("labels") == DERIVED_LABELS}
+    if derived:
+        metrics["scans_with_derived_labels"] = float(len(derived))
+        tables = [replace(table, title=f"{table.title} ({DERIVED_LABELS})") for table in tables]
     return Report(
-        metrics=final.metrics,
+        metrics=metrics,
         tables=[table for table in tables if table.rows],
         plots={"curbs": _plot(summaries)},
     )

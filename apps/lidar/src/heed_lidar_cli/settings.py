@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from heed_core.errors import InputError
 from heed_lidar.augmentation import Augmentation
 from heed_lidar.curves import CurbFitting
 from heed_lidar.geodesy import Origin
@@ -101,7 +104,10 @@ class NetworkTraining:
     """Of ace: points of each class in the training labels; training counts them if empty."""
     optimizer: Literal["adam", "adamw"] = "adam"
     learning_rate: float = 1e-3
-    """At the start. Larger batches take more, in proportion to their square root."""
+    """At the start, for the batch that rate_batch names."""
+    rate_batch: int | None = None
+    """Scans per step (batch times accumulate) that learning_rate is meant for; another number of
+    scans multiplies it by the square root of the ratio. None: it holds for every batch."""
     weight_decay: float = 0.0
     """Of adamw."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -113,6 +119,8 @@ class NetworkTraining:
             raise ValueError("voxel_loss and region_loss are both none: nothing would be learnt")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.rate_batch is not None and self.rate_batch < 1:
+            raise ValueError(f"rate_batch must be at least 1, got {self.rate_batch}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.weight_decay and self.optimizer == "adam":
@@ -126,6 +134,24 @@ class NetworkTraining:
 
 
 DataT = TypeVar("DataT", bound=LidarData)
+
+
+@contextlib.contextmanager
+def own_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Let the faults of a verb without the settings of a system name the flags that it has.
+
+    Args:
+        flags: Flag of a system -> flag of the verb.
+    """
+    try:
+        yield
+    except InputError as error:
+        remedy = error.remedy or ""
+        for theirs, own in flags.items():
+            remedy = remedy.replace(theirs, own)
+        raise InputError(
+            error.problem, path=error.path, place=error.place, remedy=remedy or None
+        ) from error
 
 
 def settle(data: DataT) -> DataT:

@@ -7,6 +7,7 @@ network that it is made from, so that both give the same logits.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,8 @@ class SpconvPeer(nn.Module):
             warnings.simplefilter("ignore")
             import spconv.pytorch as library  # type: ignore[import-untyped]
 
+        # its tensors ask torch.fx whether it traces, and torch warns of the question
+        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         self.library, self.native = library, native
         self.network = network
         self.convolutions = nn.ModuleList()

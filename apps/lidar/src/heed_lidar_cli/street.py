@@ -36,6 +36,7 @@ from heed_lidar.scenes.sensor import Sensor
 from heed_lidar_cli.prediction import StreetPrediction, finish, write_files
 from heed_lidar_cli.scoring import Counts, report, score
 from heed_lidar_cli.settings import CHANGEABLE, NetworkData, NetworkTraining, StreetData, settle
+from heed_runtime.outputs import Written
 from heed_runtime.recipe import (
     Check,
     Contender,
@@ -241,12 +242,13 @@ class SegmentationModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser and the schedule of the settings."""
         training = self.settings.training
+        rate = first_rate(training, self.settings.trainer)
         optimizer: torch.optim.Optimizer
         if training.optimizer == "adam":
-            optimizer = torch.optim.Adam(self.parameters(), lr=training.learning_rate)
+            optimizer = torch.optim.Adam(self.parameters(), lr=rate)
         else:
             optimizer = torch.optim.AdamW(
-                self.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
+                self.parameters(), lr=rate, weight_decay=training.weight_decay
             )
         if training.schedule == "constant":
             return optimizer
@@ -266,6 +268,19 @@ class SegmentationModule(L.LightningModule):
             slope=training.gamma_slope,
             delta=training.delta,
         )
+
+
+def first_rate(training: NetworkTraining, trainer: TrainerSettings) -> float:
+    """The learning rate of the first step.
+
+    Example:
+        >>> first_rate(NetworkTraining(rate_batch=2), TrainerSettings(batch=8))
+        0.002
+    """
+    if training.rate_batch is None:
+        return training.learning_rate
+    scans = trainer.batch * trainer.accumulate
+    return training.learning_rate * math.sqrt(scans / training.rate_batch)
 
 
 def cosine_to_a_hundredth(step: int, *, steps: int) -> float:
@@ -303,8 +318,9 @@ class StreetRecipe(Recipe[SettingsT, Scan, StreetPrediction]):
         return Scans.of_split(root, settings.data, split)
 
     def inputs(self, settings: SettingsT, paths: Sequence[Path]) -> Scans:
-        """Whole scans, in natural order."""
-        return Scans(find_inputs(paths, settings.data), settings.data, label=False)
+        """Whole scans, in natural order; what an earlier prediction wrote is none of them."""
+        files = find_inputs(paths, settings.data, passed_over=Written())
+        return Scans(files, settings.data, label=False)
 
     def write_prediction(
         self, settings: SettingsT, prediction: StreetPrediction, out: Path

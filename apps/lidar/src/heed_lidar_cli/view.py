@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float64
 
-from heed_lidar.clouds.cloud import cloud_stem
+from heed_lidar.clouds.cloud import CloudOptions, cloud_stem
 from heed_lidar.drawing import write_png
 from heed_lidar.drawing3d import show
 from heed_lidar.layouts import ScanFile, find_inputs
 from heed_lidar.pictures import class_colours, draw_scan, draw_values, heat_colours, value_limits
 from heed_lidar.scans import Scan, ScanData
 from heed_lidar.settings import LidarData
+from heed_lidar_cli.settings import own_flags
 from heed_runtime.options import CommonOptions, Flag, InputPaths, OptionalPath
 from heed_runtime.outputs import Outputs, expand
 from heed_runtime.recipe import Row, Table
@@ -40,6 +41,8 @@ class Options(CommonOptions):
     labels: str = "curb"
     """The classes of `.label` files beside the scans: curb, curb-only, nrs, semantic-kitti, or a
     file like semantic-kitti.yaml."""
+    data: CloudOptions = field(default_factory=CloudOptions)
+    """How the points are read."""
     overwrite: Flag = False
     """Replace pictures that are there."""
     window: Flag = False
@@ -50,9 +53,10 @@ class Options(CommonOptions):
             raise ValueError("give either --out DIR or --window")
 
 
+@own_flags({"--data.labels": "--labels"})
 def run(app: App, options: Options) -> Result:
     """Draw scan by scan."""
-    data = LidarData(labels=options.labels)
+    data = LidarData(labels=options.labels, **vars(options.data))
     files = [with_labels(file) for file in find_inputs(expand(options.inputs), data)]
     scans = ScanData(files, data)
     if options.window:

@@ -111,6 +111,9 @@ def _count_row(
         "range_m": _span([r.range_m for r in read]),
         "ground z_m": _span([r.ground_z_m for r in read]),
     }
+    derived = sum(file.derived for file in files)
+    if derived:
+        row["derived labels"] = derived
     labelled = [r for r in read if r.per_class]
     if labelled:
         for number, name in enumerate(label_map.names):
@@ -144,6 +147,12 @@ def _warnings(
     for number, name in enumerate(label_map.names[1:], start=1):
         if train and not any(r.per_class[number] for r in train):
             lines.append(f"{root}: class {name} is in no training scan")
+    derived = [file for file in listing.scans if file.derived]
+    if derived:
+        lines.append(
+            f"{root}: {len(derived)} scans have derived labels, which nobody corrected; scores on "
+            f"them cannot be compared with published ones"
+        )
     return lines + _odd_scans(root, readings)
 
 

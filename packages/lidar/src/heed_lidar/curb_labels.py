@@ -28,9 +28,13 @@ from heed_lidar.labels import (
     with_instances,
     write_labels,
 )
-from heed_lidar.layouts import CLOUDS, SEQUENCES, ScanFile, list_scans, sequence_folder
+from heed_lidar.layouts import CLOUDS, DERIVED, SEQUENCES, ScanFile, list_scans, sequence_folder
 from heed_lidar.settings import LidarData, to_sensor_frame
 
+MARK = """\
+These curb labels are derived from labels of road and sidewalk by `make-curb-labels`; nobody
+corrected them. Scores on them are marked as derived while this file is here.
+"""
 _CELL_M = 0.5
 _CHUNK = 4096
 ROWS_REACH_M = 0.10
@@ -182,7 +186,7 @@ def read_curb_rows(path: Path) -> Float64[np.ndarray, "m 3"]:
     if not path.is_file():
         raise InputError("does not exist", path=path, remedy="give the curb points of this scan")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise InputError("is not a text file", path=path) from None
     rows = [line for line in lines if line.strip()]
@@ -284,7 +288,8 @@ def write_curb_labels(
     """Write derived labels for every labelled scan of a data set, one scan per step.
 
     They go to `out/sequences/SS/<folder>/`. Where `out` is another folder than `root`, it becomes
-    a data set of its own: its scans are links to those of `root`.
+    a data set of its own: its scans are links to those of `root`. The file DERIVED.md beside the
+    labels marks them.
 
     Args:
         root: A data set in the SemanticKITTI layout.
@@ -333,6 +338,7 @@ def _label_one(
     xyz = to_sensor_frame(cloud.xyz, data)
     labels[cloud.rows] = make_curb_labels(xyz, labels[cloud.rows], options)
     target.parent.mkdir(parents=True, exist_ok=True)
+    (target.parent / DERIVED).write_text(MARK, encoding="utf-8")
     part = target.with_suffix(".part")
     write_labels(part, labels)
     part.rename(target)

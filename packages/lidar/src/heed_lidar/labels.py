@@ -75,6 +75,8 @@ class LabelMap:
     """Colour of each class."""
     split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The data set's own split: train, val, test -> names of sequences."""
+    shares: Mapping[int, float] = field(default_factory=dict)
+    """Raw id -> its share of all points, where the file says so (`content`)."""
 
     def __post_init__(self) -> None:
         n = len(self.names)
@@ -269,8 +271,8 @@ _NEEDED_KEYS = ("labels", "color_map", "learning_map", "learning_map_inv")
 def read_label_map(path: Path) -> LabelMap:
     """Read a label map in the form of `semantic-kitti.yaml`.
 
-    Its classes that `learning_ignore` marks (0 where the key is absent) become class 0; the others
-    are numbered from 1 in their order. Its colours are blue, green, red.
+    Its classes that `learning_ignore` marks (0 where the key is absent or empty) become class 0;
+    the others are numbered from 1 in their order. Its colours are blue, green, red.
 
     Raises:
         InputError: The file is no yaml, lacks a key, or its keys do not fit each other.
@@ -285,9 +287,8 @@ def read_label_map(path: Path) -> LabelMap:
         )
     try:
         return _parse_label_map(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"has no entry for {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"is not a usable label map ({what})", path=path) from None
+    except ValueError as error:
+        raise InputError(f"is not a usable label map ({error})", path=path) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -302,30 +303,86 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_label_map(content: Mapping[str, Any]) -> LabelMap:
-    learning = {int(raw): int(c) for raw, c in content["learning_map"].items()}
-    inverse = {int(c): int(raw) for c, raw in content["learning_map_inv"].items()}
-    marks = content.get("learning_ignore", {0: True})
-    ignored = {int(c) for c, mark in marks.items() if mark}
+    learning = _numbers(content, "learning_map")
+    inverse = _numbers(content, "learning_map_inv")
+    marks = _table(content, "learning_ignore", {0: True})
+    ignored = {_number("learning_ignore", c) for c, mark in marks.items() if mark}
     kept = sorted(set(learning.values()) - ignored)
     number = {c: k for k, c in enumerate(kept, start=1)}
     raw_names, colours = content["labels"], content["color_map"]
-    written = [inverse[c] for c in kept]
-    split = content.get("split") or {}
+    written = [_entry("learning_map_inv", inverse, c) for c in kept]
     return LabelMap(
-        names=(IGNORE_NAME, *(str(raw_names[raw]) for raw in written)),
+        names=(IGNORE_NAME, *(str(_entry("labels", raw_names, raw)) for raw in written)),
         to_class={raw: number.get(c, IGNORE) for raw, c in learning.items()},
         to_raw=(inverse.get(0, 0) if 0 in ignored else 0, *written),
-        rgb=((0, 0, 0), *(_bgr(colours[raw]) for raw in written)),
-        split={
-            name: tuple(sequence_name(s) for s in split[key])
-            for name, key in (("train", "train"), ("val", "valid"), ("test", "test"))
-            if key in split
+        rgb=((0, 0, 0), *(_bgr(_entry("color_map", colours, raw), raw) for raw in written)),
+        split=_parse_split(_table(content, "split", {})),
+        shares={
+            _number("content", raw): _share(raw, share)
+            for raw, share in _table(content, "content", {}).items()
         },
     )
 
 
-def _bgr(colour: Sequence[int]) -> Rgb:
-    blue, green, red = (int(part) for part in colour)
+_SPLIT_KEYS = {"train": "train", "val": "valid", "test": "test"}
+"""Of a split, the key in the file."""
+
+
+def _parse_split(split: Mapping[Any, Any]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    owners: dict[str, str] = {}
+    for name, key in _SPLIT_KEYS.items():
+        if key not in split:
+            continue
+        given = [] if split[key] is None else split[key]
+        if not isinstance(given, list):
+            raise ValueError(f"split.{key} must be a list of sequences, got {given!r}")
+        found[name] = tuple(sequence_name(s) for s in given)
+        for sequence in found[name]:
+            if owners.setdefault(sequence, key) != key:
+                raise ValueError(
+                    f"the sequence {sequence} is in split.{owners[sequence]} and in split.{key}"
+                )
+    return found
+
+
+def _table(content: Mapping[str, Any], key: str, default: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """A table that may be absent, which an empty key says too."""
+    found = content.get(key)
+    if found is None:
+        return default
+    if not isinstance(found, dict):
+        raise ValueError(f"{key} must be a table, got {found!r}")
+    return found
+
+
+def _entry(table: str, entries: Mapping[Any, Any], key: int) -> Any:
+    if key not in entries:
+        raise ValueError(f"{table} has no entry for {key}")
+    return entries[key]
+
+
+def _numbers(content: Mapping[str, Any], key: str) -> dict[int, int]:
+    entries = content[key].items()
+    return {_number(key, one): _number(f"{key}.{one}", other) for one, other in entries}
+
+
+def _number(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise ValueError(f"{key} must hold whole numbers, got {value!r}")
+    return int(value)
+
+
+def _share(raw: Any, value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ValueError(f"content.{raw} must be a share of the points, got {value!r}")
+    return float(value)
+
+
+def _bgr(colour: Any, raw: int) -> Rgb:
+    if not isinstance(colour, list) or len(colour) != 3:
+        raise ValueError(f"color_map.{raw} must be blue, green and red, got {colour!r}")
+    blue, green, red = (_number(f"color_map.{raw}", part) for part in colour)
     return red, green, blue
 
 
@@ -348,15 +405,16 @@ def write_label_map(path: Path, label_map: LabelMap) -> None:
         if name != IGNORE_NAME:
             names[raw], colours[raw] = name, list(_reversed(colour))
     numbers = range(len(label_map))
-    keys = {"train": "train", "val": "valid", "test": "test"}
+    shares = {raw: float(share) for raw, share in label_map.shares.items()}
     content: dict[str, object] = {
         "labels": names,
         "color_map": colours,
+        **({"content": shares} if shares else {}),
         "learning_map": {raw: int(label_map.to_class[raw]) for raw in sorted(label_map.to_class)},
         "learning_map_inv": {c: int(label_map.to_raw[c]) for c in numbers},
         "learning_ignore": {c: c == IGNORE for c in numbers},
         "split": {
-            keys[split]: [int(s) if s.isdecimal() else s for s in sequences]
+            _SPLIT_KEYS[split]: [int(s) if s.isdecimal() else s for s in sequences]
             for split, sequences in label_map.split.items()
         },
     }

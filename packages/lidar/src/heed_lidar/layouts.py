@@ -1,8 +1,9 @@
 """The scans in a data set, and in files that a user gives."""
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,10 +11,15 @@ from heed_core.errors import InputError
 from heed_lidar.clouds.bags import count_frames, is_recording
 from heed_lidar.clouds.cloud import cloud_stem
 from heed_lidar.clouds.reading import CLOUD_SUFFIXES, TEXT_SUFFIXES, cloud_suffix
+from heed_lidar.folders import files_under, refuse_broken_link
 from heed_lidar.labels import sequence_name
 from heed_lidar.settings import SPLITS, Layout, LidarData
 
+logger = logging.getLogger(__name__)
+
 SEQUENCES, CLOUDS, CURBS_2D = "sequences", "velodyne", "curb"
+DERIVED = "DERIVED.md"
+"""Marks a folder of labels that nobody made by hand, see `heed_lidar.curb_labels`."""
 _SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 _NOT_CLOUDS = frozenset({"poses", "calib", "times"})
 _NOT_CLOUD_FOLDERS = frozenset({"labels", CURBS_2D, "curbs", "predictions"})
@@ -45,6 +51,11 @@ class ScanFile:
         """Whether there are labels of any kind."""
         return self.labels is not None or self.curbs_2d is not None
 
+    @property
+    def derived(self) -> bool:
+        """Whether the labels are marked as derived by a program."""
+        return self.labels is not None and is_derived(self.labels)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
@@ -61,6 +72,11 @@ class Listing:
         """The problems of one split."""
         both = zip(self.problems, self.problem_splits, strict=True)
         return tuple(line for line, of in both if of == split)
+
+
+def is_derived(labels: Path) -> bool:
+    """Whether a `.label` file lies in a folder that is marked as `DERIVED`."""
+    return (labels.parent / DERIVED).is_file()
 
 
 def natural_key(path: Path | str) -> tuple[tuple[tuple[int, int, str], ...], ...]:
@@ -127,7 +143,10 @@ def _list_sequences(root: Path, data: LidarData, layout: Layout) -> Listing:
     }
     scans: list[ScanFile] = []
     problems: list[tuple[str, str]] = []
-    for folder in sorted((p for p in base.iterdir() if p.is_dir()), key=natural_key):
+    for folder in sorted(base.iterdir(), key=natural_key):
+        refuse_broken_link(folder)
+        if not folder.is_dir():
+            continue
         split = splits.get(sequence_name(folder.name), _SPLIT_FOLDERS.get(folder.name))
         found, wrong = _list_sequence(folder, data, layout)
         scans += [replace(scan, split=split) for scan in found]
@@ -144,6 +163,8 @@ def _list_sequence(
     folder: Path, data: LidarData, layout: Layout
 ) -> tuple[list[ScanFile], list[str]]:
     """The scans of one sequence; a sequence without a folder of labels is unlabelled."""
+    for part in (CLOUDS, data.labels_folder, CURBS_2D):
+        refuse_broken_link(folder / part)
     clouds = [p for p in (folder / CLOUDS).glob("*") if cloud_suffix(p) and not is_recording(p)]
     labels = {p.stem: p for p in (folder / data.labels_folder).glob("*.label")}
     rows = {p.stem: p for p in (folder / CURBS_2D).glob("*.txt")} if layout == "curb-2d" else {}
@@ -174,7 +195,9 @@ def _list_sequence(
 
 def _list_folder(root: Path, data: LidarData) -> list[ScanFile]:
     scans = []
-    for path in cloud_files(root):
+    files, left_out = _sorted_out(root)
+    _warn(root, left_out)
+    for path in files:
         stem = cloud_stem(path)
         beside = path.with_name(f"{stem}.label")
         places = (
@@ -243,20 +266,60 @@ def cloud_files(root: Path) -> list[Path]:
     """The files of points under a folder, in natural order; folders of labels are left out.
 
     Text files and arrays count only where the folder holds nothing else.
+
+    Raises:
+        InputError: As `files_under`.
     """
-    found = []
-    for path in root.rglob("*"):
-        inner = path.relative_to(root).parts
-        if any(part.startswith(".") for part in inner) or _NOT_CLOUD_FOLDERS & set(inner[:-1]):
+    return _sorted_out(root)[0]
+
+
+def _sorted_out(
+    root: Path, passed_over: Callable[[Path], bool] = lambda _: False
+) -> tuple[list[Path], Counter[str]]:
+    """As `cloud_files`, and how many files that may hold points are left out, by what they are.
+
+    Args:
+        root: The folder.
+        passed_over: Files that count as if they were not there.
+    """
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for path in files_under(root):
+        suffix = cloud_suffix(path)
+        if not suffix or cloud_stem(path) in _NOT_CLOUDS or passed_over(path):
             continue
-        if path.is_file() and cloud_suffix(path) and cloud_stem(path) not in _NOT_CLOUDS:
+        inside = next((p for p in path.relative_to(root).parts[:-1] if p in _NOT_CLOUD_FOLDERS), "")
+        if not inside:
             found.append(path)
+        elif suffix not in TEXT_SUFFIXES:
+            left_out[f"in {inside}/"] += 1
     better = [path for path in found if cloud_suffix(path) not in TEXT_SUFFIXES]
-    return sorted(better or found, key=natural_key)
+    if better:
+        left_out.update(s for path in found if (s := cloud_suffix(path)) in TEXT_SUFFIXES)
+    return sorted(better or found, key=natural_key), left_out
 
 
-def find_inputs(paths: Iterable[Path], data: LidarData) -> list[ScanFile]:
+def _warn(root: Path, left_out: Counter[str]) -> None:
+    """Say what a folder holds that is not read."""
+    if left_out:
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        logger.warning(
+            "%s: files that may be scans are left out (%s); name files to read them", root, listed
+        )
+
+
+def find_inputs(
+    paths: Iterable[Path],
+    data: LidarData,
+    *,
+    passed_over: Callable[[Path], bool] = lambda _: False,
+) -> list[ScanFile]:
     """The scans in files, folders and recordings, in natural order within each.
+
+    Args:
+        paths: What is given.
+        data: How files are read.
+        passed_over: Files in these folders that count as if they were not there.
 
     Raises:
         InputError: A path that does not exist or is no file of points; nothing found.
@@ -264,14 +327,16 @@ def find_inputs(paths: Iterable[Path], data: LidarData) -> list[ScanFile]:
     given = list(paths)
     scans: list[ScanFile] = []
     for path in given:
-        scans += _scans_under(path, data)
+        scans += _scans_under(path, data, passed_over)
     if not scans:
         listed = ", ".join(str(path) for path in given[:3])
         raise InputError("holds no scan that can be read", path=listed, remedy=_READABLE)
     return _with_unique_names(list(dict.fromkeys(scans)))
 
 
-def _scans_under(path: Path, data: LidarData) -> list[ScanFile]:
+def _scans_under(
+    path: Path, data: LidarData, passed_over: Callable[[Path], bool]
+) -> list[ScanFile]:
     if is_recording(path):
         return _frames(path, path.stem, data)
     if path.is_file():
@@ -279,9 +344,12 @@ def _scans_under(path: Path, data: LidarData) -> list[ScanFile]:
             raise InputError("is not a file of points", path=path, remedy=_READABLE)
         return [ScanFile(name=cloud_stem(path), cloud=path)]
     if not path.is_dir():
+        refuse_broken_link(path)
         raise InputError("does not exist", path=path, remedy="give a file or a folder")
     scans = []
-    for file in cloud_files(path):
+    files, left_out = _sorted_out(path, passed_over)
+    _warn(path, left_out)
+    for file in files:
         inner = file.relative_to(path)
         parts = tuple(part for part in inner.parts[:-1] if part != CLOUDS)
         name = "/".join((*parts, cloud_stem(file)))

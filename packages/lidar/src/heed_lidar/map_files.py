@@ -23,6 +23,8 @@ from heed_lidar.geodesy import Origin, to_wgs84
 
 Frame = Literal["sensor", "map"]
 
+REACH_M = 100_000.0
+"""Farther from an origin its tangent plane is 800 m above the ground and more."""
 _HIGH_STEP_M = 0.12
 _DEGREE_DIGITS = 9  # a tenth of a millimetre
 _METRE_DIGITS = 4
@@ -54,11 +56,11 @@ def write_geojson(
 
     Raises:
         ValueError: A number that is not finite.
-        InputError: The file cannot be written.
+        InputError: The file cannot be written; a curb is more than 100 km from the origin.
     """
     features, corners = [], []
     for curb, line in _lines(curbs, tolerance_m):
-        vertices = line if origin is None else to_wgs84(line, origin)
+        vertices = line if origin is None else _on_earth(line, origin, path)
         vertices = _rounded(vertices, origin)
         corners.append(vertices)
         features.append(
@@ -162,14 +164,14 @@ def write_osm(
 
     Raises:
         ValueError: A number that is not finite.
-        InputError: The file cannot be written.
+        InputError: The file cannot be written; a curb is more than 100 km from the origin.
     """
     root = ElementTree.Element("osm", version="0.6", generator="heed", upload="never")
     ways: list[ElementTree.Element] = []
     nodes = 0
     for curb, line in _lines(curbs, tolerance_m):
         way = ElementTree.Element("way", id="0", visible="true", version="1")
-        for longitude, latitude, height in _rounded(to_wgs84(line, origin), origin):
+        for longitude, latitude, height in _rounded(_on_earth(line, origin, path), origin):
             nodes += 1
             node = ElementTree.SubElement(
                 root,
@@ -234,6 +236,22 @@ def _lines(
         if not (np.isfinite(curb.polyline).all() and np.isfinite(measures).all()):
             raise ValueError(f"curb {curb.number} has a vertex or measure that is not finite")
         yield curb, simplify(curb.polyline, tolerance_m)
+
+
+def _on_earth(
+    line: Float64[np.ndarray, "m 3"], origin: Origin, path: Path
+) -> Float64[np.ndarray, "m 3"]:
+    """As `to_wgs84`, near the origin, where its plane is the ground."""
+    away_m = float(np.hypot(line[:, 0], line[:, 1]).max())
+    if away_m > REACH_M:
+        raise InputError(
+            f"would hold a curb {away_m / 1000:.0f} km from map_origin, the place on the earth of "
+            f"(0, 0) in the scans' coordinates; it holds for {REACH_M / 1000:.0f} km",
+            path=path.name,
+            remedy="the coordinates are a map's (UTM?): leave map_origin out to get GeoJSON in "
+            "these metres, or give scans whose (0, 0) is nearby",
+        )
+    return to_wgs84(line, origin)
 
 
 def _properties(curb: Curb, frame: str, stamp: float | None) -> dict[str, object]:

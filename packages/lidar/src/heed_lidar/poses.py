@@ -93,7 +93,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     if not path.is_file():
         raise InputError("does not exist", path=path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError("is not a text file", path=path) from None
     return [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]

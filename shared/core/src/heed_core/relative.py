@@ -15,13 +15,14 @@ and decoding with a cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 
+from heed_core.constants import WithConstants
 from heed_core.positions import Layout, check_layout, grid_positions, inverse_frequencies, pairs
 
 
@@ -275,7 +276,7 @@ def grid_offset_index(shape: Sequence[int]) -> Int[Tensor, "n n"]:
     return index
 
 
-class GridRelativeBias(nn.Module):
+class GridRelativeBias(WithConstants):
     """A learned bias of the scores per head and offset on a grid (Swin, MaxViT), sizes may differ.
 
     Liu et al., "Swin Transformer" (arXiv 2103.14030), section 3.2: bias B[h, i, j] = table[offset
@@ -297,7 +298,11 @@ class GridRelativeBias(nn.Module):
         self.shape = tuple(shape)
         self.table = nn.Parameter(torch.empty(math.prod(2 * size - 1 for size in shape), heads))
         nn.init.trunc_normal_(self.table, std=std)
-        self.register_buffer("index", grid_offset_index(shape), persistent=False)
+        self.make_constants()
+
+    def constants(self) -> Mapping[str, Tensor]:
+        """Rows of the table, for each pair of cells."""
+        return {"index": grid_offset_index(self.shape)}
 
     def forward(self, queries: int, keys: int) -> Float[Tensor, "h n n"]:
         """The bias; both numbers must be the number of cells."""
@@ -323,7 +328,7 @@ def alibi_slopes(heads: int) -> Float[Tensor, " heads"]:
     return torch.tensor(slopes)
 
 
-class AlibiBias(nn.Module):
+class AlibiBias(WithConstants):
     """Scores fall with distance, with a fixed slope per head: B[h, i, j] = -slope_h |i - j|.
 
     Press et al., "Train short, test long" (arXiv 2108.12409). Nothing is learned.
@@ -333,7 +338,12 @@ class AlibiBias(nn.Module):
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        self.register_buffer("slopes", alibi_slopes(heads), persistent=False)
+        self.heads = heads
+        self.make_constants()
+
+    def constants(self) -> Mapping[str, Tensor]:
+        """The slopes."""
+        return {"slopes": alibi_slopes(self.heads)}
 
     def forward(self, queries: int, keys: int) -> Float[Tensor, "h n m"]:
         """The bias of `queries` last tokens on `keys` tokens."""

@@ -66,6 +66,8 @@ class App:
             instance).
         verbs: Name of a verb that only this domain has -> what does it.
         libraries: Library that only a part of this domain needs -> which part; `doctor` shows it.
+        diagnoses: Title of a table that `doctor` shows of this domain -> `module:FUNCTION`, which
+            returns its rows.
 
     Raises:
         ValueError: A verb of the domain has the name of one that every app has.
@@ -80,6 +82,7 @@ class App:
     systems: Mapping[str, str]
     verbs: Mapping[str, Verb] = field(default_factory=dict)
     libraries: Mapping[str, str] = field(default_factory=dict)
+    diagnoses: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for verb in self.verbs:

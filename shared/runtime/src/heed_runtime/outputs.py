@@ -7,12 +7,14 @@ a case that is not done are known to be ours.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from heed_core.errors import InputError
 from heed_runtime.files import explain_oserror, make_folder, plain
@@ -132,17 +134,44 @@ def append_json(path: Path, entry: Mapping[str, object]) -> None:
 
 def _read_journal(path: Path, maker: str | None) -> dict[str, tuple[str, ...]]:
     """The files of each case that the maker began; a line that a kill cut short is no entry."""
-    begun: dict[str, tuple[str, ...]] = {}
+    return {
+        entry["case"]: tuple(entry["files"]) for entry in _entries(path) if entry["by"] == maker
+    }
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a journal; none where there is none."""
     if not path.is_file():
-        return begun
+        return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["by"] == maker:
-            begun[entry["case"]] = tuple(entry["files"])
-    return begun
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+class Written:
+    """Tells the files that `predict` put in place, by the journals of the folders they lie in.
+
+    Each journal is read once.
+
+    Example:
+        >>> Written()(Path("scans/000000.bin"))
+        False
+    """
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, frozenset[Path]] = {}
+
+    def __call__(self, path: Path) -> bool:
+        """Whether the file is in a journal, whatever made it."""
+        return any(path in self._written_into(folder) for folder in path.parents)
+
+    def _written_into(self, folder: Path) -> frozenset[Path]:
+        if folder not in self._folders:
+            entries = _entries(folder / JOURNAL)
+            self._folders[folder] = frozenset(
+                folder / name for entry in entries for name in entry["files"]
+            )
+        return self._folders[folder]
 
 
 def _exists(path: Path) -> InputError:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Num, Shaped
 
 from heed_core.errors import InputError, reason_of
-from heed_lidar.clouds.cloud import CloudOptions, FileColumns
+from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 
 KITTI = ("x", "y", "z", "intensity")
 NUSCENES = ("x", "y", "z", "intensity", "ring")
@@ -77,6 +77,7 @@ def read_npz(path: Path, options: CloudOptions) -> FileColumns:
         raise InputError(f"is not an archive of arrays ({reason_of(error)})", path=path) from None
     points = next((name for name in _POINT_ARRAYS if name in arrays), None)
     if "xyz" in arrays:
+        refuse_twice([*"xyz", *(n for n, a in arrays.items() if a.ndim == 1)], path=path)
         xyz = arrays.pop("xyz")
         values = _columns_of(xyz, ("x", "y", "z"), path=path)
     elif points is not None and not {"x", "y", "z"} <= set(arrays):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 
 from heed_core.errors import InputError, MissingExtra, reason_of
-from heed_lidar.clouds.cloud import CloudOptions, FileColumns
+from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 
 CLOUD_TYPE = "sensor_msgs/msg/PointCloud2"
 _SUFFIXES = frozenset({".bag", ".mcap", ".db3"})
@@ -198,6 +198,7 @@ def decode_points(
         InputError: The fields do not fit into a point, or the points not into the data.
     """
     fields = [f for f in message.fields if f.count == 1 and f.datatype in _TYPES]
+    refuse_twice((f.name for f in fields), path=path, place=place)
     order = ">" if message.is_bigendian else "<"
     height, width, step = message.height, message.width, message.point_step
     for field in fields:

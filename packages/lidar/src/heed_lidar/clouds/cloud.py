@@ -1,6 +1,7 @@
 """A point cloud, and the rules that make one of the columns of any file."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,22 @@ def cloud_stem(path: Path) -> str:
     return name[: -len(".pcd.bin")] if name.lower().endswith(".pcd.bin") else path.stem
 
 
+def refuse_twice(names: Iterable[str], *, path: Path, place: str | None = None) -> None:
+    """Refuse columns of one name, of which only one could be meant; upper case is lower case.
+
+    Raises:
+        InputError: It names the column.
+    """
+    twice = [name for name, count in Counter(name.lower() for name in names).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"has more than one column {twice[0]}",
+            path=path,
+            place=place,
+            remedy="give each column its own name",
+        )
+
+
 def make_cloud(
     found: FileColumns, options: CloudOptions, *, path: Path, allow_empty: bool = False
 ) -> PointCloud:
@@ -139,8 +156,10 @@ def make_cloud(
     are to be kept. An intensity that is not finite becomes 0.
 
     Raises:
-        InputError: No column x, y or z; no point that can be used and `allow_empty` is false.
+        InputError: No column x, y or z; two columns of one name; no point that can be used and
+            `allow_empty` is false.
     """
+    refuse_twice(found.values, path=path)
     columns = {name.lower(): values for name, values in found.values.items()}
     missing = [axis for axis in "xyz" if axis not in columns]
     if missing:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Num
 
 from heed_core.errors import InputError
-from heed_lidar.clouds.cloud import CloudOptions, FileColumns
+from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 from heed_lidar.clouds.text import parse_rows
 
 _KINDS = {
@@ -65,10 +65,11 @@ def read_pcd(path: Path, options: CloudOptions) -> FileColumns:
     """Read a PCD file; fields of several values per point are left out.
 
     Raises:
-        InputError: The header or the data is damaged or truncated.
+        InputError: The header or the data is damaged or truncated, or names a field twice.
     """
     content = path.read_bytes()
     header = _read_header(content, path)
+    refuse_twice((name for _, name in header.single), path=path)
     body = content[header.size :]
     if header.data == "ascii":
         values = _read_ascii(body, header, path)

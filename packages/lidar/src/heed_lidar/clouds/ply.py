@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 
 from heed_core.errors import InputError
-from heed_lidar.clouds.cloud import CloudOptions, FileColumns
+from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 from heed_lidar.clouds.text import parse_rows
 
 _TYPES = {
@@ -49,10 +49,11 @@ def read_ply(path: Path, options: CloudOptions) -> FileColumns:
     """Read the vertices of a PLY file.
 
     Raises:
-        InputError: The header or the data is damaged or truncated.
+        InputError: The header or the data is damaged or truncated, or names a property twice.
     """
     content = path.read_bytes()
     header = _read_header(content, path)
+    refuse_twice((name for name, _ in header.vertex.properties), path=path)
     body = content[header.size :]
     if header.order:
         return FileColumns(values=_read_binary(body, header, path))

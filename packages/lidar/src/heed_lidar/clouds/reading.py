@@ -8,6 +8,7 @@ from typing import Protocol, cast, runtime_checkable
 from heed_core.errors import InputError
 from heed_lidar.clouds.bags import Recordings, is_recording
 from heed_lidar.clouds.cloud import CloudOptions, FileColumns, PointCloud, make_cloud
+from heed_lidar.folders import refuse_broken_link
 
 
 @runtime_checkable
@@ -71,6 +72,7 @@ def read_cloud(
         with contextlib.closing(Recordings()) as own:
             found = (recordings or own).read(path, frame or 0, options)
         return make_cloud(found, options, path=path, allow_empty=allow_empty)
+    refuse_broken_link(path)
     if not path.is_file():
         what = "is a folder, a file was expected" if path.exists() else "does not exist"
         raise InputError(what, path=path, remedy="give a file of points")

@@ -9,7 +9,7 @@ from jaxtyping import Float64, Num
 
 from heed_core.errors import InputError
 from heed_lidar.clouds.arrays import KITTI
-from heed_lidar.clouds.cloud import CloudOptions, FileColumns
+from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 
 _DELIMITERS = (",", ";", "\t")
 _COMMENT = ("#", "//")
@@ -23,7 +23,7 @@ def read_text(path: Path, options: CloudOptions) -> FileColumns:
 
     Raises:
         InputError: The file is no text, a row has another number of columns or is not of numbers,
-            or the columns have no names.
+            or the columns have no names or one name twice.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -36,6 +36,7 @@ def read_text(path: Path, options: CloudOptions) -> FileColumns:
         return FileColumns(values=dict.fromkeys(header or KITTI[:3], np.empty(0)))
     delimiter = _delimiter(rows[0][1])
     names = options.columns or header or KITTI
+    refuse_twice(names, path=path)
     width = len(_split(rows[0][1], delimiter))
     if not (options.columns or header) and width == 3:
         names = KITTI[:3]

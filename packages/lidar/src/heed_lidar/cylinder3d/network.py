@@ -20,7 +20,7 @@ has no point-wise refinement): every kernel has its own neighbours, as the paper
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int32, Int64, Integer
@@ -35,6 +35,7 @@ from heed_core.sparse import (
     scatter_reduce_rows,
     unique_voxels,
 )
+from heed_core.sparse.blocks import norm_rows
 from heed_lidar.cylinder3d.legacy import share_neighbours
 from heed_lidar.cylindrical import POINT_FEATURES, CylindricalGrid
 from heed_lidar.losses import IGNORE
@@ -285,7 +286,7 @@ class DimensionContext(nn.Module):
         """The gated features beside the features."""
         gate = torch.stack(
             [
-                torch.sigmoid(norm(conv(u).features))
+                torch.sigmoid(norm_rows(cast(nn.BatchNorm1d, norm), conv(u).features))
                 for conv, norm in zip(self.convs, self.norms, strict=True)
             ]
         ).sum(dim=0)

@@ -19,6 +19,7 @@ for a call that starts from no state; rows sum to one with `normalise` only. It 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import StateCache
+from heed_core.constants import WithConstants
 from heed_core.kernels.chunk_scan import chunk_scan
 from heed_core.kernels.state_scan import state_scan
 from heed_core.kernels.triton_calls import KernelImpl
@@ -222,7 +224,7 @@ def retention_decay(heads: int) -> Float[Tensor, " heads"]:
     return torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads))))
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(WithConstants):
     """Linear attention with its projections.
 
     Args:
@@ -247,7 +249,7 @@ class LinearAttention(nn.Module):
         torch.Size([1, 5, 32])
     """
 
-    fixed_decay: Tensor | None
+    fixed_decay: Tensor
 
     def __init__(
         self,
@@ -280,10 +282,15 @@ class LinearAttention(nn.Module):
         self.key = nn.Linear(source, heads * head_dim, bias=qkv_bias)
         self.value = nn.Linear(source, heads * head_dim, bias=qkv_bias)
         self.gate = nn.Linear(dim, heads * head_dim) if decay == "gated" else None
-        fixed = retention_decay(heads)[:, None] if decay == "retention" else None
-        self.register_buffer("fixed_decay", fixed, persistent=False)
+        self.make_constants()
         self.probe = Probe()
         self.out = nn.Linear(heads * head_dim, dim, bias=out_bias)
+
+    def constants(self) -> Mapping[str, Tensor]:
+        """The fixed decay, if there is one."""
+        if self.decay != "retention":
+            return {}
+        return {"fixed_decay": retention_decay(self.heads)[:, None]}
 
     def forward(
         self,
@@ -360,7 +367,7 @@ class LinearAttention(nn.Module):
             # dense: torch compiles it wrongly where its gradient lies in another order
             gate = at_least_float32(self._heads(self.gate(x))).contiguous()
             return F.logsigmoid(gate) / 16.0
-        return None if self.fixed_decay is None else self.fixed_decay[None]
+        return self.fixed_decay[None] if self.decay == "retention" else None
 
     def _check_call(self, x: Tensor, context: Tensor | None, cache: StateCache | None) -> None:
         check_tokens("x", x, self.dim)

@@ -23,13 +23,14 @@ Cost for n tokens of width C: time n^2 C, memory n C with fused kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from heed_core.constants import WithConstants
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
 from heed_core.tokens import check_tokens
@@ -218,7 +219,7 @@ def collapse_stack(layers: Sequence[ReducedAttention]) -> SharedValueStack:
     return stack
 
 
-class _Triangle(nn.Module):
+class _Triangle(WithConstants):
     """A linear map whose matrix is made of N (N+1) / 2 numbers: triangular, or symmetric."""
 
     def __init__(self, dim: int, kind: QueryKey, *, bias: bool) -> None:
@@ -227,8 +228,12 @@ class _Triangle(nn.Module):
         self.packed = nn.Parameter(torch.empty(dim * (dim + 1) // 2))
         nn.init.uniform_(self.packed, -(dim**-0.5), dim**-0.5)  # as nn.Linear's
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
-        rows, columns = torch.tril_indices(dim, dim)
-        self.register_buffer("place", rows * dim + columns, persistent=False)
+        self.make_constants()
+
+    def constants(self) -> Mapping[str, Tensor]:
+        """Where the numbers lie in the matrix."""
+        rows, columns = torch.tril_indices(self.dim, self.dim)
+        return {"place": rows * self.dim + columns}
 
     @property
     def weight(self) -> Tensor:

@@ -15,8 +15,14 @@ NEGATIVE_SLOPE = 0.01
 
 
 def norm_rows(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-    """Batch normalisation; without rows the running statistics stay as they are."""
-    if not torch.compiler.is_compiling() and rows.shape[0] == 0:
+    """Batch normalisation; fewer than two rows, which have no variance, are not learnt from.
+
+    In training too they are normalised by the running statistics, which stay as they are: the
+    coarsest level of a small scan may be one cell. A norm that several processes share, which is no
+    `BatchNorm1d`, is always called: the others wait for it.
+    """
+    alone = isinstance(norm, nn.BatchNorm1d) and not torch.compiler.is_compiling()
+    if alone and rows.shape[0] < 2:
         return F.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     normed: Tensor = norm(rows)
     return normed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -36,11 +37,12 @@ class Options(CommonOptions):
 
 
 def run(app: App, options: Options) -> Result:
-    """Four tables: versions, devices, attention back-ends, optional libraries."""
+    """Versions, devices, attention back-ends, the domain's own tables, optional libraries."""
     tables = [
         Table(title="versions", rows=_versions(app)),
         Table(title="devices", rows=_devices()),
         Table(title="attention back-ends", rows=_backends()),
+        *(Table(title=title, rows=_diagnosis(where)) for title, where in app.diagnoses.items()),
         Table(title="optional libraries", rows=_optional(app)),
     ]
     data = {table.title.replace(" ", "_").replace("-", "_"): table.rows for table in tables}
@@ -133,6 +135,12 @@ def _explain(device: str, dtype: torch.dtype, *, grad: bool) -> list[Row]:
         }
         for report in explain_dispatch(x, x, x)
     ]
+
+
+def _diagnosis(where: str) -> list[Row]:
+    module, _, function = where.partition(":")
+    rows: list[Row] = getattr(importlib.import_module(module), function)()
+    return rows
 
 
 def _optional(app: App) -> list[Row]:

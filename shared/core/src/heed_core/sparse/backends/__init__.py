@@ -7,12 +7,14 @@
 | `reference` | one product per kernel cell, gradients by autograd | everywhere; the oracle |
 
 All run on the same rulebook, so rows have one order and a rulebook is built once. "auto" takes
-`torch`. While a program is traced (`torch.compile`, `torch.export`) the table form runs, whose
-sizes depend on the numbers of rows only.
+`torch`, or what the environment's HEED_SPARSE_BACKEND names. While a program is traced
+(`torch.compile`, `torch.export`) the table form runs, whose sizes depend on the numbers of rows
+only; "auto" is `torch` there.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -77,16 +79,22 @@ BACKENDS = {
 }
 """All back-ends by name."""
 
+VARIABLE = "HEED_SPARSE_BACKEND"
+"""The environment's name for the back-end that "auto" takes."""
+
 
 def select(facts: ConvolutionFacts, backend: str) -> ConvolutionBackend:
-    """Pick the back-end of a call; a name never falls back to another.
+    """Pick the back-end of a call; a name, the environment's too, never falls back to another.
 
     Raises:
         ValueError: `backend` is no name of a back-end.
-        UnsupportedBackend: The named back-end cannot run the call.
+        UnsupportedBackend: The named back-end cannot run the call; the environment names none.
     """
     if backend == "auto":
-        return BACKENDS["torch"]
+        name = "torch" if facts.tracing else automatic()
+        if (reason := BACKENDS[name].why_not(facts)) is not None:
+            raise UnsupportedBackend(f"{VARIABLE}={name} cannot run this call: {reason}")
+        return BACKENDS[name]
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     if (reason := BACKENDS[backend].why_not(facts)) is not None:
@@ -94,17 +102,33 @@ def select(facts: ConvolutionFacts, backend: str) -> ConvolutionBackend:
     return BACKENDS[backend]
 
 
+def automatic() -> str:
+    """The name of the back-end that "auto" takes.
+
+    Raises:
+        UnsupportedBackend: The environment names none.
+    """
+    name = os.environ.get(VARIABLE) or "auto"
+    if name == "auto":
+        return "torch"
+    if name not in BACKENDS:
+        raise UnsupportedBackend(
+            f"{VARIABLE} must be auto or one of {', '.join(sorted(BACKENDS))}, got {name!r}"
+        )
+    return name
+
+
 def explain_backends(
     device: str, dtype: torch.dtype, backend: BackendName = "auto"
 ) -> list[BackendReport]:
     """Tell of every back-end whether it can run a convolution, and which one does."""
     facts = ConvolutionFacts(device, dtype, tracing=False)
-    chosen = select(facts, backend).name if backend == "auto" else backend
+    chosen = automatic() if backend == "auto" else backend
     reports = []
     for name, candidate in BACKENDS.items():
         reason = candidate.why_not(facts)
         is_chosen = name == chosen and reason is None
-        passed_over = "" if is_chosen else f"only when asked for by backend={name!r}"
+        passed_over = "" if is_chosen else f"only when asked for by backend={name!r} or {VARIABLE}"
         reports.append(
             BackendReport(
                 name=name,

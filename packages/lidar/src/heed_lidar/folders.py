@@ -1,0 +1,66 @@
+"""The files under a folder, those behind links included."""
+
+from pathlib import Path
+
+from heed_core.errors import InputError
+
+
+def files_under(root: Path) -> list[Path]:
+    """All files under a folder, sorted; hidden files and folders are left out.
+
+    Links to folders are followed. One folder is entered once, by its own name where it has one
+    under `root`, so links that lead in a circle or above `root` add nothing. A link to a file that
+    is not there is listed: whoever reads it says so.
+
+    Raises:
+        InputError: A folder cannot be opened; a link that looks like a folder's (no suffix) leads
+            nowhere.
+    """
+    home = root.resolve()
+    seen: set[Path] = set()
+    files: list[Path] = []
+    folders, links = [root], list[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = folder.resolve()
+        if real in seen or (real != home and home.is_relative_to(real)):
+            continue
+        seen.add(real)
+        for path in _entries(folder):
+            if not path.is_dir():
+                files.append(path)
+                if not path.suffix:
+                    refuse_broken_link(path)
+            elif path.is_symlink():
+                links.append(path)
+            else:
+                folders.append(path)
+    return sorted(files)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except PermissionError:
+        raise InputError(
+            "cannot be opened", path=folder, remedy="check the rights of this folder"
+        ) from None
+
+
+def refuse_broken_link(path: Path) -> None:
+    """Name a link that leads nowhere.
+
+    Raises:
+        InputError: It is one.
+    """
+    if is_broken_link(path):
+        raise InputError(
+            f"is a link to {path.readlink()}, which does not exist",
+            path=path,
+            remedy="repair or remove the link",
+        )
+
+
+def is_broken_link(path: Path) -> bool:
+    """Whether a path is a link that leads nowhere."""
+    return path.is_symlink() and not path.exists()
