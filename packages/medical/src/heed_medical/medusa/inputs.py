@@ -193,7 +193,7 @@ class TrainData(Dataset[tuple[MedusaCase | Lot, ...]]):
         self, files: Sequence[PictureFile], data: MedusaData, *, skipped: Sequence[str] = ()
     ) -> None:
         self.files, self.data, self.skipped = tuple(files), data, tuple(skipped)
-        self.groups: list[list[Int64[np.ndarray, " n"]]] | None = None
+        self.groups: list[list[Int64[np.ndarray, " _"]]] | None = None
         self.apart: Sequence[str] = ()
         if data.balance != "none":
             self.groups = even_groups(

@@ -58,7 +58,7 @@ class BalancedBatchSampler(Sampler[list[int]]):
 
 def even_groups(
     labels: Sequence[int], *, classes: int, positive_only: bool = False, seed: int = 0
-) -> list[list[Int64[np.ndarray, " n"]]]:
+) -> list[list[Int64[np.ndarray, " _"]]]:
     """Groups to draw one sample of each class from.
 
     There are as many groups as the rarest class has samples; the samples of the others are dealt
@@ -94,7 +94,7 @@ def even_groups(
     return [[pool[group % len(pool) :: count] for pool in dealt] for group in range(count)]
 
 
-def groups_apart(groups: Sequence[Sequence[Int64[np.ndarray, " n"]]]) -> list[str]:
+def groups_apart(groups: Sequence[Sequence[Int64[np.ndarray, " _"]]]) -> list[str]:
     """A name for each group, the same for those that hold the same positives.
 
     Example:
