@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from heed_medical.files import files_under, unique_names
+from heed_core.folders import files_under
+from heed_medical.files import unique_names
 from heed_medical.more import studies as more
 from heed_medical.more.settings import MoreData
 from heed_medical.pictures import layouts as pictures
@@ -26,8 +27,9 @@ def test_files_come_sorted_and_without_hidden_ones(tmp_path: Path):
     wanted = [put(tmp_path / name) for name in ("a/c.png", "a/d/e.png", "b.png")]
     for name in ("._b.png", ".git/b.png", "a/.x/y.png"):
         put(tmp_path / name)
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    assert files_under(tmp_path) == sorted(wanted)
+    gone = tmp_path / "gone.png"  # who reads it says so
+    gone.symlink_to(tmp_path / "nowhere")
+    assert files_under(tmp_path) == sorted([*wanted, gone])
     hidden = tmp_path / ".git"
     assert files_under(hidden) == [hidden / "b.png"]  # who names a hidden folder wants it
 

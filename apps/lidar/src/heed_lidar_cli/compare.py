@@ -17,8 +17,8 @@ import numpy as np
 import tyro
 
 from heed_core.errors import InputError
+from heed_core.folders import files_under
 from heed_lidar.clouds.cloud import CloudOptions
-from heed_lidar.folders import files_under
 from heed_lidar.labels import read_labels
 from heed_lidar.layouts import is_derived, list_scans
 from heed_lidar.scans import load_scan

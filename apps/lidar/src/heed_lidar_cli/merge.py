@@ -18,8 +18,8 @@ import tyro
 from jaxtyping import Float64
 
 from heed_core.errors import InputError
+from heed_core.folders import files_under
 from heed_lidar.curves import Curb
-from heed_lidar.folders import files_under
 from heed_lidar.geodesy import Origin
 from heed_lidar.map_files import read_geojson, write_csv, write_dxf, write_geojson, write_osm
 from heed_lidar.merging import merge_curbs, smooth_curbs, transform_curbs

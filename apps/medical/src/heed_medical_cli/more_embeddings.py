@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heed_core.errors import InputError
-from heed_medical.files import files_under
+from heed_core.folders import files_under
 from heed_medical.more.prediction import StudyPrediction
 from heed_runtime import engine
 from heed_runtime.errors import UsageError

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from heed_core.errors import InputError
+from heed_core.folders import files_under, refuse_broken_link
 from heed_lidar.clouds.bags import count_frames, is_recording
 from heed_lidar.clouds.cloud import cloud_stem
 from heed_lidar.clouds.reading import CLOUD_SUFFIXES, TEXT_SUFFIXES, cloud_suffix
-from heed_lidar.folders import files_under, refuse_broken_link
 from heed_lidar.labels import sequence_name
 from heed_lidar.settings import SPLITS, Layout, LidarData
 

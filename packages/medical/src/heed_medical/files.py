@@ -1,33 +1,9 @@
-"""Which files lie in a folder, and names that tell files of several folders apart."""
+"""Names that tell files of several folders apart."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-
-def files_under(folder: Path) -> list[Path]:
-    """All files in a folder and its sub-folders, sorted; names that begin with a dot are left out.
-
-    Links to folders are followed. A folder that is reached in several ways counts once, under its
-    own place rather than that of a link.
-    """
-    found: list[Path] = []
-    seen: set[Path] = set()
-    starts = [folder]
-    for start in starts:  # grows by the links that are met
-        for here, folders, names in os.walk(start):
-            place = Path(here)
-            real = place.resolve()
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            starts += [place / name for name in folders if (place / name).is_symlink()]
-            found += [place / name for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
 
 
 def unique_names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:

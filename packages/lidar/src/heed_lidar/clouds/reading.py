@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
 from heed_core.errors import InputError
+from heed_core.folders import refuse_broken_link
 from heed_lidar.clouds.bags import Recordings, is_recording
 from heed_lidar.clouds.cloud import CloudOptions, FileColumns, PointCloud, make_cloud
-from heed_lidar.folders import refuse_broken_link
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from heed_core.errors import InputError, MissingExtra
-from heed_medical.files import files_under
+from heed_core.folders import files_under
 from heed_medical.more.network import MODALITIES
 
 LARGE = 20_000

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from heed_core.errors import InputError
+from heed_core.folders import files_under
 from heed_medical.ecg.ptbxl import DATABASE, SUPERCLASSES, ptbxl_records
 from heed_medical.ecg.reading import read_ecg
 from heed_medical.ecg.signals import prepare_ecg
-from heed_medical.files import files_under
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.more.network import MODALITIES, MoreConfig
 from heed_medical.more.settings import CHEXPERT, MoreData

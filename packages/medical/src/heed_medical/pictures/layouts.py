@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from heed_core.errors import InputError
-from heed_medical.files import files_under
+from heed_core.folders import files_under
 from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.listers import (
     LISTERS,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from heed_core.errors import InputError
+from heed_core.folders import files_under
 from heed_medical.dicom import is_dicom
-from heed_medical.files import files_under
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.pictures.findings import finding_value
 from heed_medical.pictures.records import PictureFile, Rows, plain_or_packed, read_rows

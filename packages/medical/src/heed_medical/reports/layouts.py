@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_core.folders import files_under
 from heed_medical.dicom import is_dicom
-from heed_medical.files import files_under
 from heed_medical.images import file_kind
 from heed_medical.pictures.records import read_rows
 from heed_medical.reports.settings import Layout, ReportData

@@ -11,7 +11,7 @@ from jaxtyping import Float16, UInt8
 from PIL import Image
 
 from heed_core.errors import InputError
-from heed_medical.files import files_under
+from heed_core.folders import files_under
 from heed_medical.slides.reading import PLAIN_SUFFIXES, SLIDE_SUFFIXES, open_slide
 from heed_medical.slides.tiling import Tiling, find_tiles, read_tiles
 from heed_medical.slides.tissue import TissueSearch

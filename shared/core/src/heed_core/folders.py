@@ -13,8 +13,8 @@ def files_under(root: Path) -> list[Path]:
     is not there is listed: whoever reads it says so.
 
     Raises:
-        InputError: A folder cannot be opened; a link that looks like a folder's (no suffix) leads
-            nowhere.
+        InputError: A folder cannot be opened; a link without a suffix of letters, such as a
+            folder's, leads nowhere.
     """
     home = root.resolve()
     seen: set[Path] = set()
@@ -29,7 +29,7 @@ def files_under(root: Path) -> list[Path]:
         for path in _entries(folder):
             if not path.is_dir():
                 files.append(path)
-                if not path.suffix:
+                if not path.suffix[1:].strip("0123456789"):
                     refuse_broken_link(path)
             elif path.is_symlink():
                 links.append(path)
