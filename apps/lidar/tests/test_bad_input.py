@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from heed_lidar.clouds.ply import write_ply
 from heed_lidar.scenes.files import SceneSet, write_scenes
 from heed_lidar.scenes.sensor import Sensor
 from heed_lidar_cli import APP
@@ -247,8 +248,33 @@ def test_predictions_are_not_taken_for_scans(made: Path, tmp_path: Path, inner: 
     found = json.loads(out)
     assert (found["n"], found["earlier"]) == (0, 2)
     assert "left out" not in err
-    code, out, err = call("view", folder / inner / "000000.ply", "--out", tmp_path / "v")
+    code, out, err = call("view", folder / inner / "000000_classes.ply", "--out", tmp_path / "v")
     assert code == 0, err
+
+
+def test_a_prediction_beside_its_scan_leaves_the_scan_as_it_was(made: Path, tmp_path: Path):
+    xyz = np.random.default_rng(0).uniform((2, -9, -2), (9, 9, -1), (2000, 3))
+    write_ply(tmp_path / "a.ply", xyz)
+    before = (tmp_path / "a.ply").read_bytes()
+    words = ("predict", made / "run", tmp_path, "--out", tmp_path, "--overwrite")
+    for _ in range(2):
+        code, out, err = call(*words, "--device", "cpu", "--json")
+        assert code == 0, err
+        assert json.loads(out)["n"] == 1
+    assert (tmp_path / "a.ply").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["data", "data/sequences/11", "data/sequences/11/labels", "found"])
+def test_compare_replaces_no_folder_that_it_reads(data: Path, tmp_path: Path, out: str):
+    found = Path(shutil.copytree(data / "sequences/11/labels", tmp_path / "found" / "11"))
+    before = sorted(tmp_path.rglob("*"))
+    line = refusal("compare", found.parent, data, "--out", tmp_path / out, "--overwrite")
+    assert f"{tmp_path / out}: holds files that are read here" in line
+    assert sorted(tmp_path.rglob("*")) == before
+    scores = tmp_path / "found" / "scores"
+    for _ in range(2):
+        words = ("compare", found.parent, data, "--out", scores, "--overwrite")
+        assert call(*words)[0] == 0
 
 
 def test_links_of_derived_labels_are_predicted(made: Path, data: Path, tmp_path: Path):
@@ -325,9 +351,38 @@ def test_the_verbs_of_the_domain_refuse_in_one_line(made: Path, tmp_path: Path):
     np.zeros(4, dtype="<u4").tofile(stray / "000000.label")
     assert "has no labels for" in refusal("compare", tmp_path / "stray", made / "data")
     assert "roi" in refusal("compare", tmp_path / "stray", made / "data", "--roi", "x")
+    words = ("compare", tmp_path / "stray", made / "data", "--tolerances-m")
+    assert "tolerances_m must not be negative, got (-1.0,)" in refusal(*words, "-1")
+    for flags in (("--roi", "all"), ("--tolerances-m", "0.3"), ("--distance", "xyz")):
+        line = refusal("compare", tmp_path / "stray", tmp_path / "stray", *flags)
+        assert f"{flags[0]} has no effect on a folder of .label files without scans" in line
     words = ("make-curb-labels", made / "data", "--out", made / "data")
     assert "labels" in refusal(*words)
     assert "--out DIR or --window" in refusal("view", scan(made / "data"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--train", "-1"), "train must be within 0..100000, got -1"),
+        (("--train", "0", "--val", "0", "--test", "0"), "train, val and test are all 0"),
+        (("--sensor.beams", "3"), "beams must be even"),
+        (("--sensor.range-m", "nan"), "range_m"),
+        (("--curb-height-m", "-1"), "curb_height_m"),
+        (("--seed", "-1"), "seed"),
+    ],
+)
+def test_streets_that_cannot_be_made(tmp_path: Path, flags: tuple[str, ...], said: str):
+    assert said in refusal("make-streets", tmp_path / "out", *flags)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_streets_replace_nothing(data: Path):
+    before = sorted(data.rglob("*"))
+    line = refusal("make-streets", data, "--train", "1")
+    assert f"{data}: is not empty; choose another folder" in line
+    assert "--overwrite" not in line
+    assert sorted(data.rglob("*")) == before
 
 
 def test_nothing_to_score_is_said_in_one_line(made: Path, data: Path):

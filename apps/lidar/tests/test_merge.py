@@ -33,6 +33,11 @@ def pose(number: int) -> np.ndarray:
     return matrix
 
 
+def numbers(matrix: np.ndarray) -> str:
+    """A row of a file of poses."""
+    return " ".join(f"{v:.9f}" for v in matrix[:3].ravel())
+
+
 def seen_from(line: np.ndarray, number: int) -> np.ndarray:
     home = np.linalg.inv(pose(number))
     near = line[np.abs(line[:, 0] - STEP_M * number - 10) < 10]
@@ -62,7 +67,7 @@ def drive(tmp_path: Path) -> Path:
             )
         path = tmp_path / "predictions" / f"{number:06d}_curbs.geojson"
         write_geojson(curbs, path, frame=path.stem)
-    rows = [" ".join(f"{v:.9f}" for v in pose(n)[:3].ravel()) for n in range(SCANS)]
+    rows = [numbers(pose(n)) for n in range(SCANS)]
     (tmp_path / "poses.txt").write_text("\n".join(rows) + "\n")
     return tmp_path
 
@@ -104,11 +109,58 @@ def test_with_an_origin_the_map_lies_on_the_earth(drive: Path):
     assert "curbstone" in (out / "map.osm").read_text()
 
 
+CAMERA = np.array([[0.0, -1, 0, 0.1], [0, 0, -1, -0.2], [1, 0, 0, -0.3], [0, 0, 0, 1]])
+"""From the LiDAR's axes to those of KITTI's camera."""
+
+
+@pytest.fixture
+def kitti(drive: Path) -> Path:
+    """The same drive with the poses of the camera apart from the sequence."""
+    sequence = drive / "dataset" / "sequences" / "00"
+    sequence.mkdir(parents=True)
+    (drive / "dataset" / "poses").mkdir()
+    seen = [CAMERA @ pose(n) @ np.linalg.inv(CAMERA) for n in range(SCANS)]
+    (drive / "dataset/poses/00.txt").write_text("\n".join(map(numbers, seen)) + "\n")
+    (sequence / "calib.txt").write_text(f"Tr: {numbers(CAMERA)}\n")
+    return drive
+
+
+@pytest.mark.parametrize("given", ["poses/00.txt", "sequences/00"])
+def test_poses_of_kitti_lie_apart_from_the_sequence(kitti: Path, given: str):
+    words = ("merge", kitti / "predictions", "--poses")
+    assert call(*words, kitti / "poses.txt", "--out", kitti / "map")[0] == 0
+    code, _, err = call(*words, kitti / "dataset" / given, "--out", kitti / "other")
+    assert code == 0, err
+    name = "map.local.geojson"
+    for one, other in zip(
+        read_geojson(kitti / "map" / name), read_geojson(kitti / "other" / name), strict=True
+    ):
+        np.testing.assert_allclose(one.polyline, other.polyline, atol=1e-3)
+
+
+def test_the_calibration_may_lie_anywhere_and_is_missed(kitti: Path):
+    calib = (kitti / "dataset/sequences/00/calib.txt").rename(kitti / "mine.txt")
+    poses = kitti / "dataset" / "poses" / "00.txt"
+    words = ("merge", kitti / "predictions", "--poses", poses, "--out", kitti / "map")
+    code, _, err = call(*words)
+    assert code == 2
+    assert f"{poses}: moves along z, as a camera does, and there is no calibration" in err
+    assert "--calib" in err
+    code, _, err = call(*words, "--calib", kitti / "none.txt")
+    assert (code, "none.txt: does not exist" in err) == (2, True)
+    calib.write_text(f"P0: {numbers(CAMERA)}\n")
+    code, _, err = call(*words, "--calib", calib)
+    assert (code, "needs the matrix Tr" in err) == (2, True)
+    calib.write_text(f"Tr: {numbers(CAMERA)}\n")
+    assert call(*words, "--calib", calib)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda d: (d / "poses.txt").write_text("1 2 3\n"), "has 3 numbers"),
         (lambda d: (d / "poses.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 0\n"), "has 1 rows"),
+        (lambda d: (d / "poses.txt").write_text("0 " * 12), "row 1: is not a turn and a shift"),
         (lambda d: (d / "poses.txt").unlink(), "does not exist"),
         (
             lambda d: (d / "predictions/000003_curbs.local.geojson").write_text('{"type": 3'),
@@ -129,3 +181,15 @@ def test_broken_files_are_one_line(drive: Path, spoil, said: str):
     assert len(lines) == 1
     assert said in lines[0]
     assert not (drive / "map").exists()
+
+
+@pytest.mark.parametrize("out", [".", "predictions", "calibration"])
+def test_folders_that_are_read_are_not_replaced(drive: Path, out: str):
+    (drive / "calibration").mkdir()
+    poses = (drive / "poses.txt").rename(drive / "calibration" / "poses.txt")
+    before = sorted(drive.rglob("*"))
+    words = ("merge", drive / "predictions", "--poses", poses, "--out", drive / out, "--overwrite")
+    code, _, err = call(*words)
+    assert code == 2
+    assert "holds files that are read here" in err
+    assert sorted(drive.rglob("*")) == before

@@ -302,13 +302,13 @@ def test_predict_writes_a_label_for_every_row_and_what_else_is_asked_for(
     found = call("predict", run, source, "--out", tmp_path / "all", "--device", "cpu")
     names = {Path(name).name for name in found["files"]}
     assert names == {
-        "000000.label", "000000.ply", "000000_curbs.csv", "000000_curbs.local.geojson",
-        "000000_birds-eye.png", "000000_view.png",
+        "000000.label", "000000_classes.ply", "000000_curbs.csv",
+        "000000_curbs.local.geojson", "000000_birds-eye.png", "000000_view.png",
     }  # fmt: skip
     cloud = read_cloud(source)
     raw = read_labels(tmp_path / "all" / "000000.label", count=cloud.rows_in_file)
     assert set(raw) <= {3, 4, 40, 48}
-    written = read_cloud(tmp_path / "all" / "000000.ply")
+    written = read_cloud(tmp_path / "all" / "000000_classes.ply")
     np.testing.assert_allclose(written.xyz, cloud.xyz, atol=1e-5)
     with Image.open(tmp_path / "all" / "000000_view.png") as picture:
         assert np.asarray(picture).std() > 5
@@ -366,6 +366,14 @@ def test_compare_finds_what_evaluate_finds(run: Path, data: Path, tmp_path: Path
     assert found["n"] == 2
     for name in ("miou", "curb_f1", "curb_precision_0.1"):
         assert found["metrics"][name] == pytest.approx(scores[name])
+    other = {"tolerances-m": (0.0, 0.3), "distance": ("xyz",)}
+    flags = [word for name, values in other.items() for word in (f"--data.{name}", *values)]
+    scores = call("evaluate", run, "--split", "test", *words, *flags)["tables"]
+    flags = [word for name, values in other.items() for word in (f"--{name}", *values)]
+    found = call("compare", out / "11", data / "sequences" / "11", *flags)["tables"]
+    title = "curbs with a tolerance"
+    assert [row["tolerance_m"] for row in found[title]] == [0.0, 0.3]
+    assert found[title] == [row for row in scores[title] if row["output"] == "with curves"]
     assert (tmp_path / "table" / "metrics.json").exists()
     labels = tmp_path / "only-labels"
     labels.mkdir()
@@ -391,6 +399,23 @@ def test_view_draws_scans_with_and_without_labels(data: Path, tmp_path: Path):
     (tmp_path / "bare.bin").write_bytes((source / "velodyne" / "000000.bin").read_bytes())
     found = call("view", tmp_path / "bare.bin", "--out", tmp_path / "values")
     assert found["scans"][0]["colours"] == "intensity"
+
+
+def test_streets_are_made_in_any_number_and_of_any_size(data: Path, tmp_path: Path):
+    sensor = ("--sensor.beams", 24, "--sensor.azimuth-step-deg", 1, "--sensor.field-of-view-deg")
+    words = ("--train", 4, "--val", 0, "--test", 1, *sensor)
+    out = tmp_path / "made"
+    found = call("make-streets", out, *words, 180)
+    assert found["n"] == 5
+    counts = {row["split"]: row["scans"] for row in call("check", "curbnet", out)["counts"]}
+    assert counts == {"train": 4, "test": 1}
+    for number in range(3):  # of the same sensor and seed
+        name = f"sequences/00/velodyne/{number:06d}.bin"
+        assert (out / name).read_bytes() == (data / name).read_bytes()
+    call("make-streets", tmp_path / "near", *words, 180, "--sensor.range-m", 20, "--test", 0)
+    cloud = read_cloud(tmp_path / "near/sequences/00/velodyne/000000.bin")
+    assert np.linalg.norm(cloud.xyz, axis=1).max() < 21
+    assert not (tmp_path / "near/sequences/11").exists()
 
 
 def test_curb_labels_are_derived_into_a_data_set_of_their_own(data: Path, tmp_path: Path):
@@ -429,6 +454,17 @@ def test_doctor_lists_the_sparse_back_ends(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HEED_SPARSE_BACKEND", "reference")
     rows = call("doctor")["sparse_back_ends"]
     assert next(row["back-end"] for row in rows if row["used"] == "yes") == "reference"
+
+
+def test_doctor_says_that_the_environment_names_no_back_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HEED_SPARSE_BACKEND", "spcnov")
+    found = call("doctor")
+    first, *others = found["sparse_back_ends"]
+    assert "HEED_SPARSE_BACKEND must be" in first["why"]
+    assert "'spcnov'" in first["why"]
+    assert {"torch", "spconv", "reference"} <= {row["back-end"] for row in others}
+    assert {row["used"] for row in found["sparse_back_ends"]} == {"no"}
+    assert found["versions"]
 
 
 def test_explanations_hold_what_they_say(module, planned, data: Path):

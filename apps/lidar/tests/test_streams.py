@@ -1,8 +1,10 @@
 """Folders as streams: memory that does not grow with them, and what a kill leaves."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,35 @@ def test_the_memory_of_a_stream_does_not_grow_with_its_length(tmp_path: Path):
     long = peak_kib(made, 200, tmp_path / "long")
     assert len(list((tmp_path / "long").glob("*.label"))) == 200
     assert long < 1.2 * short
+
+
+def label_of(curbs: Path) -> str:
+    return curbs.name.replace("_curbs.csv", ".label")
+
+
+def test_ctrl_c_is_one_line_and_leaves_whole_files_to_go_on_from(tmp_path: Path):
+    made = make(tmp_path, Sensor(beams=24, azimuth_step_deg=1.0, field_of_view_deg=180.0), 30)
+    words = ["predict", str(made / "run"), str(made / "scans30"), "--device", "cpu", "--quiet"]
+    words += ["--data.write", "label", "csv", "--out", str(tmp_path / "out")]
+    out, log = tmp_path / "out", tmp_path / "log"
+    child = start(APP, words, log=log)
+    while not (out / "000002_curbs.csv").exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), log.read_text()
+        time.sleep(0.002)
+    os.kill(child, signal.SIGINT)
+    assert wait(child) == 130
+    assert log.read_text().splitlines() == [
+        "heed-lidar: stopped; the same command with --resume goes on from here"
+    ]
+    done = [path for path in out.glob("*_curbs.csv") if path.with_name(label_of(path)).exists()]
+    assert 3 <= len(done) < 30
+    rows = (made / "scans30" / "000000.bin").stat().st_size // 16
+    assert {path.stat().st_size for path in out.glob("*.label")} == {4 * rows}
+    assert not list(out.glob(".tmp-*"))
+    said = log.stat().st_size
+    assert wait(start(APP, [*words, "--resume"], log=log)) == 0
+    assert f"{len(done)} were there" in log.read_text()[said:]
+    assert len(list(out.glob("*.label"))) == 30
 
 
 @pytest.mark.slow

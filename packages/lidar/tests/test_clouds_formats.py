@@ -125,6 +125,76 @@ def test_arrays_are_read(tmp_path):
         read_cloud(tmp_path / "wide.npy")
 
 
+@pytest.mark.parametrize("columns", [3, 5, 6])
+def test_rows_of_other_columns_are_not_taken_for_kittis(tmp_path, columns):
+    """Of such a size that rows of four would fit."""
+    rows = np.random.default_rng(0).uniform(-9, 9, (80, columns)).astype("<f4")
+    names = ("x", "y", "z", "intensity", "ring", "time")[:columns]
+    rows[:, 3:] = np.abs(rows[:, 3:])
+    path = tmp_path / "scan.bin"
+    path.write_bytes(rows.tobytes())
+    with pytest.raises(InputError) as fault:
+        read_cloud(path)
+    assert "has negative intensities as rows of 4 float32 columns (x y z intensity)" in str(
+        fault.value
+    )
+    assert "--data.columns" in one_line(fault)
+    cloud = read_cloud(path, CloudOptions(columns=names))
+    np.testing.assert_array_equal(cloud.xyz, rows[:, :3])
+    rows[:, 2] = -1.0
+    path.write_bytes(rows.tobytes())
+    assert len(read_cloud(path, CloudOptions(columns=names))) == 80
+
+
+def test_text_as_spreadsheets_and_tables_write_it(tmp_path):
+    path = tmp_path / "a.csv"
+    for content in (
+        "x;y;z;i\n1,5;-2;3,25;0,5\n4;5;6,5;1\n",
+        "time,name,x,y,z,i\n10:00,a,1.5,-2,3.25,.5\n10:01,b,4,5,6.5,1\n",
+        "x,y,z,i,\n1.5,-2,3.25,.5,\n4,5,6.5,1,\n",
+    ):
+        path.write_text(content)
+        cloud = read_cloud(path)
+        np.testing.assert_array_equal(cloud.xyz, [[1.5, -2, 3.25], [4, 5, 6.5]])
+        np.testing.assert_array_equal(cloud.intensity, np.float32([0.5, 1]))
+    path.write_text("x,y,z,i\n1,2,3,\n,,,0.5\n4,5,6,1\n")
+    cloud = read_cloud(path)
+    assert (cloud.rows.tolist(), cloud.not_finite) == ([0, 2], 1)
+    assert cloud.intensity.tolist() == [0, 1]
+    path.write_text("x,y,z,ring\n1,2,3,a\n")
+    with pytest.raises(InputError, match="row 2: has 'a', not a number"):
+        read_cloud(path)
+    path.write_text("Points:0,Points:1,Points:2,intensity\n1,2,3,0.5\n")
+    with pytest.raises(InputError, match=r"no column x .*--data.columns names the columns of text"):
+        read_cloud(path)
+    given = CloudOptions(columns=("x", "y", "z", "intensity"))
+    assert read_cloud(path, given).xyz.tolist() == [[1, 2, 3]]
+
+
+def test_points_of_an_archive_have_what_lies_beside_them(tmp_path):
+    np.savez(tmp_path / "a.npz", points=XYZI[:, :3], intensity=XYZI[:, 3], pose=np.eye(4))
+    cloud = read_cloud(tmp_path / "a.npz")
+    np.testing.assert_array_equal(cloud.xyz, XYZI[:, :3])
+    np.testing.assert_array_equal(cloud.intensity, XYZI[:, 3])
+    np.savez(tmp_path / "b.npz", points=XYZI, intensity=XYZI[:, 3])
+    with pytest.raises(InputError, match="more than one column intensity"):
+        read_cloud(tmp_path / "b.npz")
+
+
+def test_a_mesh_in_text_may_have_its_faces_first(tmp_path):
+    faces = "element face 2\nproperty list uchar int vertex_indices\nelement vertex"
+    text = ASCII_PLY.replace("element vertex", faces)
+    text = text.replace("end_header\n", "end_header\n3 0 1 2\n4 0 1 2 0\n")
+    (tmp_path / "a.ply").write_text(text)
+    np.testing.assert_array_equal(read_cloud(tmp_path / "a.ply").xyz, XYZI[:, :3])
+
+
+def test_columns_of_points_instead_of_rows_are_told(tmp_path):
+    np.save(tmp_path / "a.npy", np.tile(XYZI, (20, 1)).T)
+    with pytest.raises(InputError, match=r"has 60 columns .*transpose it"):
+        read_cloud(tmp_path / "a.npy")
+
+
 def test_rows_without_a_place_are_removed_and_counted(tmp_path):
     rows = np.array(
         [[np.nan, 1, 1, 0.5], [1, 2, 3, 0.1], [0, 0, 0, 0.9], [1, np.inf, 1, 0], [4, 5, 6, np.nan]],
@@ -218,7 +288,7 @@ BROKEN = {
     "type.ply": (ASCII_PLY.replace("float z", "quad z").encode(), "'property quad z'"),
     "list.ply": (
         ply(XYZI, before="element face 1\nproperty list uchar int i"),
-        "has lists in its vertices or before them",
+        "has lists in its vertices or, in binary, before them",
     ),
     "noxyz.ply": (ply(XYZI, properties=("a", "b", "z", "i")), "no column x and no column y"),
     "empty.npy": (b"", "is empty"),
@@ -377,8 +447,10 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path, name, content):
     assert one_line(fault).startswith(f"{path}: has more than one column x")
 
 
-def test_an_archive_with_two_x_is_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", xyz=np.ones((2, 3)), x=np.zeros(2))
+@pytest.mark.parametrize("axes", ["x", "xyz"])
+def test_an_archive_with_two_x_is_refused(tmp_path, axes):
+    beside = {axis: np.zeros(2) for axis in axes}
+    np.savez(tmp_path / "a.npz", xyz=np.ones((2, 3)), **beside)
     with pytest.raises(InputError, match="more than one column x"):
         read_cloud(tmp_path / "a.npz")
 

@@ -38,6 +38,23 @@ def test_small_intensities_are_of_16_bits_too(tmp_path):
     np.testing.assert_allclose(read_cloud(tmp_path / "a.las").intensity, [0, 66 / 65535], atol=1e-6)
 
 
+@pytest.mark.parametrize(("version", "form"), [("1.2", 0), ("1.2", 3), ("1.4", 6), ("1.4", 7)])
+def test_a_file_without_intensities_has_none(tmp_path, places, version, form):
+    """The format has the field always; it is 0 throughout where nothing was measured."""
+    header = laspy.LasHeader(point_format=form, version=version)
+    header.scales, header.offsets = [0.01, 0.01, 0.001], [400_000, 5_000_000, 100]
+    tile = laspy.LasData(header)
+    tile.xyz = places
+    tile.write(tmp_path / "a.las")
+    cloud = read_cloud(tmp_path / "a.las")
+    assert cloud.intensity is None
+    away = np.abs(cloud.xyz + cloud.origin - places).max(axis=0)
+    assert (away < [0.0051, 0.0051, 0.00051]).all()
+    tile.intensity = np.arange(len(places))
+    tile.write(tmp_path / "b.las")
+    assert read_cloud(tmp_path / "b.las").intensity is not None
+
+
 @pytest.mark.parametrize("cut", [0, 3, 100, 500])
 @pytest.mark.parametrize("name", ["tile.las", "tile.laz"])
 def test_damaged_files_are_refused_in_one_line(tmp_path, places, name, cut):

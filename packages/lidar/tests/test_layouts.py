@@ -15,7 +15,7 @@ from heed_lidar.checking import check_data
 from heed_lidar.curb_labels import read_curb_rows
 from heed_lidar.labels import BUILTIN, read_labels, write_label_map, write_labels
 from heed_lidar.layouts import ScanFile, find_inputs, find_scans, list_scans, natural_key
-from heed_lidar.poses import read_calib, read_poses, read_times
+from heed_lidar.poses import find_poses, moves_along_z, read_calib, read_poses, read_times
 from heed_lidar.scans import ScanData, crop_scan, load_scan, raw_by_row
 from heed_lidar.settings import (
     LidarData,
@@ -92,6 +92,35 @@ def test_a_split_without_labelled_scans_says_what_is_there(kitti):
         find_scans(kitti, LidarData(layout="nrs", labels="nrs"), "train")
     nrs = LidarData(layout="nrs", labels="nrs", train=("00",))
     assert len(find_scans(kitti, nrs, "train")) == 3
+
+
+@pytest.mark.parametrize(("labels", "others"), [("nrs", 2), ("curb-only", 2), ("curb", 4)])
+def test_labels_of_nrs_are_curb_and_others_for_every_label_map(kitti, labels, others):
+    """Of a network that learnt 3D-Curb too, where the id 0 is ignored and 40 is road."""
+    data = LidarData(layout="nrs", labels=labels, test=("00",))
+    scan = load_scan(find_scans(kitti, data, "test")[0], data)
+    assert scan.classes.tolist() == [1 if raw == 3 else others for raw in IDS]
+    written = raw_by_row(scan.classes, scan.cloud, data.label_map)
+    assert data.label_map.classes_of(written).tolist() == scan.classes.tolist()
+
+
+def test_labels_of_nrs_have_no_other_classes(kitti, tmp_path):
+    for labels in ("curb", "semantic-kitti"):
+        data = LidarData(layout="nrs", labels=labels, train=("00",))
+        with pytest.raises(InputError, match=r"curb and others alone.*labels nrs"):
+            plan_data(data)
+        assert "--data.labels nrs" in check_data(data, kitti).problems[0]
+    with pytest.raises(InputError, match="there is no class 'curb'"):
+        load_scan(find_scans(kitti, data, "train")[0], data)
+    path = tmp_path / "map.yaml"
+    write_label_map(path, BUILTIN["curb"])
+    data = LidarData(layout="nrs", labels=str(path), train=("00",))
+    assert set(load_scan(find_scans(kitti, data, "train")[0], data).classes) == {0, 1, 2, 3, 4}
+    write_scan(kitti, "00", "000002", raw=np.where(IDS == 48, 777, IDS))
+    data = LidarData(layout="nrs", labels="nrs", train=("00",))
+    assert plan_data(data) == data
+    with pytest.raises(InputError, match="has the label id 777"):
+        load_scan(find_scans(kitti, data, "train")[0], data)
 
 
 def test_sequences_may_be_called_like_splits(tmp_path):
@@ -418,11 +447,30 @@ def test_check_warns_of_what_is_odd(kitti):
     )
 
 
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        (60.0, "have intensities below 0.02 alone (--data.intensity-scale)"),
+        (1e-3, "have most of their intensities at the top of the scale (--data.intensity-scale)"),
+        (None, None),
+    ],
+)
+def test_check_warns_of_intensities_of_another_scale(kitti, scale, said):
+    lines = check_data(LidarData(intensity_scale=scale), kitti).warnings
+    found = [line for line in lines if "--data.intensity-scale" in line]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
 def test_check_of_a_broken_label_map_is_one_problem(kitti, tmp_path):
     (tmp_path / "map.yaml").write_text("labels: {0: a}\n")
     found = check_data(LidarData(labels=str(tmp_path / "map.yaml")), kitti)
     assert len(found.problems) == 1
     assert "has no table color_map" in found.problems[0]
+
+
+STILL = "1 0 0 0 0 1 0 0 0 0 1 0"
+"""A pose without a turn or a shift."""
 
 
 def test_poses_are_turned_into_the_frame_of_the_lidar(tmp_path):
@@ -458,6 +506,10 @@ def test_poses_that_cannot_be_read_name_the_row(tmp_path):
     path = tmp_path / "poses.txt"
     for content, read, expected in (
         ("1 2 3\n", read_poses, "row 1: has 3 numbers, 12 were expected"),
+        (f"{STILL}\n{STILL[:-2]}\n", read_poses, "row 2: has 11 numbers, 12 were expected"),
+        (f"{STILL[:-1]}nan\n", read_poses, "row 1: has a number that is not finite"),
+        (f"{STILL}\n{'0 ' * 12}\n", read_poses, "row 2: is not a turn and a shift"),
+        (f"Tr: {'2' + STILL[1:]}\n", read_calib, "row 1: is not a turn and a shift"),
         ("\n1 a\n", read_times, "row 2: could not convert string to float: 'a'"),
         ("1 2\n", read_times, "row 1: has 2 numbers, one was expected"),
         ("nan\n", read_times, "row 1: has a number that is not finite"),
@@ -467,9 +519,44 @@ def test_poses_that_cannot_be_read_name_the_row(tmp_path):
         with pytest.raises(InputError) as fault:
             read(path)
         assert str(fault.value).startswith(f"{path}, {expected}")
-    path.write_text("1 0 0 0 0 1 0 0 0 0 1 0\n")
+    path.write_text(f"{STILL}\n")
     with pytest.raises(InputError, match="needs the matrix Tr"):
         read_poses(path, {})
+
+
+def test_poses_are_found_where_kitti_and_semantic_kitti_have_them(tmp_path):
+    sequence = tmp_path / "dataset" / "sequences" / "00"
+    sequence.mkdir(parents=True)
+    apart, beside = tmp_path / "dataset" / "poses" / "00.txt", sequence / "poses.txt"
+    with pytest.raises(InputError, match=r"00: holds no poses.txt, and there is no .*poses/00.txt"):
+        find_poses(sequence)
+    apart.parent.mkdir()
+    apart.touch()
+    assert find_poses(apart) == (apart, None)
+    (sequence / "calib.txt").touch()
+    assert find_poses(sequence) == find_poses(apart) == (apart, sequence / "calib.txt")
+    beside.touch()
+    assert find_poses(sequence) == find_poses(beside) == (beside, sequence / "calib.txt")
+    assert find_poses(apart)[0] == apart
+
+
+def test_a_camera_moves_along_its_z_whatever_way_the_street_goes():
+    def drive(axes):
+        """A left turn by a right angle, seen in other axes."""
+        poses = np.tile(np.eye(4), (50, 1, 1))
+        for k, angle in enumerate(np.linspace(0, np.pi / 2, 50)):
+            poses[k, :2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+            poses[k, :3, 3] = 100 * np.sin(angle), 100 * (1 - np.cos(angle)), 5 * angle
+        return axes @ poses @ np.linalg.inv(axes)
+
+    camera = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    assert moves_along_z(drive(camera))
+    assert not moves_along_z(drive(np.eye(4)))
+    assert not moves_along_z(np.tile(np.eye(4), (3, 1, 1)))
+    assert not moves_along_z(np.empty((0, 4, 4)))
+    standing = np.tile(np.eye(4), (100, 1, 1))
+    standing[::2, 2, 3] = 0.01
+    assert not moves_along_z(standing)
 
 
 def test_a_real_scan_in_the_layout(tmp_path):

@@ -333,6 +333,7 @@ def test_ctrl_c_saves_and_exits_130(uninterrupted, data, tmp_path):
     os.kill(child, signal.SIGINT)
     code = wait(child)
     assert code == 130, log.read_text()
+    assert log.read_text().splitlines()[-1].endswith(f"stopped; --resume {run} goes on from here")
     assert (run / "checkpoints" / "last.ckpt").exists()
     train("--resume", run)
     assert_same_run(uninterrupted, run)

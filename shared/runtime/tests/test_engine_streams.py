@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from heed_core.errors import InputError
 from heed_runtime.data import Loaded, ReadAhead
 from heed_runtime.errors import UsageError
 from heed_runtime.outputs import JOURNAL, Outputs
@@ -240,3 +241,25 @@ def test_the_journal_takes_whole_lines_from_several_writers(tmp_path):
     for thread in threads:
         thread.join()
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 200
+
+
+def test_among_inputs_only_what_was_written_is_replaced(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+
+    def put(name, text):
+        with Outputs(folder, overwrite=True, maker="m", inputs=[folder]) as outputs:
+            outputs.put(name, lambda out: [_written(out / name, text)])
+
+    put("a.txt", "old")
+    put("a.txt", "new")
+    assert (folder / "a.txt").read_text() == "new"
+    with pytest.raises(InputError, match=r"mine\.txt: lies among the inputs"):
+        put("mine.txt", "new")
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def _written(path, text):
+    path.write_text(text)
+    return path

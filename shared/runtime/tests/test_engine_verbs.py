@@ -86,6 +86,20 @@ def test_predict_never_overwrites_unless_told(run, data, tmp_path, capsys):
     assert target.read_text() != "mine"
 
 
+@pytest.mark.parametrize("given", ["000.csv", "."])
+@pytest.mark.parametrize("linked", [False, True])
+def test_predict_replaces_no_input_even_when_told(run, data, tmp_path, capsys, given, linked):
+    scans = shutil.copytree(data / "test", tmp_path / "scans")
+    before = (scans / "000.csv").read_bytes()
+    out = scans
+    if linked:
+        (out := tmp_path / "linked").symlink_to(scans)
+    words = ["predict", str(run), str(scans / given), "--out", str(out), "--overwrite"]
+    assert APP.call(words) == 2
+    assert "000.csv: lies among the inputs" in capsys.readouterr().err
+    assert (scans / "000.csv").read_bytes() == before
+
+
 def test_two_inputs_of_one_name_are_refused(run, data, tmp_path, capsys):
     words = ["predict", str(run), str(data / "test" / "000.csv"), str(data / "val" / "000.csv")]
     assert APP.call([*words, "--out", str(tmp_path / "a")]) == 2

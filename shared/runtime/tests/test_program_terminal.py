@@ -133,6 +133,7 @@ def test_exit_codes_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(UsageError("no flag", remedy="drop it")) == USER
     assert raising(FileNotFoundError(2, "No such file or directory", "a.csv")) == USER
     assert raising(KeyboardInterrupt()) == 130
+    assert raising(KeyboardInterrupt("--resume goes on")) == 130
     assert raising(ZeroDivisionError("division by zero")) == 1
     assert raising(ValueError("bad\nsecond line")) == 1
     out, err = capsys.readouterr()
@@ -141,6 +142,7 @@ def test_exit_codes_and_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "heed-x: error: no flag; drop it",
         "heed-x: error: a.csv: no such file or directory",
         "heed-x: stopped",
+        "heed-x: stopped; --resume goes on",
         "heed-x: internal error: ZeroDivisionError: division by zero; "
         "run again with --debug for the traceback",
         "heed-x: internal error: ValueError: bad; run again with --debug for the traceback",

@@ -18,6 +18,7 @@ APP = App(
         "make-curb-labels": Verb(
             module="heed_lidar_cli.make_curb_labels", arguments="DATA --out DIR"
         ),
+        "make-streets": Verb(module="heed_lidar_cli.make_streets", arguments="DIR"),
         "merge": Verb(module="heed_lidar_cli.merge", arguments="PREDICTIONS --poses F --out DIR"),
         "view": Verb(module="heed_lidar_cli.view", arguments="INPUT... --out DIR"),
     },

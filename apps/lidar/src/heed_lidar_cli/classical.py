@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from heed_core.errors import InputError
 from heed_lidar.classical import ClassicalConfig, detect_curbs
+from heed_lidar.labels import CURB, OTHERS
 from heed_lidar.scans import Scan
-from heed_lidar_cli.prediction import CURB, OTHERS, StreetPrediction, curb_class
+from heed_lidar_cli.prediction import StreetPrediction, curb_class
 from heed_lidar_cli.scoring import Counts
 from heed_lidar_cli.settings import StreetData, settle
 from heed_lidar_cli.street import LAYOUT, Scans, StreetRecipe, StreetSettings

@@ -22,8 +22,9 @@ from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.labels import read_labels
 from heed_lidar.layouts import is_derived, list_scans
 from heed_lidar.scans import load_scan
+from heed_lidar_cli.inputs import refuse_replacing
 from heed_lidar_cli.scoring import DERIVED_LABELS, FINAL, report, row_of
-from heed_lidar_cli.settings import StreetData, own_flags
+from heed_lidar_cli.settings import StreetData, ToleranceOptions, own_flags
 from heed_runtime.files import atomic_folder, write_csv, write_json
 from heed_runtime.options import CommonOptions, Flag, OptionalPath
 from heed_runtime.recipe import Report, Row, Table
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
 PASSED_OVER = frozenset({"sequences", "dataset", "labels", "predictions", "velodyne"})
 """Folders that do not tell one scan from another."""
 
+NEED_POINTS = ("roi", "tolerances_m", "distance")
+"""Options that have no effect where only labels are compared."""
+
 Key = tuple[str, ...]
 Positional = tyro.conf.Positional[Path]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommonOptions):
+class Options(ToleranceOptions, CommonOptions):
     """The two folders, and how they are read."""
 
     predictions: Annotated[Positional, tyro.conf.arg(metavar="PREDICTIONS")]
@@ -63,13 +67,19 @@ class Options(CommonOptions):
     """Replace the folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.settings
 
     @property
     def settings(self) -> StreetData:
         """The same as the settings of a system."""
         return StreetData(
-            labels=self.map, labels_folder=self.labels_folder, roi=self.roi, **vars(self.data)
+            labels=self.map,
+            labels_folder=self.labels_folder,
+            roi=self.roi,
+            tolerances_m=self.tolerances_m,
+            distance=self.distance,
+            **vars(self.data),
         )
 
 
@@ -133,6 +143,8 @@ def _score(options: Options, data: StreetData, predicted: dict[Key, Path]) -> tu
         scans = [scan for scan in list_scans(options.labels, data).scans if scan.labelled]
     except InputError:
         return _score_files(options, data, predicted)
+    used = [path for scan in scans for path in (scan.cloud, scan.labels, scan.curbs_2d) if path]
+    refuse_replacing(options.out, [*predicted.values(), *used], overwrite=options.overwrite)
     rows: list[Row] = []
     matched = [(scan, predicted.get(key_of(Path(scan.name)))) for scan in scans]
     _refuse_strangers(options, predicted, [key_of(Path(scan.name)) for scan in scans])
@@ -162,6 +174,16 @@ def _score_files(
     options: Options, data: StreetData, predicted: dict[Key, Path]
 ) -> tuple[list[Row], int]:
     labels = label_files(options.labels)
+    for name in NEED_POINTS:
+        if getattr(options, name) != getattr(Options, name):
+            raise InputError(
+                f"--{name.replace('_', '-')} has no effect on a folder of .label files without "
+                f"scans",
+                path=options.labels,
+                remedy="give the data set, or leave the option out",
+            )
+    used = [*predicted.values(), *labels.values()]
+    refuse_replacing(options.out, used, overwrite=options.overwrite)
     _refuse_strangers(options, predicted, list(labels))
     rows: list[Row] = []
     for key, path in labels.items():

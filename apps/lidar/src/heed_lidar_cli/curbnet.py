@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 
 from heed_core.errors import InputError
 from heed_lidar.curbnet import PRESETS, CurbNet, CurbNetConfig
-from heed_lidar_cli.prediction import CURB, curb_class
+from heed_lidar.labels import CURB
+from heed_lidar_cli.prediction import curb_class
 from heed_lidar_cli.settings import NetworkData, NetworkTraining, StreetData
 from heed_lidar_cli.street import LAYOUT, NetworkRecipe, NetworkSettings
 from heed_runtime.recipe import Card, Contender

@@ -1,14 +1,15 @@
 """Join the curbs of a drive into one map: predictions of many scans and the poses of the sensor.
 
 PREDICTIONS is what `predict` wrote of one sequence (without --data.map-origin: curbs in metres).
-The scan 000123 has row 123 of the poses (from 0), as in KITTI's odometry layout; where a calib.txt
-lies beside the poses, they are those of the camera and are turned into the sensor's frame.
+The scan 000123 has row 123 of the poses (from 0), as in KITTI's odometry layout. With a calibration
+(calib.txt beside the poses, or in sequences/SS where they are poses/SS.txt) the poses are those of
+the camera and are turned into the sensor's frame.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -23,9 +24,10 @@ from heed_lidar.curves import Curb
 from heed_lidar.geodesy import Origin
 from heed_lidar.map_files import read_geojson, write_csv, write_dxf, write_geojson, write_osm
 from heed_lidar.merging import merge_curbs, smooth_curbs, transform_curbs
-from heed_lidar.poses import read_calib, read_poses
+from heed_lidar.poses import find_poses, moves_along_z, read_calib, read_poses
+from heed_lidar_cli.inputs import refuse_replacing
 from heed_runtime.files import atomic_folder
-from heed_runtime.options import CommonOptions, Flag, OptionalText, OutPath
+from heed_runtime.options import CommonOptions, Flag, OptionalPath, OptionalText, OutPath
 from heed_runtime.recipe import Row, Table
 from heed_runtime.report import COLOURS, new_figure, save_figure, style
 from heed_runtime.terminal import Result
@@ -47,7 +49,11 @@ class Options(CommonOptions):
     predictions: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PREDICTIONS")]
     """A folder with the *_curbs.local.geojson of one sequence."""
     poses: Path
-    """poses.txt: 12 numbers a row, the pose of a scan in the frame of the first."""
+    """poses.txt: 12 numbers a row, the pose of a scan in the frame of the first. Or the folder of
+    the sequence, for its poses.txt or KITTI's ../../poses/SS.txt."""
+    calib: OptionalPath = None
+    """calib.txt with the matrix Tr from the LiDAR to the camera. None: the one in KITTI's place;
+    where there is none, the poses are those of the LiDAR."""
     out: OutPath
     """The folder for the map."""
     map_origin: OptionalText = None
@@ -152,17 +158,33 @@ def _read(options: Options) -> tuple[list[tuple[str, list[Curb]]], Poses]:
         raise InputError(
             f"holds no *{ENDING}", path=options.predictions, remedy="predict with --data.write"
         )
-    calib = options.poses.with_name("calib.txt")
-    poses = read_poses(options.poses, read_calib(calib) if calib.is_file() else None)
+    poses = _read_poses(options, paths)
     order = sorted(paths)
-    if order[-1] >= len(poses):
-        raise InputError(
-            f"has {len(poses)} rows, but there is a prediction of scan {order[-1]}",
-            path=options.poses,
-            remedy="give the poses of the sequence that was predicted",
-        )
     frames = [(paths[n].name.removesuffix(ENDING), read_geojson(paths[n])) for n in order]
     return frames, poses[order]
+
+
+def _read_poses(options: Options, predictions: Mapping[int, Path]) -> Poses:
+    """The poses of the LiDAR, at least as many as the scans need."""
+    path, beside = find_poses(options.poses)
+    calib = options.calib or beside
+    used = [*predictions.values(), path, *([calib] if calib else [])]
+    refuse_replacing(options.out, used, overwrite=options.overwrite)
+    poses = read_poses(path, None if calib is None else read_calib(calib))
+    last = max(predictions)
+    if last >= len(poses):
+        raise InputError(
+            f"has {len(poses)} rows, but there is a prediction of scan {last}",
+            path=path,
+            remedy="give the poses of the sequence that was predicted",
+        )
+    if calib is None and moves_along_z(poses):
+        raise InputError(
+            "moves along z, as a camera does, and there is no calibration",
+            path=path,
+            remedy="give the sequence's calib.txt with --calib",
+        )
+    return poses
 
 
 def _write(

@@ -13,14 +13,12 @@ from heed_core.errors import InputError
 from heed_lidar.clouds.ply import write_ply
 from heed_lidar.curves import Curb, fit_curbs, revert_dropped
 from heed_lidar.drawing import write_png
-from heed_lidar.labels import LabelMap, write_labels
+from heed_lidar.labels import CURB, OTHERS, LabelMap, write_labels
 from heed_lidar.map_files import write_csv, write_geojson, write_osm
 from heed_lidar.pictures import draw_scan
 from heed_lidar.scans import Scan, raw_by_row
 from heed_lidar.settings import to_file_frame
 from heed_lidar_cli.settings import NetworkData, Output, StreetData
-
-CURB, OTHERS = "curb", "others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +89,10 @@ def _reverted(
 
 
 def write_files(prediction: StreetPrediction, out: Path, data: StreetData) -> list[Path]:
-    """Write what the settings ask for, as `<name>.label`, `<name>_curbs.csv` ...; the paths."""
+    """Write what the settings ask for, as `<name>.label`, `<name>_curbs.csv` ...; the paths.
+
+    None is named as a file of points `<name>` of any format may be.
+    """
     (out / prediction.name).parent.mkdir(parents=True, exist_ok=True)
     files = _Files(prediction, out / prediction.name, data)
     writers: dict[Output, Callable[[], Path]] = {
@@ -120,7 +121,7 @@ class _Files:
         return path
 
     def ply(self) -> Path:
-        path = self._path(".ply")
+        path = self._path("_classes.ply")
         classes = self.prediction.classes
         write_ply(
             path,

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from heed_core.errors import InputError
 from heed_lidar.curves import Curb
+from heed_lidar.labels import CURB
 from heed_lidar.metrics import (
     CurbScoring,
     ScoreRow,
@@ -22,7 +23,7 @@ from heed_lidar.metrics import (
     summarise,
 )
 from heed_lidar.scans import Scan
-from heed_lidar_cli.prediction import CURB, StreetPrediction, curb_class
+from heed_lidar_cli.prediction import StreetPrediction, curb_class
 from heed_lidar_cli.settings import StreetData
 from heed_runtime import distributed
 from heed_runtime.recipe import Report, Row, Table

@@ -33,13 +33,23 @@ not the classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreetData(LidarData):
-    """How files become scans and classes, and results become files."""
+class ToleranceOptions:
+    """How near to a true curb point a curb point has to be, wherever curbs are scored."""
 
     tolerances_m: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2)
     """Distances at which a curb point still counts as found; 0 is the strict score."""
     distance: Literal["xy", "xyz"] = "xy"
     """Whether these distances are measured in the plane or in space."""
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= tolerance < math.inf for tolerance in self.tolerances_m):
+            raise ValueError(f"tolerances_m must not be negative, got {self.tolerances_m}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreetData(ToleranceOptions, LidarData):
+    """How files become scans and classes, and results become files."""
+
     write: tuple[Output, ...] = OUTPUTS
     """What predict writes of each scan. label: a class per row of the file; ply: coloured points;
     csv, geojson, osm: curbs as lines; birds-eye, view: pictures from above and in perspective."""
@@ -49,11 +59,10 @@ class StreetData(LidarData):
     is in metres."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ToleranceOptions.__post_init__(self)
+        LidarData.__post_init__(self)
         if not self.write or len(set(self.write)) < len(self.write):
             raise ValueError(f"write must name different kinds of files, got {self.write}")
-        if any(not 0 <= tolerance < math.inf for tolerance in self.tolerances_m):
-            raise ValueError(f"tolerances_m must not be negative, got {self.tolerances_m}")
         if self.map_origin is not None:
             Origin.parse(self.map_origin)
         elif "osm" in self.write:

@@ -12,10 +12,12 @@ from heed_lidar.labels import IGNORE, LabelMap
 from heed_lidar.layouts import Listing, ScanFile, list_scans
 from heed_lidar.regions import parse_region
 from heed_lidar.scans import Scan, load_scan
-from heed_lidar.settings import SPLITS, LidarData
+from heed_lidar.settings import SPLITS, LidarData, plan_data
 
 CountRow = Mapping[str, str | int | float | None]
 _FEW_POINTS = 1000
+_DARK = 0.02
+"""Of a scale of 0 to 1: numbers up to 255 on one that ends at 65535 are lower."""
 _ROAD_Z_M = (-3.0, -0.5)
 """Where a sensor on a car sees the ground."""
 
@@ -44,6 +46,10 @@ class _Reading:
     ground_z_m: float
     """A low quantile of z: about the road's height."""
     intensity: bool
+    dark: bool
+    """Whether all intensities are below `_DARK`."""
+    bright: bool
+    """Whether most intensities are at the top of the scale."""
     per_class: tuple[int, ...]
     """Points of each class; empty: no labels."""
     outside: int
@@ -53,7 +59,7 @@ class _Reading:
 def check_data(data: LidarData, root: Path) -> DataCheck:
     """Read every scan of every split; whatever is wrong inside the data set becomes a line."""
     try:
-        label_map = data.label_map
+        label_map = plan_data(data).label_map
         listing = list_scans(root, replace(data, on_error="skip"))
     except InputError as error:
         return DataCheck(counts=(), problems=(str(error),), warnings=())
@@ -82,6 +88,7 @@ def _reading(file: ScanFile, scan: Scan, data: LidarData, classes: int) -> _Read
     per_class: tuple[int, ...] = ()
     if scan.classes is not None:
         per_class = tuple(int(n) for n in np.bincount(scan.classes, minlength=classes))
+    known = cloud.intensity if cloud.intensity is not None else np.empty(0, np.float32)
     return _Reading(
         file=file,
         points=len(cloud),
@@ -89,6 +96,8 @@ def _reading(file: ScanFile, scan: Scan, data: LidarData, classes: int) -> _Read
         range_m=float(np.hypot(cloud.xyz[:, 0], cloud.xyz[:, 1]).max(initial=0.0)),
         ground_z_m=float(np.quantile(cloud.xyz[:, 2], 0.1)) if len(cloud) else float("nan"),
         intensity=cloud.intensity is not None,
+        dark=len(known) > 0 and bool(known.max() < _DARK),
+        bright=2 * int((known == 1).sum()) > len(known),
         per_class=per_class,
         outside=int((~parse_region(data.roi).contains(cloud.xyz)).sum()),
     )
@@ -161,6 +170,12 @@ def _odd_scans(root: Path, readings: Sequence[_Reading]) -> list[str]:
     findings = {
         f"have fewer than {_FEW_POINTS} points": [r for r in readings if r.points < _FEW_POINTS],
         "have no intensity; it is taken as 0": [r for r in readings if not r.intensity],
+        f"have intensities below {_DARK} alone (--data.intensity-scale)": [
+            r for r in readings if r.dark
+        ],
+        "have most of their intensities at the top of the scale (--data.intensity-scale)": [
+            r for r in readings if r.bright
+        ],
         "hold ignored points alone": [
             r for r in readings if r.per_class and r.per_class[IGNORE] == r.points
         ],

@@ -5,7 +5,7 @@ the high 16 bits that of the instance (SemanticKITTI, Behley et al., ICCV 2019).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,27 @@ BUILTIN: Mapping[str, LabelMap] = {
 }
 """curb: curb, road, sidewalk and others (3-D Curb). curb-only: the same data without the auxiliary
 classes. nrs: curb and others, every id counts. semantic-kitti: its 19 classes."""
+
+
+CURB, OTHERS = "curb", "others"
+
+
+def curb_and_others(label_map: LabelMap) -> LabelMap:
+    """The same classes for labels that tell curb alone: every other id, 0 included, is `others`.
+
+    Raises:
+        InputError: The map has no such classes.
+    """
+    for name in (CURB, OTHERS):
+        if name not in label_map.names:
+            raise InputError(
+                f"the layout nrs has labels of curb and others alone, there is no class {name!r}",
+                remedy="use --data.labels nrs",
+            )
+    curb, others = label_map.names.index(CURB), label_map.names.index(OTHERS)
+    return replace(
+        label_map, to_class={raw: curb if raw == CURB_RAW else others for raw in RAW_NAMES}
+    )
 
 
 def label_map(labels: str) -> LabelMap:

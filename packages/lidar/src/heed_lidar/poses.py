@@ -12,13 +12,68 @@ from jaxtyping import Float64
 from heed_core.errors import InputError
 
 LIDAR_TO_CAMERA = "Tr"
+_POSES, _CALIB = "poses.txt", "calib.txt"
+_RIGID = 1e-3
+"""How far a turn's rows may be from orthonormal: files have six digits or so."""
+
+
+_TELLING_WAY_M = 10.0
+
+
+def find_poses(given: Path) -> tuple[Path, Path | None]:
+    """The file of poses that a path names, and the calibration that belongs to it.
+
+    SemanticKITTI has `poses.txt` and `calib.txt` in the sequence, KITTI's odometry data has
+    `poses/SS.txt` beside `sequences/SS/calib.txt`.
+
+    Args:
+        given: The file, or the folder of a sequence.
+
+    Returns:
+        The file of poses, and the calibration; None where there is none in these places.
+
+    Raises:
+        InputError: A folder of a sequence without poses.
+    """
+    if given.is_dir():
+        sequence = given.resolve()
+        places = (given / _POSES, sequence.parent.parent / "poses" / f"{sequence.name}.txt")
+        poses = next((place for place in places if place.is_file()), None)
+        if poses is None:
+            raise InputError(
+                f"holds no {_POSES}, and there is no {places[1]}",
+                path=given,
+                remedy="give the file of the poses",
+            )
+        return poses, _there(given / _CALIB)
+    beside = _there(given.with_name(_CALIB))
+    apart = given.parent.resolve().parent / "sequences" / given.stem / _CALIB
+    return given, beside or _there(apart)
+
+
+def _there(path: Path) -> Path | None:
+    return path if path.is_file() else None
+
+
+def moves_along_z(poses: Float64[np.ndarray, "frames 4 4"]) -> bool:
+    """Whether the way between frames is along the own z more than along x, as of a camera's axes.
+
+    A way below 10 m tells nothing: the poses of a car that stands still are noise.
+
+    Args:
+        poses: Take points of each frame to the frame of the first; in m.
+    """
+    shifts = np.diff(poses[:, :3, 3], axis=0)
+    own = np.einsum("fji,fj->fi", poses[:-1, :3, :3], shifts)
+    x, _, z = np.abs(own).sum(axis=0)
+    return bool(z > max(x, _TELLING_WAY_M))
 
 
 def read_calib(path: Path) -> dict[str, Float64[np.ndarray, "4 4"]]:
     """Read `NAME: 12 numbers` per line: 3 x 4 matrices, completed to 4 x 4.
 
     Raises:
-        InputError: The file does not exist, or a line is something else.
+        InputError: The file does not exist, a line is something else, or `Tr` is no rigid motion.
     """
     matrices = {}
     for number, line in _lines(path):
@@ -29,6 +84,8 @@ def read_calib(path: Path) -> dict[str, Float64[np.ndarray, "4 4"]]:
                 "is not a name and 12 numbers (NAME: ...)", path=path, place=f"row {number}"
             )
         matrices[name.strip()] = _square(values)
+        if name.strip() == LIDAR_TO_CAMERA:
+            _refuse_bent(matrices[LIDAR_TO_CAMERA], path, number)
     return matrices
 
 
@@ -48,8 +105,8 @@ def read_poses(
         Matrices that take points of each frame to the frame of the first.
 
     Raises:
-        InputError: The file does not exist, a line is something else, or the calibration has no
-            `Tr`.
+        InputError: The file does not exist, a line is something else or no rigid motion, or the
+            calibration has no `Tr`.
     """
     poses = []
     for number, line in _lines(path):
@@ -59,6 +116,7 @@ def read_poses(
                 f"has {len(values)} numbers, 12 were expected", path=path, place=f"row {number}"
             )
         poses.append(_square(values))
+        _refuse_bent(poses[-1], path, number)
     stacked = np.stack(poses) if poses else np.empty((0, 4, 4))
     if calib is None:
         return stacked
@@ -107,6 +165,16 @@ def _numbers(text: str, path: Path, number: int) -> list[float]:
     if not np.isfinite(values).all():
         raise InputError("has a number that is not finite", path=path, place=f"row {number}")
     return values
+
+
+def _refuse_bent(matrix: Float64[np.ndarray, "4 4"], path: Path, number: int) -> None:
+    turn = matrix[:3, :3]
+    if not np.allclose(turn @ turn.T, np.eye(3), atol=_RIGID) or np.linalg.det(turn) < 0:
+        raise InputError(
+            "is not a turn and a shift (the rows of a 3 x 4 matrix were expected)",
+            path=path,
+            place=f"row {number}",
+        )
 
 
 def _square(values: list[float]) -> Float64[np.ndarray, "4 4"]:

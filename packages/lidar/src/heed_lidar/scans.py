@@ -66,7 +66,7 @@ def load_scan(
     if label and file.labelled:
         raw = _raw_labels(file, cloud)
         where = file.labels or file.curbs_2d
-        classes = data.label_map.classes_of(raw, where=where)
+        classes = data.labels_read.classes_of(raw, where=where)
     moved = replace(cloud, xyz=to_sensor_frame(cloud.xyz, data))
     return Scan(name=file.name, cloud=moved, classes=classes, file=file)
 

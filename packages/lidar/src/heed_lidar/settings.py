@@ -7,11 +7,13 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64
 
+from heed_core.errors import InputError
 from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.labels import (
     BUILTIN,
     LabelMap,
     class_texts,
+    curb_and_others,
     label_map,
     parse_classes,
     sequence_name,
@@ -39,9 +41,10 @@ class LidarData:
 
     layout: Layout = "auto"
     """How the folder is laid out. semantic-kitti: sequences/SS/velodyne/*.bin and labels/*.label;
-    nrs: the same tree from another sensor, without an official split; curb-2d:
-    sequences/SS/curb/*.txt with rows x y curb_id beside velodyne; folder: scans of any format, and
-    beside them or in labels/ their .label files where there are some."""
+    nrs: the same tree from another sensor, without an official split, whose labels tell curb (3)
+    from everything else unless `labels` is a file; curb-2d: sequences/SS/curb/*.txt with rows
+    x y curb_id beside velodyne; folder: scans of any format, and beside them or in labels/ their
+    .label files where there are some."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a broken scan does: stop, or be skipped, counted and listed."""
     labels: str = "curb"
@@ -123,6 +126,16 @@ class LidarData:
         """
         return parse_classes(self.classes) if self.classes else label_map(self.labels)
 
+    @property
+    def labels_read(self) -> LabelMap:
+        """How labels on disk become these classes: those of NRS in its own way.
+
+        Raises:
+            InputError: As `label_map`; the layout is nrs and there is no class curb or others.
+        """
+        nrs = self.layout == "nrs" and self.labels in BUILTIN
+        return curb_and_others(self.label_map) if nrs else self.label_map
+
     def sequences(self, split: str) -> tuple[str, ...]:
         """The sequences of a split: those of the settings, else the official ones.
 
@@ -143,8 +156,14 @@ def plan_data(data: LidarData) -> LidarData:
     """Settle what a label map's file says, so that a trained model needs the file no more.
 
     Raises:
-        InputError: The label map cannot be read.
+        InputError: The label map cannot be read, or has classes that labels of NRS do not tell.
     """
+    read = set(data.labels_read.to_class.values())
+    if data.layout == "nrs" and not read.issuperset(range(1, len(data.label_map))):
+        raise InputError(
+            f"the layout nrs has labels of curb and others alone, the classes {data.labels!r} more",
+            remedy="use --data.labels nrs",
+        )
     if data.classes or data.labels in BUILTIN:
         return data
     settled = data.label_map

@@ -130,7 +130,7 @@ def fit(
         except Interrupted:
             if distributed.rank() > 0:
                 raise SystemExit(0) from None
-            raise KeyboardInterrupt from None
+            raise KeyboardInterrupt(f"--resume {run.path} goes on from here") from None
     skipped = _gathered({name: part.faults for name, part in data.skipped.items() if part.faults})
     loader = data.pass_over_training
     return Fitted(

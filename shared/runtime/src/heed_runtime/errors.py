@@ -63,6 +63,8 @@ def user_fault(error: BaseException) -> str | None:
 def guard(name: str, body: Callable[[], int], *, debug: bool = False) -> int:
     """Run `body`; show what it raises as one line on standard error and return the exit code.
 
+    A KeyboardInterrupt may say how to go on.
+
     Args:
         name: The program's name, which starts the line.
         body: Does the work, returns the exit code.
@@ -70,8 +72,8 @@ def guard(name: str, body: Callable[[], int], *, debug: bool = False) -> int:
     """
     try:
         return body()
-    except KeyboardInterrupt:
-        _line(f"{name}: stopped")
+    except KeyboardInterrupt as stop:
+        _line(f"{name}: stopped; {stop}" if stop.args else f"{name}: stopped")
         return INTERRUPTED
     except BrokenPipeError:
         _close_stdout()

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Outputs:
         overwrite: Replace files that are there.
         maker: What makes the files (the hash of the weights); the journal is kept only with it.
         resume: Go on with what the same maker left, see `done`.
+        inputs: Files and folders that are read. Nothing in them is replaced, but for what an
+            earlier call wrote there.
 
     Example:
         >>> with Outputs(Path("out"), overwrite=False) as outputs:  # doctest: +SKIP
@@ -39,9 +41,17 @@ class Outputs:
     """
 
     def __init__(
-        self, folder: Path, *, overwrite: bool, maker: str | None = None, resume: bool = False
+        self,
+        folder: Path,
+        *,
+        overwrite: bool,
+        maker: str | None = None,
+        resume: bool = False,
+        inputs: Iterable[Path] = (),
     ) -> None:
         self.folder, self.overwrite, self.maker = folder, overwrite, maker
+        self._inputs = [path.resolve() for path in inputs]
+        self._written = Written()
         self._owners: dict[Path, str] = {}
         self._temporary = Path()
         self._begun = _read_journal(folder / JOURNAL, maker) if resume else {}
@@ -103,7 +113,17 @@ class Outputs:
                 remedy="give inputs of different names, or call once for each",
             )
         if target.exists() and not self._ours(name, case):
-            raise _exists(target)
+            raise _exists(target, resumable=self.maker is not None)
+        if target.exists() and self._is_input(target) and not self._written(target):
+            raise InputError(
+                "lies among the inputs and was not written by predict",
+                path=target,
+                remedy="choose another folder",
+            )
+
+    def _is_input(self, target: Path) -> bool:
+        ends = (target.resolve(), target.parent.resolve() / target.name)  # of a link
+        return any(end.is_relative_to(path) for end in ends for path in self._inputs)
 
     def _move(self, source: Path, target: Path, *, replace: bool) -> None:
         if replace:
@@ -112,7 +132,7 @@ class Outputs:
         try:
             os.link(source, target)  # unlike a rename, never replaces
         except FileExistsError:
-            raise _exists(target) from None
+            raise _exists(target, resumable=self.maker is not None) from None
         except OSError:  # a file system without links
             source.replace(target)
 
@@ -174,10 +194,9 @@ class Written:
         return self._folders[folder]
 
 
-def _exists(path: Path) -> InputError:
-    return InputError(
-        "exists already", path=path, remedy="choose another folder or add --overwrite"
-    )
+def _exists(path: Path, *, resumable: bool) -> InputError:
+    remedy = "add --overwrite or --resume" if resumable else "add --overwrite"
+    return InputError("exists already", path=path, remedy=f"choose another folder or {remedy}")
 
 
 def expand(paths: tuple[Path, ...]) -> list[Path]:

@@ -12,7 +12,9 @@ from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 
 KITTI = ("x", "y", "z", "intensity")
 NUSCENES = ("x", "y", "z", "intensity", "ring")
-_POINT_ARRAYS = ("points", "data", "arr_0")
+_POINT_ARRAYS = ("xyz", "points", "data", "arr_0")
+
+_MOST_COLUMNS = 20
 
 
 def read_bin(path: Path, options: CloudOptions) -> FileColumns:
@@ -22,7 +24,8 @@ def read_bin(path: Path, options: CloudOptions) -> FileColumns:
     (nuScenes), 4 for other `.bin` (KITTI). It is never guessed from the contents.
 
     Raises:
-        InputError: The bytes are no whole number of rows.
+        InputError: The bytes are no whole number of rows, or rows that nobody named have negative
+            intensities, as those of another number of columns do.
     """
     nuscenes = path.name.lower().endswith(".pcd.bin")
     columns = options.columns or (NUSCENES if nuscenes else KITTI)
@@ -35,6 +38,13 @@ def read_bin(path: Path, options: CloudOptions) -> FileColumns:
             remedy=_other_columns(size, len(columns)),
         )
     rows = np.fromfile(path, dtype="<f4").reshape(-1, len(columns))
+    if not options.columns and (rows[:, KITTI.index("intensity")] < 0).any():
+        raise InputError(
+            f"has negative intensities as rows of {len(columns)} float32 columns "
+            f"({' '.join(columns)})",
+            path=path,
+            remedy="name the columns that it has with --data.columns x y z ...",
+        )
     return FileColumns(values={name: rows[:, k] for k, name in enumerate(columns)})
 
 
@@ -64,7 +74,7 @@ def read_npy(path: Path, options: CloudOptions) -> FileColumns:
 
 
 def read_npz(path: Path, options: CloudOptions) -> FileColumns:
-    """Read the arrays `x`, `y`, `z` or `xyz` with others beside them, or one array of points.
+    """Read the arrays `x`, `y`, `z`, or `xyz` or one of points, and columns beside them.
 
     Raises:
         InputError: The file is no archive of arrays, is damaged, or its arrays do not fit.
@@ -76,14 +86,11 @@ def read_npz(path: Path, options: CloudOptions) -> FileColumns:
     except Exception as error:  # of numpy, zipfile and zlib
         raise InputError(f"is not an archive of arrays ({reason_of(error)})", path=path) from None
     points = next((name for name in _POINT_ARRAYS if name in arrays), None)
-    if "xyz" in arrays:
-        refuse_twice([*"xyz", *(n for n, a in arrays.items() if a.ndim == 1)], path=path)
-        xyz = arrays.pop("xyz")
-        values = _columns_of(xyz, ("x", "y", "z"), path=path)
-    elif points is not None and not {"x", "y", "z"} <= set(arrays):
-        return FileColumns(values=_columns_of(arrays[points], options.columns, path=path))
-    else:
-        values = {}
+    values: dict[str, Num[np.ndarray, " n"]] = {}
+    if points == "xyz" or (points is not None and not set("xyz") <= set(arrays)):
+        names = KITTI[:3] if points == "xyz" else options.columns
+        values = _columns_of(arrays.pop(points), names, path=path)
+        refuse_twice([*values, *(n for n, a in arrays.items() if a.ndim == 1)], path=path)
     count = len(next(iter(values.values()), next(iter(arrays.values()), np.empty(0))))
     values |= {name: a for name, a in arrays.items() if a.ndim == 1 and len(a) == count}
     for axis in "xyz":
@@ -124,10 +131,13 @@ def _columns_of(
     names = names or (KITTI[: array.shape[1]] if array.shape[1] in (3, 4) else ())
     if len(names) != array.shape[1]:
         what = f"{len(names)} are named" if names else "they have no names"
+        turned = len(array) < _MOST_COLUMNS < array.shape[1]
         raise InputError(
             f"has {array.shape[1]} columns and {what}",
             path=path,
-            remedy="name them all with --data.columns x y z ...",
+            remedy="transpose it: a row is a point"
+            if turned
+            else "name them all with --data.columns x y z ...",
         )
     return _numbers({name: array[:, k] for k, name in enumerate(names)}, path=path)
 

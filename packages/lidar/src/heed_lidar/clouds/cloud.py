@@ -166,7 +166,7 @@ def make_cloud(
         raise InputError(
             f"has no column {' and no column '.join(missing)} (it has: {', '.join(found.values)})",
             path=path,
-            remedy="points need x, y and z",
+            remedy="points need x, y and z; --data.columns names the columns of text",
         )
     raw = np.stack([_doubles(columns[axis]) for axis in "xyz"], axis=1)
     finite = np.isfinite(raw).all(axis=1)

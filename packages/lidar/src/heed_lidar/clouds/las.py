@@ -34,7 +34,7 @@ def _laspy() -> ModuleType:
 
 
 def read_las(path: Path, options: CloudOptions) -> FileColumns:
-    """Read a LAS or LAZ file; coordinates in float64.
+    """Read a LAS or LAZ file; coordinates in float64. Intensities that are all 0 are none.
 
     Raises:
         InputError: The file is damaged or truncated.
@@ -70,7 +70,9 @@ def read_las(path: Path, options: CloudOptions) -> FileColumns:
             remedy="the file is truncated: copy it again",
         )
     values = {axis: np.asarray(points[axis], dtype=np.float64) for axis in "xyz"}
-    values["intensity"] = np.asarray(points.intensity)
+    intensity = np.asarray(points.intensity)
+    if intensity.any():
+        values["intensity"] = intensity
     if "gps_time" in points.point_format.dimension_names:
         values["time"] = np.asarray(points.gps_time)
     return FileColumns(values=values, intensity_type="uint16")

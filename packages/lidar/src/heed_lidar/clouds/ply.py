@@ -87,8 +87,8 @@ def _read_header(content: bytes, path: Path) -> _Header:
         raise _broken(path, f"has no {'format' if order is None else 'vertices'} in its header")
     at = names.index("vertex")
     vertex, before = elements[at], tuple(elements[:at])
-    if vertex.has_list or any(element.has_list for element in before):
-        raise _broken(path, "has lists in its vertices or before them")
+    if vertex.has_list or (order and any(element.has_list for element in before)):
+        raise _broken(path, "has lists in its vertices or, in binary, before them")
     return _Header(order=order, before=before, vertex=vertex, size=size)
 
 

@@ -9,9 +9,18 @@ from jaxtyping import Float64, Num
 
 from heed_core.errors import InputError
 from heed_lidar.clouds.arrays import KITTI
-from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
+from heed_lidar.clouds.cloud import (
+    INTENSITY_NAMES,
+    RING_NAMES,
+    CloudOptions,
+    FileColumns,
+    refuse_twice,
+)
 
-_DELIMITERS = (",", ";", "\t")
+_DELIMITERS = (";", ",", "\t")
+"""The first that a line holds separates its fields: with `;` a comma is a decimal point."""
+_NUMBERS = frozenset({*"xyz", *INTENSITY_NAMES, *RING_NAMES})
+"""Columns that may not be words."""
 _COMMENT = ("#", "//")
 
 
@@ -19,11 +28,13 @@ def read_text(path: Path, options: CloudOptions) -> FileColumns:
     """Read rows of numbers, separated by commas, semicolons, tabs or blanks.
 
     A first line that is not of numbers names the columns; `#` and `//` start comments, and one
-    before the first row that names x, y and z is a header too.
+    before the first row that names x, y and z is a header too. With semicolons, numbers may have
+    decimal commas. An empty field is NaN, and columns of words that points do not need are left
+    out.
 
     Raises:
-        InputError: The file is no text, a row has another number of columns or is not of numbers,
-            or the columns have no names or one name twice.
+        InputError: The file is no text, a row has another number of columns or has words where a
+            number is needed, or the columns have no names or one name twice.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -35,6 +46,8 @@ def read_text(path: Path, options: CloudOptions) -> FileColumns:
     if not rows:
         return FileColumns(values=dict.fromkeys(header or KITTI[:3], np.empty(0)))
     delimiter = _delimiter(rows[0][1])
+    if delimiter == ";":
+        rows = [(number, line.replace(",", ".")) for number, line in rows]
     names = options.columns or header or KITTI
     refuse_twice(names, path=path)
     width = len(_split(rows[0][1], delimiter))
@@ -50,7 +63,7 @@ def read_text(path: Path, options: CloudOptions) -> FileColumns:
         )
     table = parse_rows([line for _, line in rows], width, delimiter)
     if table is None:
-        raise _first_fault(rows, width, delimiter, path)
+        return FileColumns(values=_numbers_among_words(rows, names, delimiter, path))
     return FileColumns(values={name: table[:, k] for k, name in enumerate(names)})
 
 
@@ -83,7 +96,7 @@ def _delimiter(line: str) -> str | None:
 
 
 def _split(line: str, delimiter: str | None) -> list[str]:
-    return line.strip().split(delimiter)
+    return line.strip(" \r\n").split(delimiter)
 
 
 def parse_rows(
@@ -97,20 +110,28 @@ def parse_rows(
     return table if table.shape == (len(lines), width) else None
 
 
-def _first_fault(
-    rows: Sequence[tuple[int, str]], width: int, delimiter: str | None, path: Path
-) -> InputError:
-    for number, line in rows:
-        parts = _split(line, delimiter)
-        place = f"row {number}"
-        if len(parts) != width:
-            return InputError(
-                f"has {len(parts)} columns, the first row has {width}", path=path, place=place
+def _numbers_among_words(
+    rows: Sequence[tuple[int, str]], names: Sequence[str], delimiter: str | None, path: Path
+) -> dict[str, Float64[np.ndarray, " n"]]:
+    """The columns of rows that are not numbers alone; an empty field is NaN."""
+    cells = [[part.strip() or "nan" for part in _split(line, delimiter)] for _, line in rows]
+    for (number, _), parts in zip(rows, cells, strict=True):
+        if len(parts) != len(names):
+            raise InputError(
+                f"has {len(parts)} columns, the first row has {len(names)}",
+                path=path,
+                place=f"row {number}",
             )
-        wrong = next((part for part in parts if not _is_number(part)), None)
-        if wrong is not None:
-            return InputError(f"has {wrong.strip()!r}, not a number", path=path, place=place)
-    return InputError("cannot be read as rows of numbers", path=path)
+    values = {}
+    for name, column in zip(names, zip(*cells, strict=True), strict=True):
+        word = next((k for k, text in enumerate(column) if not _is_number(text)), None)
+        if word is None:
+            values[name] = np.array([float(text) for text in column])
+        elif name.lower() in _NUMBERS:
+            raise InputError(
+                f"has {column[word]!r}, not a number", path=path, place=f"row {rows[word][0]}"
+            )
+    return values
 
 
 def write_csv(

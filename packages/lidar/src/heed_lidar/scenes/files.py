@@ -6,7 +6,7 @@ A sequence is a folder `sequences/00` with `velodyne/000000.bin` (x, y, z, remis
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,9 @@ CURB_REACH_M = 50.0
 """True curbs are listed as far as this from the sensor."""
 STREET_GAP_M = 1000.0
 """The streets of a sequence lie this far apart in its poses."""
+
+MOST_SCANS = 1_000_000
+"""Of a sequence: names have six digits."""
 
 LIDAR_TO_CAMERA = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 """Axes of KITTI's camera: x right, y down, z forward."""
@@ -44,15 +47,26 @@ class SceneSet:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.sequences or min(self.sequences.values()) < 1:
-            raise ValueError(f"sequences must have at least one scan each, got {self.sequences}")
+        counts = self.sequences.values()
+        if not counts or min(counts) < 1 or max(counts) > MOST_SCANS:
+            raise ValueError(
+                f"sequences must have 1 to {MOST_SCANS} scans each, got {dict(self.sequences)}"
+            )
         if self.frames_per_street < 1:
             raise ValueError(f"frames_per_street must be at least 1, got {self.frames_per_street}")
-        if not self.frame_step_m > 0:
-            raise ValueError(f"frame_step_m must be positive, got {self.frame_step_m}")
+        if not 0 < self.frame_step_m < STREET_GAP_M:
+            raise ValueError(
+                f"frame_step_m must be above 0 and below {STREET_GAP_M}, got {self.frame_step_m}"
+            )
+        if self.curb_height_m is not None and not 0 <= self.curb_height_m <= 1:
+            raise ValueError(f"curb_height_m must be in 0..1, got {self.curb_height_m}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
 
 
-def write_scenes(out: Path, scenes: SceneSet) -> list[Path]:
+def write_scenes(
+    out: Path, scenes: SceneSet, *, on_scan: Callable[[Path], object] = lambda _: None
+) -> list[Path]:
     """Write a data set; the paths of its scans come back.
 
     Every scan has a seed of its own, made of the set's seed, its sequence and its number: the same
@@ -61,6 +75,7 @@ def write_scenes(out: Path, scenes: SceneSet) -> list[Path]:
     Args:
         out: The root, made where it does not exist.
         scenes: What is written.
+        on_scan: Told of each scan when it is written.
 
     Raises:
         InputError: A file cannot be written.
@@ -75,6 +90,7 @@ def write_scenes(out: Path, scenes: SceneSet) -> list[Path]:
             for number in range(count):
                 path, pose = _write_scan(folder, scenes, sequence, number)
                 written.append(path)
+                on_scan(path)
                 poses.append(pose)
             _write_trajectory(folder, np.stack(poses))
         except OSError as error:

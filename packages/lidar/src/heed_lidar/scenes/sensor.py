@@ -11,6 +11,8 @@ from heed_lidar.scenes.street import CURB, OTHER_GROUND, ROAD, SIDEWALK, TERRAIN
 
 MARCH_STEPS = 40
 BISECTIONS = 9
+MOST_SHOTS = 1_000_000
+"""Of one scan: twice those of the densest sensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +43,18 @@ class Sensor:
             raise ValueError(f"field_of_view_deg must be in 1..360, got {self.field_of_view_deg}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
-        for name in ("height_m", "range_m"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.range_noise_m >= 0:
-            raise ValueError(f"range_noise_m must be at least 0, got {self.range_noise_m}")
+        shots = self.beams * len(self.azimuths_deg)
+        if shots > MOST_SHOTS:
+            raise ValueError(
+                f"beams times azimuths must be at most {MOST_SHOTS}, got {shots} shots"
+            )
+        for name, highest in (("height_m", 10), ("range_m", 300)):
+            if not 0 < getattr(self, name) <= highest:
+                raise ValueError(
+                    f"{name} must be above 0 and at most {highest}, got {getattr(self, name)}"
+                )
+        if not 0 <= self.range_noise_m <= 1:
+            raise ValueError(f"range_noise_m must be in 0..1, got {self.range_noise_m}")
 
     @property
     def elevations_deg(self) -> Float64[np.ndarray, " beams"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +77,9 @@ def run(app: App, options: Options, settings: Any) -> Result:
         overwrite=options.overwrite,
         maker=trained.run.weights_hash(),
         resume=options.resume,
+        inputs=paths,
     )
-    with trained.run.logging(), outputs:
+    with trained.run.logging(), outputs, _told_to_resume():
         there = outputs.done
         left = remaining(cases, there) if there else cases
 
@@ -104,6 +106,14 @@ def run(app: App, options: Options, settings: Any) -> Result:
         raise InputError("none of the inputs can be read", remedy="see the lines above")
     earlier = len(cases) - len(left)
     return _result(trained.run.system, list(done.results), list(done.skipped), earlier=earlier)
+
+
+@contextlib.contextmanager
+def _told_to_resume() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command with --resume goes on from here") from None
 
 
 def remaining(cases: SizedData, there: Collection[str]) -> Remaining:
