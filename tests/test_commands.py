@@ -67,6 +67,8 @@ PART = {
     "more-findings": "images/test000.png",
 }
 """What of a large sample is predicted and explained."""
+LIKE_ANOTHER = {"curbnet-released"}
+"""Systems whose recipe is that of another but for the settings: all verbs of these take minutes."""
 
 
 def apps() -> list[App]:
@@ -89,7 +91,16 @@ def call(app: App, *words: str | Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("app", "system"), SYSTEMS, ids=[f"{app.name}-{system}" for app, system in SYSTEMS]
+    ("app", "system"),
+    [
+        pytest.param(
+            app,
+            system,
+            marks=[pytest.mark.slow] if system in LIKE_ANOTHER else [],
+            id=f"{app.name}-{system}",
+        )
+        for app, system in SYSTEMS
+    ],
 )
 def test_every_verb_works_on_the_sample(app: App, system: str, tmp_path: Path):
     flags, part = SMALL.get(system, ()), PART.get(system, ".")
