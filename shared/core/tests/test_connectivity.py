@@ -1,9 +1,11 @@
 """Predicted connectivity: golden masks and numbers, the two paths, how the predictor learns."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from heed_core import attend, observe
 from heed_core.attention.connectivity import (
@@ -117,6 +119,32 @@ def test_gathered_attention_is_masked_attention() -> None:
     torch.testing.assert_close(found, attend(query, key, value, mask=fewer))
 
 
+@pytest.mark.parametrize("shared_basis", [False, True])
+def test_scores_of_the_coefficients_above_a_threshold(shared_basis: bool) -> None:
+    guess = LowRankConnectivity(
+        8,
+        tokens=9,
+        rank=12,
+        heads=2,
+        threshold=0.3,
+        coefficient_threshold=0.08,
+        shared_basis=shared_basis,
+    ).double()
+    nn.init.normal_(guess.down)
+    query, key = torch.randn(2, 1, 2, 9, 8, dtype=torch.float64)
+    shares = guess.coefficients(query, key)
+    basis = guess.down if guess.up is None else nn.init.normal_(guess.up)
+    found = guess(query, key)
+    wanted = torch.zeros_like(found)
+    for h, i, j in itertools.product(range(2), range(8), range(9)):
+        for r in range(12):
+            large = shares[0, h, i, r] > 0.08 and basis[j, r].abs() > 0.3
+            wanted[0, h, i, j] += shares[0, h, i, r] * basis[j, r].abs() if large else 0.0
+    torch.testing.assert_close(found, wanted)
+    kept = (shares > 0.08).sum(-1)
+    assert kept.min() < kept.max()  # not a number of coefficients
+
+
 def test_topk_mask_prefers_low_indices_and_takes_a_number_per_row() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     assert topk_mask(scores, 3).tolist() == [[True, True, True, False]] * 2
@@ -185,6 +213,16 @@ def test_published_numbers_of_parameters() -> None:
         (
             lambda: LowRankConnectivity(8, tokens=9, rank=4, heads=2, top_coefficients=5),
             "top_coefficients must be",
+        ),
+        (
+            lambda: LowRankConnectivity(
+                8, tokens=9, rank=4, heads=2, top_coefficients=2, coefficient_threshold=0.05
+            ),
+            "give top_coefficients or coefficient_threshold",
+        ),
+        (
+            lambda: LowRankConnectivity(8, tokens=9, rank=4, heads=2, coefficient_threshold=1.0),
+            "coefficient_threshold must be in",
         ),
         (lambda: LowRankConnectivity(9, tokens=9, rank=4, heads=2), "reduction must divide"),
         (lambda: topk_mask(torch.zeros(2, 3), 4), "k must be between"),

@@ -83,7 +83,7 @@ def qkv(tokens: int = 9, scale: float = 1.0) -> torch.Tensor:
 def test_the_order_of_products_does_not_matter(denominator_min: float) -> None:
     temperature = torch.rand(4, 1, 1, dtype=torch.float64)
     mask = torch.rand(2, 9) > 0.3
-    options = {"temperature": temperature, "mask": mask, "denominator_min": denominator_min}
+    options = {"temperature": temperature, "padding_mask": mask, "denominator_min": denominator_min}
     query, key, value = qkv()
     linear = enhanced_linear_attention(query, key, value, **options)
     quadratic = enhanced_linear_attention(query, key, value, key_first=False, **options)

@@ -297,3 +297,40 @@ def test_wrong_options_are_named() -> None:
     module = LinearAttention(12, heads=3)
     with pytest.raises(ValueError, match="cache serves causal=True only"):
         module(torch.randn(1, 2, 12), cache=module.new_cache(1))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("side", ["left", "right", "within"])
+def test_the_delta_rule_of_padded_samples_is_that_of_each_alone(gated, form, side) -> None:
+    module = DeltaRuleAttention(12, heads=3, value_dim=5, gated=gated, **form).double()
+    lengths, n = (9, 6, 1), 9
+    real = torch.arange(n) < torch.tensor(lengths)[:, None]
+    if side == "left":
+        real = real.flip(1)
+    elif side == "within":
+        real = torch.stack([row[torch.randperm(n)] for row in real])
+    x = torch.randn(3, n, 12, dtype=torch.float64).masked_fill(~real[..., None], torch.nan)
+    x.requires_grad_()
+    leaves = [x, *module.parameters()]
+    found = module(x, padding_mask=real)[real]
+    alone = torch.cat([module(x[i : i + 1, real[i]])[0] for i in range(3)])
+    torch.testing.assert_close(found, alone, rtol=1e-10, atol=1e-10)
+    probe = torch.randn_like(alone)
+    ours, wanted = (torch.autograd.grad((y * probe).sum(), leaves) for y in (found, alone))
+    assert bool((ours[0][~real] == 0).all())
+    torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_padding_before_decoding_leaves_no_trace_in_the_cache(gated: bool) -> None:
+    module = DeltaRuleAttention(12, heads=3, gated=gated).double().eval()
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    real = torch.arange(9) >= torch.tensor([[3], [0]])
+    with torch.no_grad():
+        cache = module.new_cache(2)
+        parts = [module(x[:, :5], padding_mask=real[:, :5], cache=cache)]
+        parts += [module(x[:, t : t + 1], cache=cache) for t in range(5, 9)]
+        found, alone = torch.cat(parts, dim=1), module(x[:1, 3:])
+    torch.testing.assert_close(found[:1, 3:], alone, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[1:], module(x[1:]), rtol=1e-10, atol=1e-10)

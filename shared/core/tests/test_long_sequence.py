@@ -201,3 +201,45 @@ def test_wrong_patterns_and_options_are_named() -> None:
     module = BoundedMemoryAttention(12, heads=3)
     with pytest.raises(ValueError, match="cache serves causal=True only"):
         module(torch.randn(1, 2, 12), cache=module.new_cache(1))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("pattern", [{"context_dim": 7}, {"causal": True}], ids=str)
+@pytest.mark.parametrize(
+    "build",
+    [
+        LocalAttention,
+        NystromAttention,
+        ProbSparseAttention,
+        RandomizedAttention,
+        LongShortAttention,
+        CosformerAttention,
+    ],
+)
+def test_a_pattern_that_is_not_served_is_named_when_it_is_asked_for(build, pattern) -> None:
+    asked = "cross" if "context_dim" in pattern else "causal self"
+    if asked in build.patterns:
+        build(12, heads=3, **pattern)
+        return
+    with pytest.raises(UnsupportedPattern, match=f"{build.__name__} serves .* no {asked} att"):
+        build(12, heads=3, **pattern)
+
+
+def test_the_seed_of_prob_sparse_is_saved_with_its_weights() -> None:
+    x = torch.randn(2, 40, 12)
+    saved = ProbSparseAttention(12, heads=3, factor=1, seed=7).eval()
+    loaded = ProbSparseAttention(12, heads=3, factor=1).eval()
+    assert not torch.equal(loaded.seed, saved.seed)
+    loaded.load_state_dict(saved.state_dict())
+    assert torch.equal(loaded(x), saved(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_without_a_seed_leave_that_of_the_options(assign: bool) -> None:
+    x = torch.randn(2, 40, 12)
+    wanted = ProbSparseAttention(12, heads=3, factor=1, seed=7).eval()
+    weights = {name: w for name, w in wanted.state_dict().items() if name != "seed"}
+    with torch.device("meta" if assign else "cpu"):
+        found = ProbSparseAttention(12, heads=3, factor=1, seed=7).eval()
+    found.load_state_dict(weights, assign=assign)
+    assert torch.equal(found(x), wanted(x))

@@ -24,6 +24,7 @@ SHOWN = (
     "linear-cross",
     "linear-causal-gated",
     "delta-rule-gated",
+    "delta-rule-padded",
     "complex-causal",
     "complex-cross",
     "local",

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from heed_core import observe, steer
-from heed_core.attention.mixture_of_heads import MixtureOfHeads
+from heed_core.attention.mixture_of_heads import MixtureOfHeads, moh_attention
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.head_routing import balance_loss, choose_heads, mixture_gates, norm_gates
+from heed_core.head_skipping import alike
 from heed_core.relative import RotaryPositions
+from heed_core.testing.oracle import naive_attention
 from heed_core.testing.processes import run_together
 
 
@@ -118,6 +120,61 @@ def test_straight_through_gates_are_hard_and_have_the_gradient_of_the_probabilit
     assert not hard.gates.requires_grad
 
 
+def moh_inputs(kv_heads: int) -> tuple[list[Tensor], Tensor]:
+    """Query, key and value of 6 heads, and gates of which two of three are 0; head 3 has none."""
+    sizes = ((2, 6, 9, 4), (2, kv_heads, 11, 4), (2, kv_heads, 11, 5))
+    rows = [torch.randn(size, dtype=torch.float64) for size in sizes]
+    gates = torch.rand(2, 9, 6, dtype=torch.float64) * (torch.rand(2, 9, 6) < 0.34)
+    gates[..., 3] = 0.0
+    return rows, gates
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_function_is_attention_times_the_gates(skip, kv_heads, causal, masked) -> None:
+    rows, gates = moh_inputs(kv_heads)
+    leaves = [x.requires_grad_() for x in (*rows, gates)]
+    mask = torch.rand(2, 6, 9, 11) < 0.7 if masked else None
+    found = moh_attention(*rows, gates, mask=mask, causal=causal, scale=0.3, skip=skip)
+    plain = naive_attention(*rows, mask=mask, causal=causal, scale=0.3)
+    wanted = plain * gates.mT[..., None]
+    torch.testing.assert_close(found, wanted)
+    probe = torch.randn_like(wanted)
+    ours, theirs = (
+        torch.autograd.grad((y * probe).sum(), leaves, retain_graph=True) for y in (found, wanted)
+    )
+    chosen = gates.detach() != 0  # a gate of a skipped head has no gradient, as in the module
+    if skip:
+        theirs = (*theirs[:3], theirs[3] * chosen)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_function_skips_what_no_token_uses() -> None:
+    rows, gates = moh_inputs(6)
+    with FlopCounterMode(display=False) as counter:
+        moh_attention(*rows, torch.zeros_like(gates), skip=True)
+    assert counter.get_total_flops() == 0
+
+
+def test_the_function_with_gates_of_a_router_is_what_the_module_mixes() -> None:
+    module = pair()[1]
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    layers = (module.query, module.key, module.value)
+    rows = [layer(x).view(2, 9, 6, 4).transpose(1, 2) for layer in layers]
+    found = module(x)
+    mixed = moh_attention(*rows, found.gates, skip=True)
+    torch.testing.assert_close(module.out(mixed.transpose(1, 2).flatten(2)), found.output)
+
+
+@pytest.mark.bad_input
+def test_gates_of_another_size_are_refused() -> None:
+    rows, gates = moh_inputs(6)
+    with pytest.raises(ValueError, match=r"gates must be \(batch, tokens, heads\) \(2, 9, 6\)"):
+        moh_attention(*rows, gates.mT)
+
+
 OPTIONS = {
     "plain": {},
     "grouped": {"kv_heads": 3},
@@ -174,13 +231,12 @@ def test_a_head_that_nobody_chooses_is_skipped_whole() -> None:
 
 def test_heads_that_are_chosen_as_often_run_in_one_call() -> None:
     """Gates of 8 tokens: heads 1 to 3 for half of them, head 4 for one, head 5 for none."""
-    module = MixtureOfHeads(12, heads=6, shared=1, active=1, skip=True)
     gates = torch.zeros(1, 8, 6)
     gates[:, ::2, 1:4], gates[:, 3, 4] = 1.0, 1.0
-    assert module._alike(gates, None, single=False) == [([1, 2, 3], 4), ([4], 1)]
+    assert alike(gates, 1, None, single=False) == [([1, 2, 3], 4), ([4], 1)]
     alone = [([1], 4), ([2], 4), ([3], 4), ([4], 1)]
-    assert module._alike(gates, None, single=True) == alone
-    assert module._alike(gates, 5, single=False) == [([1, 2, 3, 4, 5], 5)]
+    assert alike(gates, 1, None, single=True) == alone
+    assert alike(gates, 1, 5, single=False) == [([1, 2, 3, 4, 5], 5)]
 
 
 def test_operations_fall_with_the_share_of_heads_in_use() -> None:
@@ -355,12 +411,13 @@ def test_graphs_with_a_capacity_drop_no_token(options) -> None:
     torch._dynamo.reset()
     graph = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     spread = torch.randn(2, 41, 12)
-    alike = torch.randn(12).repeat(2, 41, 1)
+    same = torch.randn(12).repeat(2, 41, 1)
     with torch.no_grad():
-        for x in (spread, alike, spread[:, :23].clone()):
+        for x in (spread, same, spread[:, :23].clone()):
             torch.testing.assert_close(graph(x), module(x), rtol=1e-5, atol=1e-6)
-        exported = torch.export.export(module, (spread,)).module()
-        for x in (spread, alike):
+        sizes = {0: torch.export.Dim("b"), 1: torch.export.Dim("n")}
+        exported = torch.export.export(module, (spread,), dynamic_shapes={"x": sizes}).module()
+        for x in (spread, same, spread[:, :23].clone(), spread[:1, :1].clone()):
             torch.testing.assert_close(exported(x)[0], module(x).output, rtol=1e-5, atol=1e-6)
 
 
@@ -379,10 +436,10 @@ def test_graphs_with_a_capacity_compute_so_many_rows() -> None:
             getattr(graph, branch.target)(*given)
         counts.append(counter.get_total_flops())
     routed, width = heads - shared, c // heads
-    rows = -(-n * 5 * active // (4 * routed))
+    rows = 2 + n * 5 * active // (4 * routed)
     each = 4 * c * width + 4 * n * width  # of a row of one head: projections, products
     assert counts == [each * (shared * n + routed * rows), each * heads * n]
-    assert counts[0] == 0.75 * counts[1]
+    assert counts[0] < 0.8 * counts[1]
 
 
 def balance_of_all_tokens_on_every_process(world: int) -> None:

@@ -114,8 +114,45 @@ def test_decoding_token_by_token_equals_one_forward(kernel: int) -> None:
         torch.testing.assert_close(module(x[[1, 0], 4:], cache=twin), whole[[1, 0], 4:])
         cache.crop(0)
         torch.testing.assert_close(module(x, cache=cache), whole)
-        with pytest.raises(ValueError, match="only 0 is possible"):
-            cache.crop(3)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("rollback", [0, 4, 16])
+def test_tokens_can_be_taken_back(kernel: int, rollback: int) -> None:
+    """Every length that can be cropped to, some of them twice, then decoded again."""
+    module, x = build(kernel=kernel), torch.randn(2, 12, 12, dtype=torch.float64)
+    with torch.no_grad():
+        whole = module(x)
+        for length in (12, 11, 8, 0, *([5] if rollback == 16 else [])):
+            if length and 12 - length > rollback:
+                continue
+            cache = module.new_cache(2, 12, rollback=rollback)
+            module(x[:, :7], cache=cache)
+            module(torch.cat([x[:, 7:9], -x[:, 9:]], dim=1), cache=cache)
+            cache.crop(length)
+            if length > 9:  # behind the wrong tokens
+                cache.crop(9 if rollback else 0)
+            at = cache.length
+            found = module(x[:, at:10], cache=cache), module(x[:, 10:], cache=cache)
+            torch.testing.assert_close(torch.cat(found, dim=1), whole[:, at:])
+
+
+@pytest.mark.bad_input
+def test_what_was_not_kept_cannot_be_taken_back() -> None:
+    module = build()
+    cache = module.new_cache(2, 20, rollback=4)
+    with torch.no_grad():
+        module(torch.randn(2, 12, 12, dtype=torch.float64), cache=cache)
+    with pytest.raises(
+        ValueError, match=r"cannot crop 12 tokens to 7: 4 can be taken back, or all"
+    ):
+        cache.crop(7)
+    cache.crop(9)
+    with pytest.raises(ValueError, match=r"cannot crop 9 tokens to 7: 1 can be taken back"):
+        cache.crop(7)
+    assert cache.length == 9
+    with pytest.raises(ValueError, match="rollback must be at least 0"):
+        module.new_cache(2, 20, rollback=-1)
 
 
 def test_scores_depend_on_offsets_not_on_places() -> None:

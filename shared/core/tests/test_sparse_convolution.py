@@ -622,6 +622,26 @@ def test_a_norm_learns_nothing_from_too_few_rows(count: int) -> None:
     assert norm.bias.grad.tolist() == [count] * 3
 
 
+def test_norms_in_place_call_their_hooks() -> None:
+    norm = nn.BatchNorm1d(3).eval()
+    rows = torch.randn(5, 3)
+    with torch.no_grad():
+        wanted = activate_norm_(norm, rows.clone())
+        own = norm.register_forward_hook(lambda module, given, found: found + 1)
+        torch.testing.assert_close(activate_norm_(norm, rows.clone()), wanted + 1)
+        own.remove()
+        before = norm.register_forward_pre_hook(lambda module, given: (given[0] * 0,))
+        assert not torch.allclose(activate_norm_(norm, rows.clone()), wanted)
+        before.remove()
+        told: list[nn.Module] = []
+        every = nn.modules.module.register_module_forward_hook(lambda m, *_: told.append(m))
+        activate_norm_(norm, rows.clone())
+        every.remove()
+        assert told == [norm]
+        given = rows.clone()
+        assert activate_norm_(norm, given) is given
+
+
 @pytest.mark.parametrize("made", [{}, {"affine": False}, {"track_running_stats": False}])
 @pytest.mark.parametrize("count", [0, 5])
 def test_norms_in_place_are_those_with_gradients(made: dict[str, bool], count: int) -> None:
@@ -641,3 +661,18 @@ def test_norms_in_place_are_those_with_gradients(made: dict[str, bool], count: i
         torch.testing.assert_close(found, wanted)
         assert (found is given) == (not made)  # overwritten where the norm is fixed
         torch.testing.assert_close(wanted, norm(F.leaky_relu(rows)) if count else rows)
+
+
+def test_gradients_of_functions_are_those_of_autograd() -> None:
+    x = cloud((7, 6, 8))
+    layer = SubMConv3d(4, 5, 3, backend="torch").double()
+
+    def loss(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        given = {"weight": weight}
+        y = torch.func.functional_call(layer, given, (x.with_features(features),))
+        return y.features.sin().sum()
+
+    found = torch.func.grad(loss, argnums=(0, 1))(x.features, layer.weight)
+    leaves = x.features.clone().requires_grad_(), layer.weight
+    wanted = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(found, wanted)

@@ -11,6 +11,7 @@ from heed_core.attention.tensor import (
     TensorAttention,
     khatri_rao,
     poly_features,
+    poly_pays,
     poly_weights,
     taylor_error,
     tensor_attention,
@@ -139,6 +140,68 @@ def test_the_error_is_below_its_bound() -> None:
     )
 
 
+def pair(method: str, **options) -> tuple[TensorAttention, TensorAttention]:
+    """A module of a method, and the exact one with its weights."""
+    module = TensorAttention(8, heads=4, method=method, degree=2, **options).double()
+    exact = TensorAttention(8, heads=4).double()
+    exact.load_state_dict(module.state_dict())
+    return module, exact
+
+
+def by_poly(module: TensorAttention, x: Tensor, real: Tensor | None = None) -> Tensor:
+    twin = TensorAttention(8, heads=4, method="poly", degree=2).double()
+    twin.load_state_dict(module.state_dict())
+    return twin(x, padding_mask=real)
+
+
+def test_auto_takes_the_polynomial_where_it_is_cheaper_and_close() -> None:
+    """Two channels, degree 2: 6 monomials, which pay from 7 tokens on, where entries are small."""
+    module, exact = pair("auto")
+    long = torch.randn(2, 7, 8, dtype=torch.float64)
+    for x, poly in ((long / 10, True), (long * 10, False), (long[:, :6] / 10, False)):
+        wanted, other = by_poly(module, x), exact(x)
+        assert not torch.equal(wanted, other)
+        assert torch.equal(module(x), wanted if poly else other)
+
+
+def test_padding_has_no_part_in_what_auto_decides() -> None:
+    module, _ = pair("auto")
+    real = torch.arange(9) < torch.tensor([[9], [6]])
+    x = torch.randn(2, 9, 8, dtype=torch.float64) / 10
+    loud = x.masked_fill(~real[..., None], 1e4)
+    assert torch.equal(module(loud, padding_mask=real)[real], by_poly(module, loud, real)[real])
+
+
+def test_a_tighter_tolerance_is_kept() -> None:
+    loose, _ = pair("auto", tolerance=0.5)
+    tight, _ = pair("auto", tolerance=1e-12)
+    x = torch.randn(1, 9, 8, dtype=torch.float64) / 10
+    assert torch.equal(loose(x), by_poly(loose, x))
+    assert not torch.equal(tight(x), by_poly(tight, x))
+
+
+def test_the_polynomial_pays_by_its_number_of_monomials_and_its_bound() -> None:
+    query, key1, key2 = draw(7, 18, 24, size=0.1)[:3]
+    assert poly_pays(query, key1, key2, degree=4)  # 6 * 70 < 18 * 24
+    assert not poly_pays(query, key1[:, :, :17], key2, degree=4)
+    reach = float((query.abs().amax((0, 1, 2)) * key1.abs().amax((0, 1, 2))
+                   * key2.abs().amax((0, 1, 2))).sum()) / 4  # fmt: skip
+    error = taylor_error(reach, 4)
+    assert poly_pays(query, key1, key2, degree=4, tolerance=1.01 * error)
+    assert not poly_pays(query, key1, key2, degree=4, tolerance=0.99 * error)
+
+
+@pytest.mark.bad_input
+def test_a_strict_module_refuses_large_entries_of_real_tokens() -> None:
+    module, _ = pair("poly", strict=True)
+    real = torch.arange(9) < torch.tensor([[9], [6]])
+    x = torch.randn(2, 9, 8, dtype=torch.float64) / 10
+    loud = x.masked_fill(~real[..., None], 1e4)
+    assert torch.equal(module(loud, padding_mask=real), by_poly(module, loud, real))
+    with pytest.raises(ValueError, match=r"scores reach R=.*eps="):
+        module(loud)
+
+
 def test_number_of_parameters() -> None:
     module = TensorAttention(24, heads=3)
     assert sum(p.numel() for p in module.parameters()) == 6 * 24**2 + 6 * 24
@@ -179,3 +242,9 @@ def test_wrong_arguments_are_named() -> None:
         TensorAttention(12, heads=3, method="fast")
     with pytest.raises(ValueError, match="degree must be even"):
         TensorAttention(12, heads=3, degree=5)
+    with pytest.raises(ValueError, match="strict=True has no effect"):
+        TensorAttention(12, heads=3, strict=True)
+    with pytest.raises(ValueError, match=r"tolerance=0\.1 has no effect"):
+        TensorAttention(12, heads=3, method="poly", tolerance=0.1)
+    with pytest.raises(ValueError, match="tolerance must be between 0 and 1"):
+        TensorAttention(12, heads=3, method="auto", tolerance=2.0)

@@ -10,8 +10,7 @@ the same tokens. Peng et al., "ABC: attention with bounded-memory control" (arXi
 code published with arXiv 2210.07661 leaves the sum over earlier tokens out; this one does not.)
 
 Cost per head for n queries, m keys and s slots: time (n + m) s d, memory (n + m) d + s d. Causal,
-in chunks of 16 tokens: time n (s d + 16 (d + s)), memory n (d + 16 s). Compiled, the length may
-change; exported, it is that of the example.
+in chunks of 16 tokens: time n (s d + 16 (d + s)), memory n (d + 16 s).
 
 Sites: `compress_keys` and `compress_values` (b, h, s, m) where not causal, and `attend`, the
 weights of slots (b, h, n, s). An output depends on its own query alone, so that the cross form
@@ -192,11 +191,11 @@ def _written(
     present = split(there, size) > 0
     logits = split(logits, size).masked_fill(~present, -torch.inf)
     # Nothing depends on the largest logit, but for rounding: it has no gradient.
-    top = logits.detach().flatten(2, 3).cummax(dim=2).values
-    top = top.reshape(logits.shape)
-    top = torch.maximum(top, start.top.detach()[:, :, None, None])
-    end = top[..., -1, :]  # (b, h, chunks, s)
-    before = torch.cat([start.top.detach()[:, :, None], end], dim=2)
+    top = logits.detach().cummax(dim=3).values
+    before = torch.cat([start.top.detach()[:, :, None], top[..., -1, :]], dim=2)
+    before = before.cummax(dim=2).values  # (b, h, chunks + 1, s)
+    top = torch.maximum(top, before[:, :, :-1, None])
+    end = before[:, :, 1:]
     size = logits.shape[3]
     later = torch.ones(size, size, dtype=torch.bool, device=rows.device).triu(1)
     away = logits.unsqueeze(3) - top.unsqueeze(4)  # (b, h, chunks, t, j, s)
@@ -213,7 +212,7 @@ def _scores(query: Tensor, written: _Written) -> Tensor:
     """q_t . K~_t,s for all tokens, (b, h, chunks, t, s)."""
     products = query @ written.rows[..., :-1].mT  # (b, h, chunks, t, j)
     state = written.states[:, :, :-1]
-    total = (products.unsqueeze(4) @ written.within).squeeze(4)
+    total = (products.unsqueeze(5) * written.within).sum(4)  # faster than matrices of one row
     total = total + written.into * (query @ state[..., :-1].mT)
     return total / _weight(written)
 
@@ -221,7 +220,7 @@ def _scores(query: Tensor, written: _Written) -> Tensor:
 def _values(shares: Tensor, written: _Written) -> Tensor:
     """sum_s p_t,s V~_t,s, (b, h, chunks, t, e)."""
     shares = shares / _weight(written)
-    direct = (written.within @ shares.unsqueeze(-1)).squeeze(-1)  # (b, h, chunks, t, j)
+    direct = (written.within * shares.unsqueeze(4)).sum(5)  # (b, h, chunks, t, j)
     state = written.states[:, :, :-1]
     return direct @ written.rows[..., :-1] + (shares * written.into) @ state[..., :-1]
 

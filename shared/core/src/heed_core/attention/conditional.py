@@ -24,10 +24,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from heed_core import masks
 from heed_core.attention.multi_head import check_heads
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
-from heed_core.tokens import check_tokens
+from heed_core.tokens import check_padding, check_tokens
 
 ConditionCode = Literal["onehot", "mask"]
 
@@ -105,14 +106,14 @@ class ConditionalCrossAttention(nn.Module):
         x: Float[Tensor, "b n c"],
         condition: Int64[Tensor, "*asked"] | None = None,
         *,
-        mask: Bool[Tensor, "b n"] | None = None,
+        padding_mask: Bool[Tensor, "b n"] | None = None,
     ) -> Float[Tensor, "b k c"]:
         """Attend.
 
         Args:
             x: Tokens.
             condition: One or several per sample, from 0; all of them if not given.
-            mask: True = real token.
+            padding_mask: True = real token.
 
         Returns:
             A row per condition asked for.
@@ -126,12 +127,9 @@ class ConditionalCrossAttention(nn.Module):
                 (self.value, x),
             )
         )
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-            raise ValueError(
-                f"mask must be boolean {tuple(x.shape[:2])} (batch, tokens), got {mask.dtype} "
-                f"{tuple(mask.shape)}"
-            )
-        allowed = None if mask is None else mask[:, None, None]
+        if padding_mask is not None:
+            check_padding(padding_mask, *x.shape[:2])
+        allowed = None if padding_mask is None else masks.keys(padding_mask)
         mixed: Tensor = self.attend(query, key, value, mask=allowed)
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 

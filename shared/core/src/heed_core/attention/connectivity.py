@@ -124,7 +124,10 @@ class LowRankConnectivity(nn.Module):
         heads: Of the attention; sets the published `scale`.
         reduction: Of the channels.
         threshold: Basis entries up to this are zero.
-        top_coefficients: Largest coefficients of each row that stay.
+        top_coefficients: Largest coefficients of each row that stay; 8, or the rank if it is less,
+            if not given.
+        coefficient_threshold: Coefficients up to this are zero, 0.05 in the published code, and
+            all others stay.
         shared_basis: Use E for U.
         scale: Of the products; heads ** -0.5 if not given.
     """
@@ -138,7 +141,8 @@ class LowRankConnectivity(nn.Module):
         heads: int,
         reduction: int = 2,
         threshold: float = 0.02,
-        top_coefficients: int = 8,
+        top_coefficients: int | None = None,
+        coefficient_threshold: float | None = None,
         shared_basis: bool = False,
         scale: float | None = None,
     ) -> None:
@@ -148,11 +152,23 @@ class LowRankConnectivity(nn.Module):
                 "head_dim, rank, heads and reduction must be positive, tokens at least 2, and "
                 f"reduction must divide head_dim, got {head_dim, rank, heads, reduction, tokens}"
             )
+        if coefficient_threshold is not None and top_coefficients is not None:
+            raise ValueError(
+                "give top_coefficients or coefficient_threshold, got both, "
+                f"{top_coefficients} and {coefficient_threshold}"
+            )
+        if coefficient_threshold is not None and not 0.0 <= coefficient_threshold < 1.0:
+            raise ValueError(
+                f"coefficient_threshold must be in [0, 1), got {coefficient_threshold}"
+            )
+        if top_coefficients is None:
+            top_coefficients = min(8, rank)
         if not 1 <= top_coefficients <= rank:
             raise ValueError(
                 f"top_coefficients must be between 1 and rank={rank}, got {top_coefficients}"
             )
         self.tokens, self.threshold, self.top_coefficients = tokens, threshold, top_coefficients
+        self.coefficient_threshold = coefficient_threshold
         self.scale = heads**-0.5 if scale is None else scale
         self.query = nn.Linear(head_dim, head_dim // reduction)
         self.key = nn.Linear(head_dim, head_dim // reduction)
@@ -205,13 +221,19 @@ class LowRankConnectivity(nn.Module):
             return found @ basis.T
         basis = basis.abs()
         basis = basis.masked_fill(basis <= self.threshold, 0)
-        found = found.masked_fill(~topk_mask(found, self.top_coefficients), 0)
-        return found @ basis.T
+        if self.coefficient_threshold is None:
+            stays = topk_mask(found, self.top_coefficients)
+        else:
+            stays = found > self.coefficient_threshold
+        return found.masked_fill(~stays, 0) @ basis.T
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""
         rank = self.down.shape[1]
-        return f"tokens={self.tokens}, rank={rank}, top_coefficients={self.top_coefficients}"
+        stays = f"top_coefficients={self.top_coefficients}"
+        if self.coefficient_threshold is not None:
+            stays = f"coefficient_threshold={self.coefficient_threshold}"
+        return f"tokens={self.tokens}, rank={rank}, {stays}"
 
 
 class ConnectivityAttention(nn.Module):
@@ -229,6 +251,7 @@ class ConnectivityAttention(nn.Module):
         reduction: Of the predictor's channels.
         threshold: Of the predictor's basis.
         top_coefficients: Of the predictor.
+        coefficient_threshold: Of the predictor, instead of `top_coefficients`.
         shared_basis: Of the predictor.
         qkv_bias: Whether queries, keys and values have a bias.
         prune_rows: Whether a pruned token also attends to nothing.
@@ -254,6 +277,7 @@ class ConnectivityAttention(nn.Module):
         reduction: int = 2,
         threshold: float = 0.02,
         top_coefficients: int | None = None,
+        coefficient_threshold: float | None = None,
         shared_basis: bool = False,
         qkv_bias: bool = True,
         prune_rows: bool = False,
@@ -279,7 +303,8 @@ class ConnectivityAttention(nn.Module):
             heads=heads,
             reduction=reduction,
             threshold=threshold,
-            top_coefficients=min(8, rank) if top_coefficients is None else top_coefficients,
+            top_coefficients=top_coefficients,
+            coefficient_threshold=coefficient_threshold,
             shared_basis=shared_basis,
         )
         self.attend = Attend(dropout=dropout, impl=impl)

@@ -27,7 +27,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
@@ -49,7 +49,7 @@ from heed_core.recurrence import (
     steps,
 )
 from heed_core.sites import Probe
-from heed_core.tokens import check_tokens
+from heed_core.tokens import check_padding, check_tokens
 
 
 def delta_rule(
@@ -293,19 +293,32 @@ class DeltaRuleAttention(nn.Module):
         self.out = nn.Linear(heads * value_dim, dim, bias=out_bias)
 
     def forward(
-        self, x: Float[Tensor, "b n c"], *, cache: StateCache | None = None
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        padding_mask: Bool[Tensor, "b n"] | None = None,
+        cache: StateCache | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Write and read token by token.
 
         Args:
             x: Tokens.
+            padding_mask: True = real token; others write nothing and let nothing fade, wherever
+                they stand.
             cache: From `new_cache`, for decoding.
         """
         check_tokens("x", x, self.dim)
+        if padding_mask is not None:
+            check_padding(padding_mask, *x.shape[:2])
+            x = x.masked_fill(~padding_mask[..., None], 0.0)  # whatever they hold, also NaN
         query, key = self._direction(self.query(x)), self._direction(self.key(x))
         value = self._heads(self.value(x))
         beta = at_least_float32(self.beta(x)).sigmoid().transpose(1, 2)
         log_decay = self._log_decay(x)
+        if padding_mask is not None:
+            beta = beta.masked_fill(~padding_mask[:, None], 0.0)
+            if log_decay is not None:
+                log_decay = log_decay.masked_fill(~padding_mask[:, None], 0.0)
         state = None if cache is None else cache["state"]
         mixed, state = _delta(
             query, key, value, beta, log_decay, state, None, self.form, self.chunk

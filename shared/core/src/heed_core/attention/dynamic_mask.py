@@ -14,8 +14,7 @@ n / block (keep + block) d: queries are taken in blocks, which attend to the key
 keeps. Not causal, all queries keep the same keys: time n keep d. With a mask that differs between
 queries, with blocks of keys, with `keep="positive"` and while observed or steered: time n m d,
 memory n m; blocks of keys with `gather="flex"`: memory n m / block_size, and tiles of 128 x 128
-pairs in which nothing is kept cost nothing. Compiled, the length may change; exported, a causal
-attention has the length of its example.
+pairs in which nothing is kept cost nothing.
 
 The site is `attend`: weights (b, h, n, m), zero for keys that are not kept.
 """
@@ -552,35 +551,42 @@ def _of_blocks(
     kept: Bool[Tensor, "b g blocks t s"],
 ) -> Float[Tensor, "b h blocks t e"]:
     """What some blocks of queries get from the keys that `index` names."""
-    batch, heads, blocks, block, width = rows.shape
-    groups, seen = index.shape[1], index.shape[3]
-    rows = rows.reshape(batch, groups, heads // groups, blocks, block, width).transpose(2, 3)
-    flat = index.flatten(2)
-    keys, values = (_picked(x, flat).reshape(-1, 1, seen, x.shape[3]) for x in (key, value))
+    batch, heads, blocks = rows.shape[:3]
+    groups = index.shape[1]
+    rows = rows.view(batch, groups, heads // groups, *rows.shape[2:]).transpose(2, 3)
+    keys, values = (_picked(x, index).flatten(0, 2).unsqueeze(1) for x in (key, value))
     mixed = site(
-        rows.reshape(-1, heads // groups, block, width),
+        rows.flatten(0, 2),
         keys,
         values,
-        mask=kept.reshape(-1, 1, block, seen),
-        bias=scores.gather(-1, flat).reshape(-1, 1, 1, seen),
+        mask=kept.flatten(0, 2).unsqueeze(1),
+        bias=_picked(scores[..., None], index).flatten(0, 2).mT.unsqueeze(1),
         causal=False,
     )
-    mixed = mixed.reshape(batch, groups, blocks, heads // groups, block, value.shape[3])
-    joined: Tensor = mixed.transpose(2, 3).reshape(batch, heads, blocks, block, value.shape[3])
-    return joined
+    if torch.compiler.is_compiling():  # to split and join axes would guard the number of blocks
+        head = torch.arange(heads, device=mixed.device)[:, None]
+        first = torch.arange(batch, device=mixed.device)[:, None, None] * groups
+        sample = (first + head // (heads // groups)) * blocks
+        sample = sample + torch.arange(blocks, device=mixed.device)
+        return cast(Tensor, mixed[sample, head % (heads // groups)])
+    mixed = mixed.unflatten(0, (batch, groups, blocks))
+    return cast(Tensor, mixed.transpose(2, 3).flatten(1, 2))
 
 
 def _picked(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of every head, (b, g, m, d) and (b, g, k) -> (b, g, k, d)."""
+    """Rows of every head, (b, g, m, d) and (b, g, *k) -> (b, g, *k, d)."""
     batch, groups, length, width = x.shape
-    first = torch.arange(batch * groups, device=x.device).reshape(batch, groups, 1)
+    first = torch.arange(batch * groups, device=x.device)
+    first = first.reshape(batch, groups, *[1] * (index.dim() - 2))
     if x.transpose(1, 2).is_contiguous():  # as projections make them: no need to copy them
-        batches = length * torch.arange(batch, device=x.device)[:, None, None]
+        batches = length * (first // groups)
         first = first % groups
         rows, place = x.transpose(1, 2).reshape(-1, width), (index + batches) * groups + first
     else:
         rows, place = x.reshape(-1, width), index + length * first
-    return rows.index_select(0, place.flatten()).reshape(batch, groups, index.shape[2], width)
+    if torch.compiler.is_compiling():  # cutting what was picked into rows would guard its length
+        return rows[place]
+    return rows.index_select(0, place.flatten()).reshape(*index.shape, width)
 
 
 def dynamic_mask_from_doge(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from heed_core.attention.bilevel import depthwise
 from heed_core.attention.multi_head import check_heads
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
-from heed_core.tokens import check_some, check_tokens
+from heed_core.tokens import check_padding, check_some, check_tokens
 
 
 def enhanced_linear_attention(
@@ -38,7 +38,7 @@ def enhanced_linear_attention(
     value: Float[Tensor, "b h m e"],
     *,
     temperature: Float[Tensor, "#h 1 1"] | None = None,
-    mask: Bool[Tensor, "b m"] | None = None,
+    padding_mask: Bool[Tensor, "b m"] | None = None,
     denominator_min: float = 100.0,
     key_first: bool = True,
 ) -> Float[Tensor, "b h n e"]:
@@ -49,17 +49,17 @@ def enhanced_linear_attention(
         key: Before the ReLU.
         value: What is averaged.
         temperature: Factor of the output, per head; 1 if not given.
-        mask: True = the token may be attended to.
+        padding_mask: True = real token.
         denominator_min: The denominator is at least this.
         key_first: Multiply keys and values first (linear in tokens); otherwise queries and keys
             (quadratic), the same numbers within rounding.
     """
-    _check_qkv(query, key, value, mask)
+    _check_qkv(query, key, value, padding_mask)
     with without_autocast(query):
         q, k, v = (at_least_float32(x) for x in (query.relu(), key.relu(), value))
-        if mask is not None:
-            k = k.masked_fill(~mask[:, None, :, None], 0)
-            v = v.masked_fill(~mask[:, None, :, None], 0)
+        if padding_mask is not None:
+            k = k.masked_fill(~padding_mask[:, None, :, None], 0)
+            v = v.masked_fill(~padding_mask[:, None, :, None], 0)
         total = k.sum(2, keepdim=True)  # (b, h, 1, d)
         denominator = (q @ total.mT).clamp(min=denominator_min)
         mixed = q @ (k.mT @ v) if key_first else (q @ k.mT) @ v
@@ -74,13 +74,13 @@ def enhanced_linear_weights(
     key: Float[Tensor, "b h m d"],
     *,
     temperature: Float[Tensor, "#h 1 1"] | None = None,
-    mask: Bool[Tensor, "b m"] | None = None,
+    padding_mask: Bool[Tensor, "b m"] | None = None,
     denominator_min: float = 100.0,
 ) -> Float[Tensor, "b h n m"]:
     """The effective weights: what each value is multiplied by. Arguments as above."""
     q, k = at_least_float32(query.relu()), at_least_float32(key.relu())
-    if mask is not None:
-        k = k.masked_fill(~mask[:, None, :, None], 0)
+    if padding_mask is not None:
+        k = k.masked_fill(~padding_mask[:, None, :, None], 0)
     products = q @ k.mT
     weights = products / products.sum(-1, keepdim=True).clamp(min=denominator_min)
     return weights if temperature is None else weights * temperature
@@ -126,9 +126,9 @@ class EnhancedLinearAttention(nn.Module):
         self.out = nn.Linear(heads * head_dim, dim)
 
     def forward(
-        self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "b n"] | None = None
+        self, x: Float[Tensor, "b n c"], *, padding_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n c"]:
-        """Attend from every token to every token; `mask` is True where one may be attended to."""
+        """Attend from every token to every token; `padding_mask` is True for real ones."""
         check_tokens("x", x, self.dim)
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -139,7 +139,7 @@ class EnhancedLinearAttention(nn.Module):
             key,
             value,
             temperature=self.temperature,
-            mask=mask,
+            padding_mask=padding_mask,
             denominator_min=self.denominator_min,
         )
         self.probe(
@@ -147,7 +147,7 @@ class EnhancedLinearAttention(nn.Module):
                 query,
                 key,
                 temperature=self.temperature,
-                mask=mask,
+                padding_mask=padding_mask,
                 denominator_min=self.denominator_min,
             )
         )
@@ -273,7 +273,7 @@ def enhanced_linear_block_from_l2vit(state: Mapping[str, Tensor]) -> dict[str, T
     return result
 
 
-def _check_qkv(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+def _check_qkv(query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None) -> None:
     if (
         query.dim() != 4
         or key.dim() != 4
@@ -285,11 +285,5 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -
             "query must be (b, h, n, d), key (b, h, m, d) and value (b, h, m, e), got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be boolean (True = may be attended to), got {mask.dtype}")
-        if tuple(mask.shape) != (key.shape[0], key.shape[2]):
-            raise ValueError(
-                f"mask must be {(key.shape[0], key.shape[2])} (batch, tokens), got "
-                f"{tuple(mask.shape)}"
-            )
+    if padding_mask is not None:
+        check_padding(padding_mask, key.shape[0], key.shape[2])

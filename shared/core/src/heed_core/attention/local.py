@@ -126,6 +126,7 @@ class LocalAttention(ProjectedAttention):
         heads: How many.
         window: Tokens seen on either side; causal, tokens seen in all, the own one included.
         head_dim: Channels of a head; dim / heads if not given.
+        context_dim: Not served: a number raises `UnsupportedPattern`.
         qkv_bias: Whether queries, keys and values have a bias.
         out_bias: Whether the output has a bias.
         dropout: Probability of dropping a weight in training.
@@ -147,6 +148,7 @@ class LocalAttention(ProjectedAttention):
         heads: int,
         window: int = 15,
         head_dim: int | None = None,
+        context_dim: int | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
         dropout: float = 0.0,
@@ -157,6 +159,7 @@ class LocalAttention(ProjectedAttention):
             dim,
             heads=heads,
             head_dim=head_dim,
+            context_dim=context_dim,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
             causal=causal,

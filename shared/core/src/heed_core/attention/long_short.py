@@ -133,8 +133,10 @@ class LongShortAttention(ProjectedAttention):
         heads: How many.
         window: Tokens of a tile.
         landmarks: Summaries of each head.
+        context_dim: Not served: a number raises `UnsupportedPattern`.
         qkv_bias: Whether queries, keys and values have a bias.
         out_bias: Whether the output has a bias.
+        causal: Not served: True raises `UnsupportedPattern`; see `CausalLongShortAttention`.
         dropout: Probability of dropping a weight in training.
         norm_eps: Of the layer norms.
         impl: Back-end of the sites.
@@ -154,13 +156,22 @@ class LongShortAttention(ProjectedAttention):
         heads: int,
         window: int = 15,
         landmarks: int = 16,
+        context_dim: int | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
+        causal: bool = False,
         dropout: float = 0.0,
         norm_eps: float = 1e-5,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__(dim, heads=heads, qkv_bias=qkv_bias, out_bias=out_bias)
+        super().__init__(
+            dim,
+            heads=heads,
+            context_dim=context_dim,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            causal=causal,
+        )
         check_positive(window=window, landmarks=landmarks)
         self.window, self.landmarks = window, landmarks
         self.summarise = nn.Linear(dim, heads * landmarks)

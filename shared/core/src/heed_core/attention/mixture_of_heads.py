@@ -15,9 +15,9 @@ Cost for n queries and m keys, with the share a = (S + K) / (S + E) of heads in 
 per head plus the projections, of which only keys and values are made for every head. To skip,
 tokens are gathered for each routed head, which needs their number: compiled, exported, observed
 and steered calls compute every head and multiply by the gates, with the same result up to rounding.
-With a `capacity`, graphs gather so many times n K / E tokens for each routed head, and compute
-every head only in calls where some head is asked by more: no token is dropped. Exported so, a
-mixture has the length of its example.
+With a `capacity`, graphs that need no gradient gather so many times n K / E tokens for each routed
+head (and up to two more), and compute every head only in calls where some head is asked by more: no
+token is dropped.
 
 The site is `attend`: weights of all heads (b, h, n, m), before the gates. Gates are returned.
 """
@@ -27,17 +27,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import partial
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 
+from heed_core.attend import attend, check_arguments
 from heed_core.attention.multi_head import MultiHeadAttention, check_heads
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
 from heed_core.head_routing import Gating, Routing, balance_loss, mixture_gates, norm_gates
+from heed_core.head_skipping import by_tokens, gate_heads, gather_tokens
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
 from heed_core.tokens import check_tokens, with_padding
@@ -48,11 +51,57 @@ Router = Literal["learned", "norm"]
 SKIP_FROM, SKIP_CAUSAL_FROM = 512, 4096
 """Tokens from which heads are skipped unless told otherwise: below, gathering costs more."""
 
-LEAST_ALIKE = 0.85
-"""Heads are computed together if none has fewer tokens than this share of the most used one's."""
 
-PIECES = 4
-"""Causal calls skip in this many pieces of tokens, each with the keys that it can see."""
+def moh_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b g m d"],
+    value: Float[Tensor, "b g m e"],
+    gates: Float[Tensor, "b n h"],
+    *,
+    mask: Bool[Tensor, "*#mask"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    skip: bool = False,
+    impl: Impl = "auto",
+) -> Float[Tensor, "b h n e"]:
+    """Softmax attention of every head times its gate, which is 0 where a token does not use it.
+
+    Args:
+        query: Of all heads.
+        key: Its g heads divide h, as those of `attend`.
+        value: What is averaged.
+        gates: As of `head_routing.mixture_gates` or `norm_gates`.
+        mask: True = may attend, broadcastable to (b, h, n, m).
+        causal: A query sees keys at or before its own place, aligned bottom-right.
+        scale: Of the products; d ** -0.5 if not given.
+        dropout: Probability of dropping a weight.
+        skip: Compute a head for the tokens with a gate only. This reads the gates, which no graph
+            can: compiled calls compute all.
+        impl: Back-end of `attend`.
+
+    Raises:
+        ValueError: Gates of another size; what `attend` refuses.
+    """
+    wanted = (query.shape[0], query.shape[2], query.shape[1])
+    if tuple(gates.shape) != wanted:
+        raise ValueError(f"gates must be (batch, tokens, heads) {wanted}, got {tuple(gates.shape)}")
+    check_arguments(query, key, value, mask=mask, bias=None, scale=scale, dropout=dropout)
+    run = partial(attend, scale=scale, dropout=dropout, impl=impl)
+    if not skip or torch.compiler.is_compiling():
+        return gate_heads(run(query, key, value, mask=mask, causal=causal), gates.transpose(1, 2))
+    output = query.new_zeros(*query.shape[:3], value.shape[3])
+
+    def ask(head: int, index: Tensor) -> Tensor:
+        return gather_tokens(query[:, head], index)
+
+    def put(heads: list[int], index: Tensor, mixed: Tensor) -> None:
+        for at, head in enumerate(heads):
+            row = index[:, at, :, None].expand(-1, -1, value.shape[3])
+            output[:, head].scatter_add_(1, row, mixed[:, at].to(output.dtype))
+
+    by_tokens(run, ask, put, key, value, gates, mask, shared=0, causal=causal)
+    return output
 
 
 class Mixture(NamedTuple):
@@ -85,9 +134,9 @@ class MixtureOfHeads(nn.Module):
         straight_through: Of the norm router, see `norm_gates`.
         skip: Compute chosen heads only; True or False, or from 512 tokens on (4096 if causal) if
             not given. Where a graph or a record needs all heads, all are computed all the same.
-        capacity: Let compiled and exported graphs skip too: tokens of a routed head over those
-            that it has where heads are used alike, at least 1; 1.25 leaves room for chance. Graphs
-            compute all heads if not given.
+        capacity: Let compiled and exported graphs without gradients skip too: tokens of a routed
+            head over those that it has where heads are used alike, at least 1; 1.25 leaves room for
+            chance. Graphs compute all heads if not given.
         sync_balance: Take the balance loss over all processes, see `head_routing.balance_loss`.
         impl: Back-end of `attend`.
 
@@ -268,11 +317,13 @@ class MixtureOfHeads(nn.Module):
         plain = not torch.compiler.is_compiling() or self.attend.attachments is not None
         if self.capacity is None or plain:
             return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
+            return None  # torch.cond wants gradients of both branches laid out alike
         share = Fraction(self.capacity).limit_denominator(1000) * self.active
         share /= self.heads - self.shared
         if share >= 1:  # room for every token
             return None
-        return (x.shape[1] * share.numerator + share.denominator - 1) // share.denominator
+        return 2 + (x.shape[1] * share.numerator) // share.denominator
 
     def _skips(self, x: Tensor) -> bool:
         if x.is_meta or torch.compiler.is_compiling() or self.attend.attachments is not None:
@@ -319,7 +370,7 @@ class MixtureOfHeads(nn.Module):
         """Every head for every token, times its gate. Without positions queries are turned."""
         query = self._rotated(self._heads(self.query(x)) if query is None else query, positions)
         mixed: Tensor = self.attend(query, key, value, mask=mask)
-        gated = mixed * gates.transpose(1, 2)[..., None].to(mixed.dtype)
+        gated = gate_heads(mixed, gates.transpose(1, 2))
         return cast(Tensor, self.out(gated.transpose(1, 2).flatten(2)))
 
     def _skipping(
@@ -336,60 +387,22 @@ class MixtureOfHeads(nn.Module):
         """Shared heads for all tokens, each routed head for those that chose it, `room` at most."""
         output = self._shared_heads(x, query, key, value, mask, positions, gates)
         first = x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]  # of each sample
-        for start, stop, seen in self._pieces(x.shape[1], key.shape[2], room):
-            masked = mask is not None or self.causal
-            for heads, rows in self._alike(gates[:, start:stop], room, single=masked):
-                index, weight = _rows(gates[:, start:stop, heads], rows)  # (b, heads, rows)
-                index = index + start
-                asking = torch.stack(
-                    [
-                        self._queries(x, query, head, chosen, positions)
-                        for head, chosen in zip(heads, index.unbind(1), strict=True)
-                    ],
-                    dim=1,
+
+        def ask(head: int, index: Tensor) -> Tensor:
+            return self._queries(x, query, head, index, positions)
+
+        def put(heads: list[int], index: Tensor, mixed: Tensor) -> None:
+            for at, head in enumerate(heads):
+                back = F.linear(mixed[:, at], self.out.weight[:, self._channels(head)])
+                output.view(-1, self.dim).index_add_(
+                    0, (index[:, at] + first).flatten(), back.flatten(0, 1)
                 )
-                allowed = None
-                if masked:
-                    sizes = (x.shape[1], key.shape[2], seen)
-                    allowed = self._allowed(mask, index[:, 0], heads[0], *sizes)
-                pair = (self._of_heads(key, heads, seen), self._of_heads(value, heads, seen))
-                mixed = self.attend(asking, *pair, mask=allowed, causal=False)
-                gated = mixed * weight[..., None].to(mixed.dtype)
-                for at, head in enumerate(heads):
-                    back = F.linear(gated[:, at], self.out.weight[:, self._channels(head)])
-                    output.view(-1, self.dim).index_add_(
-                        0, (index[:, at] + first).flatten(), back.flatten(0, 1)
-                    )
+
+        by_tokens(
+            self.attend, ask, put, key, value, gates, mask,
+            shared=self.shared, causal=self.causal, room=room,
+        )  # fmt: skip
         return output
-
-    def _of_heads(self, tokens: Tensor, heads: list[int], seen: int) -> Tensor:
-        """Keys or values that serve some heads, without a copy where they lie side by side."""
-        group = [head * self.kv_heads // self.heads for head in heads]
-        if group == list(range(group[0], group[-1] + 1)):
-            return tokens[:, group[0] : group[-1] + 1, :seen]
-        return tokens[:, group, :seen]
-
-    def _alike(
-        self, gates: Tensor, room: int | None, *, single: bool
-    ) -> list[tuple[list[int], int]]:
-        """Routed heads that are computed together, and the tokens that each gets at most.
-
-        Heads are put together where they were chosen about as often: less is computed in vain than
-        many small calls cost.
-        """
-        routed = range(self.shared, self.heads)
-        if room is not None:
-            return [([head], room) for head in routed] if single else [(list(routed), room)]
-        counts = (gates.detach() != 0).sum(1)
-        most = counts.amax(0).tolist() if counts.numel() else [0] * self.heads
-        found: list[tuple[list[int], int]] = []
-        for head in sorted(routed, key=lambda head: -most[head]):
-            if most[head] == 0:
-                break
-            if single or not found or most[head] < LEAST_ALIKE * found[-1][1]:
-                found.append(([], most[head]))
-            found[-1][0].append(head)
-        return [(sorted(heads), rows) for heads, rows in found]
 
     def _queries(
         self, x: Tensor, query: Tensor | None, head: int, index: Tensor, positions: Tensor | None
@@ -398,9 +411,9 @@ class MixtureOfHeads(nn.Module):
         if query is None:
             rows, bias = self._channels(head), self.query.bias
             weight = self.query.weight[rows]
-            one = F.linear(_gather(x, index), weight, None if bias is None else bias[rows])
+            one = F.linear(gather_tokens(x, index), weight, None if bias is None else bias[rows])
         else:
-            one = _gather(query[:, head], index)
+            one = gather_tokens(query[:, head], index)
         places = None if positions is None else positions.expand(x.shape[0], -1).gather(1, index)
         return self._rotated(one[:, None], places)[:, 0]
 
@@ -436,38 +449,8 @@ class MixtureOfHeads(nn.Module):
         if mask is not None and mask.dim() > 2 and mask.shape[-3] > 1:
             mask = mask[..., : self.shared, :, :]
         mixed: Tensor = self.attend(self._rotated(some, positions), key, value, mask=mask)
-        gated = mixed * gates[..., : self.shared].transpose(1, 2)[..., None].to(mixed.dtype)
+        gated = gate_heads(mixed, gates[..., : self.shared].transpose(1, 2))
         return F.linear(gated.transpose(1, 2).flatten(2), self.out.weight[:, :width], self.out.bias)
-
-    def _pieces(self, queries: int, keys: int, room: int | None) -> list[tuple[int, int, int]]:
-        """Runs of queries: first, behind the last, and how many keys they can see."""
-        if not self.causal or room is not None:  # a graph's length may change
-            return [(0, queries, keys)]
-        step = max(1, -(-queries // PIECES))
-        starts = range(0, queries, step)
-        return [
-            (start, min(start + step, queries), keys - max(0, queries - start - step))
-            for start in starts
-        ]
-
-    def _allowed(
-        self, mask: Tensor | None, index: Tensor, head: int, queries: int, keys: int, seen: int
-    ) -> Tensor | None:
-        """The permission of chosen rows of one head, (b, 1, rows, seen)."""
-        allowed = None
-        if mask is not None:
-            mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-            if mask.shape[1] > 1:
-                mask = mask[:, head : head + 1]
-            mask = mask[..., :seen] if mask.shape[3] > 1 else mask
-            if mask.shape[2] > 1:
-                mask = mask.expand(index.shape[0], -1, -1, -1)
-                mask = mask.gather(2, index[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))
-            allowed = mask
-        if self.causal:
-            past = torch.arange(seen, device=index.device) <= index[..., None] + (keys - queries)
-            allowed = past[:, None] if allowed is None else past[:, None] & allowed
-        return allowed
 
     def _heads(self, tokens: Tensor) -> Tensor:
         batch, length, width = tokens.shape
@@ -539,23 +522,6 @@ def _without_padding(routing: Routing, real: Tensor, shared: int) -> Routing:
     chosen = routing.chosen & real[..., None]
     kept = F.pad(chosen, (shared, 0), value=True)
     return Routing(routing.gates.masked_fill(~kept, 0.0), routing.probabilities, chosen)
-
-
-def _rows(
-    gates: Float[Tensor, "b n h"], room: int
-) -> tuple[Int[Tensor, "b h r"], Float[Tensor, "b h r"]]:
-    """The tokens with a gate, in order, and their gates: 0 where a head has fewer than others."""
-    gates = gates.transpose(1, 2)
-    unused = gates.detach() == 0
-    index = unused.to(torch.uint8).argsort(dim=-1, stable=True)[..., :room]
-    return index, gates.gather(-1, index)
-
-
-def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    batch, length, width = tokens.shape
-    first = length * torch.arange(batch, device=index.device)[:, None]
-    picked = tokens.reshape(-1, width).index_select(0, (index + first).flatten())
-    return picked.view(batch, -1, width)
 
 
 def _check_routing(

@@ -14,8 +14,7 @@ exact. Segments are of real tokens; padding takes part in nothing. `conv` is one
 over places per head, if asked for. (The code published with arXiv 2210.07661 divides queries and
 keys by sqrt d each: `scale=1 / d`.)
 
-Cost per head for n tokens and s landmarks: time 2 n s d + s^3, memory n d. Compiled, the length may
-change; exported, it is that of the example.
+Cost per head for n tokens and s landmarks: time 2 n s d + s^3, memory n d.
 
 Sites: `attend` (b, h, n, s), F_1; `inner` (b, h, s, s), A; `summarise` (b, h, s, n), F_3. Up to s
 tokens there is `attend` alone, (b, h, n, n).
@@ -90,7 +89,8 @@ def nystrom_attention(
         check_padding(padding_mask, key.shape[0], key.shape[2])
     attend, inner, summarise = (Attend(), Attend(), Attend()) if sites is None else sites
     real = None if padding_mask is None else masks.keys(padding_mask)
-    if query.shape[2] <= landmarks:
+    compiling = torch.compiler.is_compiling()  # then no branch may depend on the length
+    if not compiling and query.shape[2] <= landmarks:
         exact: Tensor = attend(query, key, value, mask=real, causal=False)
         return exact
     dtype = query.dtype
@@ -111,8 +111,10 @@ def nystrom_attention(
     with without_autocast(query):
         inverse = iterated_inverse(at_least_float32(matrix))
         spread = (inverse @ at_least_float32(read)).to(dtype)
-        if padding_mask is not None:  # few real tokens: each is a segment, and F_1 is exact
-            few = padding_mask.sum(1) <= landmarks
+        if padding_mask is not None or compiling:
+            # Few real tokens: each is a segment, and F_1 is exact.
+            every = torch.ones(1, key.shape[2], dtype=torch.bool, device=key.device)
+            few = (every if padding_mask is None else padding_mask).sum(1) <= landmarks
             short_value = (weights[:, None] @ rows[2]).to(dtype)
             spread = torch.where(few[:, None, None, None], short_value, spread)
     mixed: Tensor = attend(query, short_key.to(dtype), spread, mask=there, causal=False)
@@ -128,8 +130,10 @@ class NystromAttention(ProjectedAttention):
         landmarks: Segments of the sequence.
         conv_width: Places of the filter of values, odd; no filter if not given.
         head_dim: Channels of a head; dim / heads if not given.
+        context_dim: Not served: a number raises `UnsupportedPattern`.
         qkv_bias: Whether queries, keys and values have a bias.
         out_bias: Whether the output has a bias.
+        causal: Not served: True raises `UnsupportedPattern`.
         dropout: Probability of dropping a weight of F_1 in training.
         scale: Of all products; head_dim ** -0.5 if not given.
         impl: Back-end of the sites.
@@ -150,13 +154,23 @@ class NystromAttention(ProjectedAttention):
         landmarks: int = 16,
         conv_width: int | None = None,
         head_dim: int | None = None,
+        context_dim: int | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
+        causal: bool = False,
         dropout: float = 0.0,
         scale: float | None = None,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__(dim, heads=heads, head_dim=head_dim, qkv_bias=qkv_bias, out_bias=out_bias)
+        super().__init__(
+            dim,
+            heads=heads,
+            head_dim=head_dim,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            context_dim=context_dim,
+            causal=causal,
+        )
         check_positive(landmarks=landmarks)
         if conv_width is not None and (conv_width < 1 or conv_width % 2 == 0):
             raise ValueError(f"conv_width must be odd and at least 1, got {conv_width}")

@@ -12,7 +12,7 @@ a buffer, so that outputs are the same each time; in training a new one is drawn
 
 Cost per head for n tokens: time factor n d ln n, memory n d + factor n ln n. Observed and steered,
 the whole map is made (a lazy query is one whose scores are all 0), and compiled, all products are:
-time n^2 d. Compiled, the length may change; exported, it is that of the example.
+time n^2 d.
 
 The site is `attend`: weights (b, h, n, n). Selecting has no gradient.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,7 +41,8 @@ MOST_SAMPLED = 1 << 20
 SHORT = 32
 """Up to so many tokens the whole map costs no more."""
 
-POWERS_OF_E = tuple(math.floor(math.e**k) for k in range(40))
+POWERS_OF_E = tuple(math.floor(math.e**k) for k in range(24))
+"""Up to 10^10, which no length reaches."""
 
 
 def sample_keys(
@@ -63,12 +64,16 @@ def sample_keys(
         Places of real tokens; -1 where a sample, of fewer tokens, has fewer draws. One row where
         there is no padding mask.
     """
-    count, device = _several(factor, length), seed.device
+    device = seed.device
+    graph = torch.compiler.is_compiling()  # whose length may change: too many draws, not all used
+    count = factor * len(POWERS_OF_E) if graph else _several(factor, length)
     draw = torch.arange(count, device=device)
     counter = torch.arange(length, device=device)[:, None] * 0x9E3779B1
     number = _hashed(counter + draw * 0x85EBCA77 + seed * 0xC2B2AE3D)  # (n, u)
-    if padding_mask is None:
+    if padding_mask is None and not graph:
         return torch.div(number * length, 1 << 32, rounding_mode="floor")[None]
+    if padding_mask is None:
+        padding_mask = torch.ones(1, length, dtype=torch.bool, device=device)
     real = padding_mask.sum(-1)
     rank = torch.div(number * real[:, None, None], 1 << 32, rounding_mode="floor")
     first = padding_mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
@@ -88,7 +93,7 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 def _several(factor: int, length: int) -> int:
-    """min(factor ceil(ln n), n), and 1 for n = 1: by comparisons, which a graph can guard."""
+    """min(factor ceil(ln n), n), and 1 for n = 1."""
     return min(max(1, factor * sum(length > power for power in POWERS_OF_E)), length)
 
 
@@ -130,17 +135,23 @@ def prob_sparse_attention(
     if padding_mask is not None:
         check_padding(padding_mask, key.shape[0], key.shape[2])
     site = Attend() if site is None else site
-    count = _several(factor, n)
+    graph = torch.compiler.is_compiling()
     spread = _spread(query.detach(), key.detach(), sampled, padding_mask)
-    top, index = spread.topk(count, dim=-1)  # (b, h, u)
-    chosen = torch.ones_like(top, dtype=torch.bool)
-    if padding_mask is not None:
-        fits = torch.arange(count, device=top.device) < _several_of(
-            factor, padding_mask.sum(-1)
-        ).unsqueeze(-1)
+    if graph:
+        most = torch.sym_min(factor * len(POWERS_OF_E), n)  # type: ignore[no-untyped-call]
+        first = torch.arange(most, device=query.device)
+        index = spread.argsort(dim=-1, descending=True)[..., first]
+    else:
+        index = spread.topk(_several(factor, n), dim=-1).indices  # (b, h, u)
+    chosen = torch.ones_like(index, dtype=torch.bool)
+    if padding_mask is not None or graph:
+        every = torch.ones(1, n, dtype=torch.bool, device=query.device)
+        length = (every if padding_mask is None else padding_mask).sum(-1)
+        rank = torch.arange(index.shape[2], device=query.device)
+        fits = rank < _several_of(factor, length)[:, None]
         chosen = chosen & fits[:, None]
     real = None if padding_mask is None else masks.keys(padding_mask)
-    short = n <= SHORT and not torch.compiler.is_compiling()
+    short = not graph and n <= SHORT
     if short or site.attachments is not None:
         asking = torch.zeros_like(spread, dtype=torch.bool).scatter(-1, index, chosen)
         whole: Tensor = site(query * asking[..., None], key, value, mask=real, causal=False)
@@ -205,10 +216,13 @@ class ProbSparseAttention(ProjectedAttention):
         heads: How many.
         factor: Of the numbers of queries that attend and of sampled keys.
         head_dim: Channels of a head; dim / heads if not given.
+        context_dim: Not served: a number raises `UnsupportedPattern`.
         qkv_bias: Whether queries, keys and values have a bias.
         out_bias: Whether the output has a bias.
+        causal: Not served: True raises `UnsupportedPattern`.
         dropout: Probability of dropping a weight in training.
-        seed: Of the keys that are sampled in evaluation.
+        seed: Of the keys that are sampled in evaluation. It is saved with the weights, and kept
+            where weights of others, which have none, are loaded.
         impl: Back-end of the site.
 
     Example:
@@ -227,17 +241,38 @@ class ProbSparseAttention(ProjectedAttention):
         heads: int,
         factor: int = 5,
         head_dim: int | None = None,
+        context_dim: int | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
+        causal: bool = False,
         dropout: float = 0.0,
         seed: int = 0,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__(dim, heads=heads, head_dim=head_dim, qkv_bias=qkv_bias, out_bias=out_bias)
+        super().__init__(
+            dim,
+            heads=heads,
+            head_dim=head_dim,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            context_dim=context_dim,
+            causal=causal,
+        )
         check_positive(factor=factor)
         self.factor = factor
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64), persistent=False)
+        self.first_seed = seed
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.attend = Attend(dropout=dropout, impl=impl)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        device = self.seed.device
+        if device.type == "meta":  # then weights may be assigned
+            device = next((x.device for x in state_dict.values()), device)
+        own = torch.tensor(self.first_seed, dtype=torch.int64, device=device)
+        state = {f"{prefix}seed": own} | state_dict
+        super()._load_from_state_dict(state, prefix, *args, **options)
 
     def forward(
         self,

@@ -104,8 +104,10 @@ class RandomizedAttention(ProjectedAttention):
         heads: How many.
         landmarks: Segments of the sequence.
         head_dim: Channels of a head; dim / heads if not given.
+        context_dim: Not served: a number raises `UnsupportedPattern`.
         qkv_bias: Whether queries, keys and values have a bias.
         out_bias: Whether the output has a bias.
+        causal: Not served: True raises `UnsupportedPattern`.
         dropout: Probability of dropping the weight of a landmark in training.
         noisy: Whether training draws omega around mu, from torch's generator.
         impl: Back-end of the sites.
@@ -125,13 +127,23 @@ class RandomizedAttention(ProjectedAttention):
         heads: int,
         landmarks: int = 16,
         head_dim: int | None = None,
+        context_dim: int | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
+        causal: bool = False,
         dropout: float = 0.0,
         noisy: bool = True,
         impl: Impl = "auto",
     ) -> None:
-        super().__init__(dim, heads=heads, head_dim=head_dim, qkv_bias=qkv_bias, out_bias=out_bias)
+        super().__init__(
+            dim,
+            heads=heads,
+            head_dim=head_dim,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            context_dim=context_dim,
+            causal=causal,
+        )
         check_positive(landmarks=landmarks)
         self.landmarks, self.noisy = landmarks, noisy
         self.summarise = Attend(impl=impl)

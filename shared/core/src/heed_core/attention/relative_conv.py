@@ -96,6 +96,10 @@ def relative_scores(
     return terms.gather(-1, index.expand(*query.shape[:2], -1, -1))
 
 
+ROLLBACK = 16
+"""Tokens that a cache can take back unless told otherwise."""
+
+
 class ConvKVCache(KVCache):
     """Keys and values of all tokens, and the last tokens before their convolution.
 
@@ -105,6 +109,7 @@ class ConvKVCache(KVCache):
         max_len: Tokens that fit.
         head_dim: Channels of a head.
         tail: Tokens that a convolution looks back.
+        rollback: Tokens that `crop` can take back, besides all of them.
         dtype: Of keys and values.
         device: Where the memory is.
     """
@@ -117,31 +122,46 @@ class ConvKVCache(KVCache):
         head_dim: int,
         *,
         tail: int,
+        rollback: int = ROLLBACK,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(batch, heads, max_len, head_dim, dtype=dtype, device=device)
+        if rollback < 0:
+            raise ValueError(f"rollback must be at least 0, got {rollback}")
+        self.tail, self.rollback, self._known = tail, rollback, rollback
         self.tails: Float[Tensor, "b 3 h s d"] = torch.zeros(
-            batch, 3, heads, tail, head_dim, dtype=dtype, device=device
+            batch, 3, heads, rollback + tail, head_dim, dtype=dtype, device=device
         )
 
     def shift(self, rows: Float[Tensor, "b 3 h n d"]) -> Float[Tensor, "b 3 h s d"]:
         """The tail of queries, keys and values before these tokens, which it then ends with."""
-        before, size = self.tails, self.tails.shape[3]
-        joined = torch.cat([before, rows], dim=3)
+        size = self.tails.shape[3]
+        before = self.tails[:, :, :, size - self.tail :]
+        joined = torch.cat([self.tails, rows], dim=3)
         self.tails = joined[:, :, :, joined.shape[3] - size :].clone()
+        self._known = min(self.rollback, self._known + rows.shape[3])
         return before
 
     def crop(self, length: int) -> None:
-        """Go back to the start (0) or stay: the tokens before a convolution are not kept."""
-        if length == 0:
-            self.tails = torch.zeros_like(self.tails)
-        elif length != self.length:
+        """Keep the first `length` tokens only.
+
+        Raises:
+            ValueError: More are taken back than `rollback`, and not all.
+        """
+        before, taken = self.length, self.length - length
+        if length > 0 and taken > self._known:
             raise ValueError(
-                f"cannot crop {self.length} tokens to {length}: only 0 is possible, or clone the "
-                "cache before the tokens that may be taken back"
+                f"cannot crop {before} tokens to {length}: {self._known} can be taken back, or "
+                "all; make the cache with a larger rollback, or clone it before"
             )
         super().crop(length)
+        size = self.tails.shape[3]
+        self.tails = F.pad(self.tails[:, :, :, : max(0, size - taken)], (0, 0, min(taken, size), 0))
+        if before > self._known + self.tail:  # else what came in is what was before the first token
+            self._known -= taken
+        if length == 0:
+            self._known = self.rollback
 
     def reorder(self, index: Int[Tensor, " rows"]) -> None:
         """Put row `index[i]` at row i; another number of rows changes the batch."""
@@ -300,13 +320,19 @@ class RelativeConvAttention(nn.Module):
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
     def new_cache(
-        self, batch: int, max_len: int, *, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        max_len: int,
+        *,
+        rollback: int = ROLLBACK,
+        dtype: torch.dtype | None = None,
     ) -> ConvKVCache:
         """An empty cache for decoding.
 
         Args:
             batch: Sequences decoded together.
             max_len: Tokens that it must hold.
+            rollback: Tokens that `crop` can take back, besides all of them.
             dtype: Of keys and values; that of the weights if not given.
         """
         weight = self.key.weight
@@ -316,6 +342,7 @@ class RelativeConvAttention(nn.Module):
             max_len,
             self.head_dim,
             tail=self.kernel - 1,
+            rollback=rollback,
             dtype=weight.dtype if dtype is None else dtype,
             device=weight.device,
         )

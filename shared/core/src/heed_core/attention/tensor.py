@@ -31,8 +31,11 @@ from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.tokens import check_padding, check_tokens
 
-Method = Literal["exact", "poly"]
-"""Softmax over all pairs, or the Taylor polynomial of its exponential."""
+Method = Literal["exact", "poly", "auto"]
+"""Softmax over all pairs, the Taylor polynomial of its exponential, or `poly_pays` decides."""
+
+TOLERANCE = 1e-3
+"""Relative error of entries that `poly_pays` allows."""
 
 
 def tensor_attention(
@@ -136,6 +139,8 @@ def taylor_error(largest: float, degree: int) -> float:
 
     Below 1, it bounds the error of outputs by 2 eps / (1 - eps) max|v1| max|v2|.
     """
+    if largest > 700.0:  # beyond what a float holds
+        return math.inf
     term, total, power = 1.0, 0.0, 0
     while power <= degree or term > 1e-18 * max(total, 1e-300):
         power += 1
@@ -145,6 +150,36 @@ def taylor_error(largest: float, degree: int) -> float:
         if term == 0.0:
             break
     return math.exp(largest) * total
+
+
+def poly_pays(
+    query: Float[Tensor, "b h n d"],
+    key1: Float[Tensor, "b h n1 d"],
+    key2: Float[Tensor, "b h n2 d"],
+    *,
+    degree: int = 4,
+    scale: float | None = None,
+    tolerance: float = TOLERANCE,
+) -> bool:
+    """Whether the polynomial is cheaper than all pairs, 6 rho < n1 n2, and close to them.
+
+    This reads the entries, which no graph can: compiled calls get False.
+
+    Args:
+        query: One row per token that asks; zeros where its output is not needed.
+        key1: First keys; zeros for padding.
+        key2: Second keys; zeros for padding.
+        degree: Of the polynomial.
+        scale: Of the products; default 1 / d.
+        tolerance: Of the bound of the error, see `taylor_error`.
+    """
+    width = query.shape[3]
+    if torch.compiler.is_compiling() or query.is_meta:
+        return False
+    if 6 * math.comb(width + degree, degree) >= key1.shape[2] * key2.shape[2]:
+        return False
+    largest = _largest_score(query, key1, key2, 1.0 / width if scale is None else scale)
+    return taylor_error(largest, degree) < tolerance
 
 
 def tensor_attention_poly(
@@ -226,8 +261,11 @@ class TensorAttention(nn.Module):
         causal: Both keys of a pair at or before the query.
         distinct: Forbid pairs of twice the same token.
         scale: Of the products; 1 / head_dim if not given.
-        method: Exact, or by polynomials.
+        method: Exact, by polynomials, or in each call the cheaper one that is close enough; graphs
+            are then exact. One call decides for all its samples.
         degree: Of the polynomial.
+        strict: With `method="poly"`, refuse entries for which the error has no bound.
+        tolerance: With `method="auto"`, of the bound of the polynomial's error; 1e-3 if not given.
         impl: Who runs the tiles of the exact form, see `kernels.pair_softmax`.
 
     Example:
@@ -248,19 +286,19 @@ class TensorAttention(nn.Module):
         scale: float | None = None,
         method: Method = "exact",
         degree: int = 4,
+        strict: bool = False,
+        tolerance: float | None = None,
         impl: KernelImpl = "auto",
     ) -> None:
         super().__init__()
         check_heads(dim, heads, heads, head_dim)
-        if method not in get_args(Method):
-            raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
         _check_degree(degree)
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.causal, self.distinct, self.scale = causal, distinct, scale
-        if method == "poly" and impl != "auto":
-            raise ValueError(f"impl={impl!r} has no effect on method='poly'")
-        self.method, self.degree = method, degree
+        _check_method(method, strict, tolerance, impl)
+        self.method, self.degree, self.strict = method, degree, strict
+        self.tolerance = TOLERANCE if tolerance is None else tolerance
         self.impl: KernelImpl = impl
         width = heads * head_dim
         self.query = nn.Linear(dim, width, bias=qkv_bias)
@@ -284,7 +322,7 @@ class TensorAttention(nn.Module):
             check_padding(padding_mask, *x.shape[:2], of="tokens")
         layers = (self.query, self.key1, self.key2, self.value1, self.value2)
         rows = [self._heads(layer(x)) for layer in layers]
-        if self.method == "poly":
+        if self._by_polynomial(rows, padding_mask):
             mixed = tensor_attention_poly(
                 *rows,
                 degree=self.degree,
@@ -306,6 +344,21 @@ class TensorAttention(nn.Module):
                 impl=self.impl,
             )
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def _by_polynomial(self, rows: list[Tensor], padding_mask: Tensor | None) -> bool:
+        if self.method == "exact" or (self.method == "poly" and not self.strict):
+            return self.method == "poly"
+        query, key1, key2 = rows[:3]
+        if padding_mask is not None:
+            hidden = ~padding_mask[:, None, :, None]
+            query, key1, key2 = (x.masked_fill(hidden, 0.0) for x in (query, key1, key2))
+        if self.method == "poly":
+            scale = 1.0 / self.head_dim if self.scale is None else self.scale
+            _check_entries(query, key1, key2, scale, self.degree)
+            return True
+        return poly_pays(
+            query, key1, key2, degree=self.degree, scale=self.scale, tolerance=self.tolerance
+        )
 
     def _heads(self, tokens: Tensor) -> Tensor:
         batch, length, _ = tokens.shape
@@ -378,9 +431,29 @@ def _check_poly(
         )
 
 
+def _largest_score(query: Tensor, key1: Tensor, key2: Tensor, scale: float) -> float:
+    """A bound of all scores, by the largest entry of each channel."""
+    if 0 in (query.numel(), key1.numel(), key2.numel()):
+        return 0.0
+    tops = [at_least_float32(x.detach()).abs().amax((0, 1, 2)) for x in (query, key1, key2)]
+    return abs(scale) * float((tops[0] * tops[1] * tops[2]).sum())
+
+
+def _check_method(method: Method, strict: bool, tolerance: float | None, impl: KernelImpl) -> None:
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
+    if method == "poly" and impl != "auto":
+        raise ValueError(f"impl={impl!r} has no effect on method='poly'")
+    if strict and method != "poly":
+        raise ValueError(f"strict=True has no effect without method='poly', got {method!r}")
+    if tolerance is not None and method != "auto":
+        raise ValueError(f"tolerance={tolerance} has no effect without method='auto'")
+    if tolerance is not None and not 0.0 < tolerance < 1.0:
+        raise ValueError(f"tolerance must be between 0 and 1, got {tolerance}")
+
+
 def _check_entries(query: Tensor, key1: Tensor, key2: Tensor, scale: float, degree: int) -> None:
-    tops = [x.detach().abs().amax((0, 1, 2)) for x in (query, key1, key2)]
-    largest = abs(scale) * float((tops[0] * tops[1] * tops[2]).sum())
+    largest = _largest_score(query, key1, key2, scale)
     error = taylor_error(largest, degree)
     if error >= 1.0:
         raise ValueError(

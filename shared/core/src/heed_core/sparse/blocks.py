@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules import module as registry
 
 from heed_core.sparse.backends import BackendName
 from heed_core.sparse.convolution import Size, SparseConv3d, SubMConv3d
@@ -32,18 +33,25 @@ def activate_norm_(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Te
     """LeakyReLU(0.01), then batch normalisation; `rows` are overwritten.
 
     Where nothing is to be learnt from them no new rows are made: for large clouds the system takes
-    longer to hand out memory than the norm takes to compute.
+    longer to hand out memory than the norm takes to compute. A norm with hooks, its own or those of
+    all modules, is called.
     """
     rows = F.leaky_relu_(rows, NEGATIVE_SLOPE)
     learning = norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
     mean, variance = norm.running_mean, norm.running_var
-    if learning or not norm.affine or mean is None or variance is None:
+    if learning or _hooked(norm) or not norm.affine or mean is None or variance is None:
         return norm_rows(norm, rows)
     scale = norm.weight * (variance + norm.eps).rsqrt()
     shift = norm.bias - mean * scale
     if rows.dtype != scale.dtype:
         return norm_rows(norm, rows)
     return torch.addcmul(shift, rows, scale, out=rows)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody is told when the module is called."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or registry._global_forward_hooks or registry._global_forward_pre_hooks)
 
 
 class ConvActNorm(nn.Module):

@@ -142,6 +142,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         unseen=(_PADDING,),
         symmetries=(_TOKENS,),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
     ),
     Mechanism(
         name="bounded-memory-causal",
@@ -153,6 +154,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         unseen=(_FUTURE,),
         wrong=_WRONG_TOKENS,
+        dynamic={"x": {1: "n"}},
         excused={
             "symmetry": _ORDERED,
             "observe": "its site mixes slots; values are sums that every token sees otherwise",
@@ -169,6 +171,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         unseen=(_OF_CONTEXT,),
         symmetries=(_ASKING, _CONTEXT),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK, *_WRONG_CONTEXT),
+        dynamic={"x": {1: "n"}, "context": {1: "m"}, "padding_mask": {1: "m"}},
     ),
     Mechanism(
         name="performer",
@@ -262,6 +265,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         unseen=(_PADDING,),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
         excused={"symmetry": _BY_PLACE},
     ),
     Mechanism(
@@ -275,6 +279,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         unseen=(_PADDING,),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
         excused={"symmetry": "the keys that a query is measured by are drawn for its place"},
     ),
     Mechanism(

@@ -59,7 +59,7 @@ def _conditional(module: nn.Module, inputs: Inputs) -> Tensor:
     query = linear(module.query, linear(embedding.linear, code))[:, None]
     key, value = linear(module.key, x), linear(module.value, x)
     cut = [_heads(t, module.heads) for t in (query, key, value)]
-    mixed = naive_attention(*cut, mask=inputs["mask"][:, None, None])
+    mixed = naive_attention(*cut, mask=inputs["padding_mask"][:, None, None])
     return linear(module.out, mixed.transpose(1, 2).flatten(2))
 
 
@@ -102,7 +102,7 @@ def _masked(batch: int, size: int) -> Inputs:
 def _asked(batch: int, size: int) -> Inputs:
     real = torch.arange(size) < size - 1 - torch.arange(batch)[:, None] % 2
     condition = torch.arange(batch) % 2 + 1
-    return {**_tokens(batch, size), "condition": condition, "mask": real}
+    return {**_tokens(batch, size), "condition": condition, "padding_mask": real}
 
 
 def _spoilt(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Inputs]:
@@ -168,16 +168,16 @@ REDUCED_MECHANISMS: tuple[Mechanism, ...] = (
         inputs=_asked,
         reference=_conditional,
         exponent=1.0,
-        unseen=(unseen_masked(("x",), "mask", axis=1),),
-        symmetries=(permutation(("x", "mask"), axis=1, out_axis=None),),
+        unseen=(unseen_masked(("x",), "padding_mask", axis=1),),
+        symmetries=(permutation(("x", "padding_mask"), axis=1, out_axis=None),),
         wrong=(
             *_WRONG,
             (_spoilt("condition", lambda c: c + 1), "condition must be within 0..2, got 2..3"),
             (_spoilt("condition", lambda c: c.float()), "condition must hold int64 numbers"),
             (_spoilt("condition", lambda c: c[:1]), "condition must be (batch 2,)"),
-            (_spoilt("mask", lambda m: m[:, 1:]), "mask must be boolean"),
+            (_spoilt("padding_mask", lambda m: m[:, 1:]), "padding_mask must be"),
         ),
-        dynamic={"x": {1: "n"}, "mask": {1: "n"}},
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
     ),
     Mechanism(
         name="class-block",

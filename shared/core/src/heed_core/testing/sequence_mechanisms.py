@@ -124,16 +124,22 @@ def _linear_gated(module: nn.Module, inputs: Inputs) -> Tensor:
 def _delta_gated(module: nn.Module, inputs: Inputs) -> Tensor:
     """The recurrence, token by token."""
     module = cast(DeltaRuleAttention, module)
-    x, width = inputs["x"], module.head_dim
+    x, width, real = inputs["x"], module.head_dim, inputs.get("padding_mask")
+    if real is not None:
+        x = x.masked_fill(~real[..., None], 0.0)
+    asked = [_heads(layer, x, width) for layer in (module.query, module.key)]
+    squares = [rows.square().sum(-1, keepdim=True) for rows in asked]
     query, key = (
-        rows / rows.square().sum(-1, keepdim=True).sqrt()
-        for rows in (_heads(module.query, x, width), _heads(module.key, x, width))
+        rows / (square + (square == 0)).sqrt() for rows, square in zip(asked, squares, strict=True)
     )
     value = _heads(module.value, x, module.value_dim)
     beta = _heads(module.beta, x, 1).sigmoid()[..., None]
     gate = _heads(cast(nn.Module, module.gate), x, 1)[..., None]
     rate = cast(Tensor, module.log_rate).exp()[:, None, None, None]
     decay = (-rate * (1 + gate.exp()).log()).exp()
+    if real is not None:
+        beta = beta.masked_fill(~real[:, None, :, None, None], 0.0)
+        decay = decay.masked_fill(~real[:, None, :, None, None], 1.0)
     state = torch.zeros_like(key[:, :, 0, :, None] * value[:, :, 0, None])
     rows = []
     for t in range(x.shape[1]):
@@ -192,7 +198,9 @@ def _mixture(module: nn.Module, inputs: Inputs) -> Tensor:
     return _linear(mixture.out, _joined(gates * mixed))
 
 
-def _built_mixture(dropout: float, *, causal: bool, kv_heads: int) -> nn.Module:
+def _built_mixture(
+    dropout: float, *, causal: bool, kv_heads: int, capacity: float | None = None
+) -> nn.Module:
     mixture = MixtureOfHeads(
         12,
         heads=6,
@@ -202,6 +210,7 @@ def _built_mixture(dropout: float, *, causal: bool, kv_heads: int) -> nn.Module:
         kv_heads=kv_heads,
         causal=causal,
         dropout=dropout,
+        capacity=capacity,
     )
     width = mixture.key.out_features
     # A bias of keys shifts a row of scores by one number: its gradient is rounding alone.
@@ -434,6 +443,24 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         },
     ),
     Mechanism(
+        name="delta-rule-padded",
+        build=lambda dropout: DeltaRuleAttention(12, heads=3, value_dim=5, gated=True, chunk=4),
+        inputs=_tokens,
+        reference=_delta_gated,
+        exponent=1.0,
+        unseen=(
+            unseen_future("x", axis=1),
+            Unseen(name="padding", change=_loud_padding, select=lambda out: out[:, :-_HIDDEN]),
+        ),
+        wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
+        excused={
+            "symmetry": _ORDERED,
+            "eval-deterministic": _NO_DROPOUT,
+            "observe": _NO_SOFTMAX,
+        },
+    ),
+    Mechanism(
         name="mixture-of-heads",
         build=lambda dropout: _built_mixture(dropout, causal=False, kv_heads=3),
         inputs=_tokens,
@@ -458,6 +485,17 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         excused={"symmetry": _ORDERED},
     ),
     Mechanism(
+        name="mixture-of-heads-capacity",
+        build=lambda dropout: _built_mixture(dropout, causal=True, kv_heads=3, capacity=1.2),
+        inputs=_row,
+        reference=_mixture,
+        exponent=2.0,
+        unseen=(unseen_future("x", axis=1),),
+        wrong=_WRONG_TOKENS,
+        dynamic={"x": {1: "n"}},
+        excused={"symmetry": _ORDERED},
+    ),
+    Mechanism(
         name="dynamic-mask-causal",
         build=lambda dropout: DynamicMaskAttention(
             12, heads=4, kv_heads=2, head_dim=4, keep=3, dropout=dropout
@@ -471,6 +509,7 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
             Unseen(name="padding", change=_loud_padding, select=lambda out: out[:, :-_HIDDEN]),
         ),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
         excused={"symmetry": _ORDERED},
     ),
     Mechanism(

@@ -259,7 +259,7 @@ def lepe_attention(module: nn.Module, inputs: Inputs) -> Tensor:
 def enhanced_linear(module: nn.Module, inputs: Inputs) -> Tensor:
     """Enhanced linear attention, query by query."""
     module = cast(EnhancedLinearAttention, module)
-    x, mask = inputs["x"], inputs.get("mask")
+    x, mask = inputs["x"], inputs.get("padding_mask")
     query, key, value = (
         linear(layer, x).view(*x.shape[:2], module.heads, -1)
         for layer in (module.query, module.key, module.value)

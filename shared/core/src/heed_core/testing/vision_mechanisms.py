@@ -73,7 +73,11 @@ def _fixed_key_biases(module: nn.Module) -> nn.Module:
 def _tokens(batch: int, size: int) -> Inputs:
     mask = torch.ones(batch, size, dtype=torch.bool)
     mask[1::2, -2:] = False
-    return {"x": torch.randn(batch, size, 8), "mask": mask}
+    return {"x": torch.randn(batch, size, 8), "padding_mask": mask}
+
+
+def _loud_padding(inputs: Inputs) -> Inputs:
+    return {**inputs, "x": inputs["x"].masked_fill(~inputs["padding_mask"][..., None], 1e4)}
 
 
 def _turned_layers(x: Tensor) -> Tensor:
@@ -361,15 +365,16 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         reference=formula.enhanced_linear,
         exponent=1.0,
         unseen=(
-            Unseen(name="masked", change=_loud_hidden_cells, select=lambda output: output[:, :-2]),
+            Unseen(name="padding", change=_loud_padding, select=lambda output: output[:, :-2]),
         ),
-        symmetries=(permutation(("x", "mask"), axis=1, out_axis=1),),
+        symmetries=(permutation(("x", "padding_mask"), axis=1, out_axis=1),),
         wrong=(
             (_spoilt("x", lambda x: x[..., :-1]), "x must be (batch, tokens, 8)"),
             (_spoilt("x", lambda x: x[0]), "x must be (batch, tokens, 8)"),
-            *_WRONG_MASK,
+            (_spoilt("padding_mask", lambda x: x[:, 1:]), "padding_mask must be"),
+            (_spoilt("padding_mask", lambda x: x.float()), "padding_mask must be boolean"),
         ),
-        dynamic={"x": {1: "n"}, "mask": {1: "n"}},
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
         excused={"eval-deterministic": _NO_DROPOUT, "observe": _NO_SOFTMAX},
     ),
     Mechanism(

@@ -44,10 +44,13 @@ def _by_table(
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
-        ctx.save_for_backward(features, weight)
-        ctx.rulebook = rulebook
+    def forward(features: Tensor, weight: Tensor, rulebook: Rulebook) -> Tensor:
         return _multiply_add(features, weight.permute(1, 2, 0), rulebook)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Rulebook], output: Tensor) -> None:
+        features, weight, ctx.rulebook = inputs
+        ctx.save_for_backward(features, weight)
 
     @staticmethod
     @once_differentiable
