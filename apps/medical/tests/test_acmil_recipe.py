@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -208,6 +209,15 @@ def test_settings_without_sense_are_refused(make, told: str):
         make()
 
 
+def test_a_training_tells_which_slides_it_leaves_out(data: Path, tmp_path: Path):
+    root = shutil.copytree(data, tmp_path / "slides")
+    rows = (root / "labels.csv").read_text().splitlines()
+    (root / "labels.csv").write_text("\n".join(row for row in rows if row[:2] != "s1") + "\n")
+    code, err = said("train", "acmil", "--data", root, "--out", tmp_path / "run", *QUICK)
+    assert code == 0
+    assert "3 slides have no label and are left out (s1, s10, s11)" in err
+
+
 def test_features_of_pictures_are_trained_on(tmp_path: Path):
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
@@ -241,6 +251,47 @@ def test_features_of_pictures_are_trained_on(tmp_path: Path):
     code, err = said("features", tmp_path / "images", "--encoder", "resnet10t", "--out", tmp_path)
     assert code == 2
     assert "p0.png: cannot be read as a picture" in err
+
+
+def test_features_of_tiles_are_trained_on(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    rows = ["slide_id,label"]
+    for number in range(10):
+        rows.append(f"s{number},{number % 2}")
+        (tmp_path / "tiles" / f"s{number}").mkdir(parents=True)
+        for x, y in ((0, 0), (32, 0), (32, 32)):
+            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            pixels[..., number % 2] //= 3
+            Image.fromarray(pixels).save(tmp_path / "tiles" / f"s{number}" / f"{x}_{y}.png")
+    bags = tmp_path / "bags"
+    words = ("features", tmp_path / "tiles", "--tiles", "--encoder", "resnet10t", "--out", bags)
+    words = (*words, "--tiling.tile", 32)
+    for flags, told in (
+        (("--tiling.overlap", 0.5), "only tiling.tile"),
+        (("--tissue.saturation", 0.5), "tissue has no effect with tiles"),
+        (("--batch", 0), "batch must be at least 1"),
+    ):
+        code, err = said(*words, *flags)
+        assert code == 2
+        assert told in err
+    broken = tmp_path / "tiles" / "s4" / "32_0.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    found = call(APP, *words, "--on-error", "skip")
+    assert [row["slide"] for row in found["slides"]] == [f"s{n}" for n in range(10) if n != 4]
+    assert "s4/32_0.png: cannot be read as a picture" in found["skipped"][0]
+    broken.write_bytes(whole)
+    states = {row["slide"]: row["state"] for row in call(APP, *words)["slides"]}
+    assert states.pop("s4") == "written"
+    assert set(states.values()) == {"kept"}
+    code, err = said(*(word for word in words if word != "--tiles"))
+    assert code == 2
+    assert "has the name of" in err
+    assert "add --tiles" in err
+    (bags / "labels.csv").write_text("\n".join(rows))
+    call(APP, "train", "acmil", "--data", bags, "--out", tmp_path / "run", *QUICK)
+    call(APP, "explain", tmp_path / "run", bags / "h5_files" / "s3.h5", "--out", tmp_path / "seen")
+    assert (tmp_path / "seen" / "s3_heatmap.png").stat().st_size > 0
 
 
 def trained_auc(kind: str, data: Path, out: Path, *flags: object) -> dict[str, float]:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import importlib
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +176,7 @@ def mimic(tmp_path: Path) -> tuple[Path, Path]:
     note = cxr / "files/p10/p10000001/s501.txt"
     note.parent.mkdir(parents=True)
     note.write_text(" EXAM: chest\n FINDINGS:  Edema\n  in both lungs.\n IMPRESSION: Edema.\n")
+    note.with_name("s502.txt").write_text("FINDINGS: ___ told Dr. ___ at 10:45 AM. IMPRESSION:\n")
     records = [
         ("10000001", "41", "2180-02-15 10:00:00"),
         ("10000001", "42", "2180-03-02 10:00:00"),
@@ -320,11 +322,47 @@ def test_prompts_are_scored_by_finding(made: Path, tmp_path: Path):
     assert found["findings"][0]["auroc"] == pytest.approx(area)
     hits = labels[np.arange(4), call_findings(scores)].mean()
     assert found["called"][0]["called right"] == pytest.approx(hits)
-    other = call(APP, *words, "--data.prompts", f"{FINDINGS[0]}=sunshine|rain")
+    flags = ("--data.contrast", "--data.prompts", f"{FINDINGS[0]}=sunshine|rain")
+    other = call(APP, *words, *flags)
     assert other["prompts"][0]["prompts"] == "sunshine | rain"
+    assert [row["denials"] for row in other["prompts"]] == ["", f"no {FINDINGS[1]}"]
     assert first_finding_alone({"a": 0, "b": 1, "c": 1, "d": None}) == {
         "a": 0, "b": 1, "c": 0, "d": None,
     }  # fmt: skip
+
+
+def test_denials_are_taken_off_the_nearest_prompt(made: Path, tmp_path: Path):
+    one, other = FINDINGS[:2]
+
+    def scores(name: str, *flags: object) -> np.ndarray:
+        words = ("zero-shot", made / "run", "--device", "cpu", "--out", tmp_path / f"{name}.csv")
+        call(APP, *words, *flags)
+        cases = read_csv(tmp_path / f"{name}.csv")
+        return np.array([[float(r[f"{m} {one}"]) for m in ("xray", "ecg")] for r in cases])
+
+    asked = scores("asked")
+    denied = scores("denied", "--data.prompts", f"{one}=no {one}")
+    sun = scores("sun", "--data.prompts", f"{one}=sun")
+    assert scores("both", "--data.contrast") == pytest.approx(asked - denied, abs=1e-5)
+    best = np.maximum(asked, sun) - np.maximum(denied, sun)
+    table = tmp_path / "prompts.csv"
+    table.write_text(
+        f"finding,prompt,denial\n{one},{one} is present,no {one}\n{one},sun,sun\n{other},rain,\n"
+    )
+    assert scores("table", "--data.prompt-file", table) == pytest.approx(best, abs=1e-5)
+    found = call(APP, "zero-shot", made / "run", "--data.prompt-file", table, "--device", "cpu")
+    assert found["prompts"][0] == {
+        "finding": one, "prompts": f"{one} is present | sun", "denials": f"no {one} | sun",
+    }  # fmt: skip
+    predicted = tmp_path / "predicted"
+    words = ("--data.prompt-file", table, "--out", predicted, "--device", "cpu")
+    call(APP, "predict", made / "run", made / "data" / "images" / "test0.png", *words)
+    findings = json.loads((predicted / "test0.json").read_text())["findings"]
+    assert findings["xray"][one] == pytest.approx(best[0, 0], abs=1e-5)
+    table.write_text("finding,prompt\nOdema,fluid\n")
+    for verb in ("zero-shot", "evaluate"):
+        line = refusal(APP, verb, made / "run", "--data.prompt-file", table, "--device", "cpu")
+        assert "prompts.csv, row 2: names 'Odema', which is none of the findings" in line
 
 
 def test_a_probe_reads_what_a_random_tower_lets_through(made: Path, tmp_path: Path):
@@ -373,7 +411,9 @@ def test_verbs_of_more_refuse_runs_of_others(made: Path, tmp_path: Path):
         (("retrieve", "TMP/broken.png", "--among", "DATA"), "broken.png: "),
         (("zero-shot", "--split", "tset"), "has no study of the split 'tset'"),
         (("zero-shot", "--data", "none"), "none: no such file or folder"),
-        (("zero-shot", "--data.prompts", "Odema=Edema"), "prompts must be of the findings"),
+        (("zero-shot", "--data.prompts", "Odema=Edema"), "denials must be of the findings"),
+        (("zero-shot", "--data.prompts", f"{FINDINGS[0]}=___"),
+         f"the prompts of '{FINDINGS[0]}' hold no words: ('___',)"),
         (("zero-shot", "--data.labels", "Odema"), "has no column 'Odema'"),
         (("zero-shot", "--out", "TMP/there.csv"), "there.csv: is there already"),
         (("probe", "--embed", "xray", "xray"), "embed must be one or more different"),

@@ -29,7 +29,7 @@ from heed_medical_cli.medusa import (
     predictions_of,
 )
 from heed_runtime.draws import Batches, Draws
-from heed_runtime.testing.contract import refusal, spoken
+from heed_runtime.testing.contract import call, refusal, spoken
 
 TINY = (
     *("--data.size", "64", "64", "--data.body-size", "32", "32"),
@@ -250,7 +250,8 @@ def test_cases_without_labels_make_batches():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--data.body-size", "40", "32"), "body_size"),
+        (("--data.body-size", "40", "33"), "body_size must be multiples of"),
+        (("--data.body-size", "0", "32"), "body_size must be two positive numbers"),
         (("--data.size", "32", "32"), "size must be 64 or more"),
         (("--model.attention", "se", "--training.alternate", "2"), "alternate has no effect"),
         (("--data.threshold", "0.3", "--data.decision", "calibrated"), "no effect"),
@@ -265,6 +266,20 @@ def test_settings_that_cannot_work_are_one_line(
     words = ("train", "medusa", "--data", made / "chests", "--out", tmp_path / "run", *TINY)
     assert said in refusal(APP, *words, "--device", "cpu", *flags)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_sizes_that_do_not_fit_are_padded(made: Path, tmp_path: Path):
+    sizes = ("--model.pad", "--data.size", "50", "60", "--data.body-size", "33", "44")
+    words = ("train", "medusa", "--data", made / "chests", "--out", tmp_path / "run", *TINY)
+    call(APP, *words, "--device", "cpu", "--trainer.max-steps", "1", *sizes)
+    call(APP, "evaluate", tmp_path / "run", "--device", "cpu")
+    picture = made / "chests" / "test" / "chest_0001.png"
+    call(APP, "explain", tmp_path / "run", picture, "--out", tmp_path / "seen", "--device", "cpu")
+    (found,) = (tmp_path / "seen").rglob("*.npz")
+    arrays = np.load(found)
+    assert {arrays[name].shape for name in ("gate1", "gate4", "evidence")} == {(50, 60)}
+    assert arrays["body_mask"].shape == (33, 44)
+    call(APP, "export", tmp_path / "run", "--out", tmp_path / "m.pt2")
 
 
 def test_a_broken_picture_stops_or_is_skipped(chests: Path, made: Path, tmp_path: Path):

@@ -59,7 +59,7 @@ def test_rows_that_are_left_out_are_listed(recipe: MoreRecipe | MoreFindingsReci
         assert len(data.skipped) == 3
         assert all(part in line for part, line in zip(parts, data.skipped, strict=True))
     assert len(recipe.inputs(planned, [root]).skipped) == 2
-    with pytest.raises(InputError, match="row 16: has '2' for Edema"):
+    with pytest.raises(InputError, match="row 16: has Edema = '2'"):
         recipe.plan(preset, root)
 
 

@@ -44,10 +44,11 @@ def test_more_joins_what_belongs_together(tmp_path: Path):
     """Modalities meet by their report; with reports of other studies they do not."""
     data = sample("more", tmp_path / "data")
     found = scores(trained("more", data, tmp_path / "run"))
-    for pair in ("text_to_xray", "text_to_ecg", "ecg_to_text"):
+    for pair in ("text_to_xray", "text_to_ecg"):
+        assert found[f"{pair}_finding_precision@1"] > 0.9, (pair, found)
+    for pair in ("xray_to_text", "ecg_to_text"):
         assert found[f"{pair}_finding_precision@1"] > 0.8, (pair, found)
-    assert found["xray_to_text_finding_precision@1"] > 0.6
-    assert found["xray_to_ecg_finding_precision@1"] > 0.5  # never trained as a pair; chance 0.125
+    assert found["xray_to_ecg_finding_precision@1"] > 0.8  # never trained as a pair; chance 0.125
     assert found["xray_zero_shot_auroc"] > 0.75
     there, elsewhere = relevance_of_findings(tmp_path / "run", data)
     assert there > 3, there  # times what an even map has

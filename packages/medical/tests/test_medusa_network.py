@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from heed_core.errors import InputError
 from heed_medical.medusa import (
@@ -387,3 +388,51 @@ def test_the_wiring_learns_where_squares_lie():
     with torch.no_grad():
         logits = model.eval()(pictures.expand(-1, 3, -1, -1), standardise(pictures))
     assert (logits.argmax(1) == labels).float().mean() >= 0.95
+
+
+def test_padding_leaves_sizes_that_fit_as_they_are():
+    main, body = torch.rand(2, 3, 64, 96), torch.randn(2, 1, 32, 48)
+    plain, padded = tiny(), tiny(pad=True)
+    torch.testing.assert_close(padded(main, body), plain(main, body), rtol=0, atol=0)
+
+
+def test_other_sizes_are_padded_and_maps_cut_back():
+    model = tiny(pad=True)
+    main, body = torch.rand(1, 3, 50, 90), torch.randn(1, 1, 33, 44)
+    view = model.watch(main, body)
+    assert view.body_mask.shape == (1, 1, 33, 44)
+    assert [tuple(gate.shape[-2:]) for gate in view.gates] == [(16, 23), (8, 12), (4, 6), (2, 3)]
+    whole = F.pad(body, (0, 0, 0, 1), mode="replicate")  # 34 is the next multiple of 2
+    torch.testing.assert_close(model.body(body), model.body(whole)[..., :33, :])
+    maps = picture_maps(model, {"main": main, "body": body, "label": torch.tensor([-1])})
+    for grid in (maps.evidence, *maps.gates.values(), *maps.spread.values()):
+        assert grid.shape == (50, 90)
+    assert maps.body_mask.shape == (33, 44)
+
+
+def test_body_and_picture_lie_over_each_other_where_the_picture_is_padded():
+    """A gate that hands the body's context through shows it where the picture is."""
+    model = tiny(pad=True, local=False, head="spatial", gate="sigmoid")
+    ramp = torch.linspace(0, 1, 120).expand(1, 4, 120, 120).clone()
+    model.body.forward = lambda _: ramp
+    gate = model.gates[0]
+    nn.init.zeros_(gate.from_global.weight)
+    gate.from_global.weight.data[0, 0, 1, 1] = 1.0
+    gate.norm = nn.Identity()
+    nn.init.zeros_(gate.score.weight)
+    nn.init.zeros_(gate.score.bias)
+    gate.score.weight.data[0, 0] = 1.0
+    batch = {"main": torch.rand(1, 3, 40, 40), "body": torch.zeros(1, 1, 120, 120)}
+    shown = picture_maps(model, {**batch, "label": torch.tensor([-1])}).gates[1]
+    wanted = torch.sigmoid(torch.linspace(0, 1, 40)).numpy()
+    # a cell of scale 1 is 4 pixels of 40: its middle is at most 2 pixels off
+    assert abs(shown[20] - wanted).max() < 0.25 * 2 / 40 + 1e-3
+    assert shown[20, 0] < shown[20, 20] < shown[20, -1]
+
+
+@pytest.mark.parametrize("attention", ["se", "cbam", "none"])
+def test_backbones_without_a_body_are_padded_too(attention: str):
+    model = tiny(pad=True, attention=attention)
+    main, body = torch.rand(1, 3, 20, 64), torch.randn(1, 1, 32, 32)
+    whole = F.pad(main, (0, 0, 22, 22), mode="replicate")
+    torch.testing.assert_close(model(main, body), tiny(attention=attention)(whole, body))

@@ -255,7 +255,11 @@ def test_precision_by_finding():
     rows = np.eye(4, dtype=np.float32)
     labels = np.array([[1, 0], [1, 0], [0, 1], [0, 0]], dtype=bool)
     shifted = np.roll(rows, 1, axis=0)
-    found = label_precision(rows, shifted, query_labels=labels, gallery_labels=labels)
+    names = range(4)
+    found = label_precision(
+        rows, shifted, query_labels=labels, gallery_labels=labels,
+        query_ids=names, gallery_ids=names,
+    )  # fmt: skip
     assert found == pytest.approx(1 / 3)
 
 
@@ -395,7 +399,7 @@ def test_manifest(tmp_path: Path):
     ("text", "match"),
     [
         ("name,split\nx,train\n", "no column 'xray_path' or 'ecg_path'"),
-        (MANIFEST.replace("Edema is present.,1,train,1", "Edema,1,train,yes"), "'yes' for Edema"),
+        (MANIFEST.replace("Edema is present.,1,train,1", "Edema,1,train,yes"), "Edema = 'yes'"),
         (MANIFEST + ",,4,train,0\n", "row 5: has no X-ray"),
         (MANIFEST.replace("train", "test"), "no study of the split 'train'"),
         (MANIFEST.replace("FINDINGS: Edema is present.", "").replace("Clear.", ""), "two modal"),
@@ -422,7 +426,7 @@ def test_broken_rows_are_all_told_and_can_be_skipped(tmp_path: Path):
     write_manifest(tmp_path, MANIFEST + "b.png,x,7,train,odd\n,,8,train,0\n")
     found = check_studies(MoreData(), tmp_path)
     assert len([line for line in found.problems if "row" in line]) == 2
-    with pytest.raises(InputError, match=r"row \d+: has 'odd' .*and 1 more such row"):
+    with pytest.raises(InputError, match=r"row \d+: has Edema = 'odd'.*and 1 more such row"):
         find_studies(tmp_path, MoreData())
     sound = len(find_studies(tmp_path, MoreData(on_error="skip")))
     write_manifest(tmp_path, MANIFEST)
@@ -433,7 +437,7 @@ def test_what_is_left_out_is_listed(tmp_path: Path):
     write_manifest(tmp_path, MANIFEST + "b.png,x,7,train,2\n,,8,train,0\nb.png,x,9,holdout,0\n")
     lines = broken_rows(tmp_path, MoreData(on_error="skip"))
     assert [line.partition(": ")[2].split(",")[0] for line in lines] == [
-        "has '2' for Edema", "has no X-ray", "split 'holdout' is none of train",
+        "has Edema = '2'", "has no X-ray", "split 'holdout' is none of train",
     ]  # fmt: skip
     inputs = broken_inputs([tmp_path], MoreData(on_error="skip"))
     assert inputs == lines[:2]  # what is predicted needs no split

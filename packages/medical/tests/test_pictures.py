@@ -29,6 +29,7 @@ from heed_medical.pictures.checking import check_pictures
 from heed_medical.pictures.layouts import find_inputs, find_pictures, list_pictures
 from heed_medical.pictures.planning import order_classes, plan_pictures
 from heed_medical.pictures.reading import read_grey, resize_grey
+from heed_medical.pictures.records import PictureFile
 from heed_medical.pictures.settings import PictureData
 
 DATA = Path(os.environ.get("HEED_DATA", Path(__file__).parents[3].parent / "shared" / "data"))
@@ -351,6 +352,16 @@ def test_chexpert_findings_are_labels_with_a_policy_for_the_uncertain(tmp_path: 
     assert counts(label="Edema") == {"positive": 8}
     with pytest.raises(InputError, match="has no column 'Oedema'"):
         counts(label="Oedema")
+    lines = list_pictures(tmp_path, PictureData(blank="leave-out")).left_out
+    assert lines == (
+        f"{tmp_path}: 1 picture is left out because Pneumonia is uncertain "
+        f"(--data.uncertain leave-out): train/patient00002/study1/view1_frontal",
+        f"{tmp_path}: 3 pictures are left out because Pneumonia is not mentioned "
+        f"(--data.blank leave-out): train/patient00003/study1/view1_frontal, "
+        f"train/patient00006/study1/view1_frontal, train/patient00007/study1/view1_frontal",
+    )
+    assert lines[1] in check_pictures(PictureData(blank="leave-out"), tmp_path).warnings
+    assert not list_pictures(tmp_path, PictureData(uncertain="mixed", label="Edema")).left_out
     write_chexpert(tmp_path, ["1.0", "2.0", "0.0"])
     listing = list_pictures(tmp_path, PictureData())
     assert "row 3: has Pneumonia = '2.0'" in listing.problems[0]
@@ -398,7 +409,18 @@ def test_mimic_joins_its_tables_by_name(tmp_path: Path):
     assert (data.layout, data.classes) == ("mimic", ("negative", "positive"))
     listing = list_pictures(tmp_path, data)
     assert Counter(p.split for p in listing.pictures) == {"train": 4, "val": 2, "test": 1}
-    assert len(list_pictures(tmp_path, PictureData(views="all")).pictures) == 8
+    assert listing.left_out == (
+        f"{tmp_path}: 1 picture is left out because its view is not frontal "
+        f"(--data.views frontal): d5",
+    )
+    everything = list_pictures(tmp_path, PictureData(views="all"))
+    assert len(everything.pictures) == 8
+    assert not everything.left_out
+    write_csv(tmp_path / "mimic-cxr-2.0.0-chexpert.csv.gz", labels[:3])
+    (line,) = list_pictures(tmp_path, PictureData(views="all")).left_out
+    assert (
+        "5 pictures are left out because their study has no row of labels: d3, d4, d5, ..." in line
+    )
     damaged = tmp_path / "mimic-cxr-2.0.0-split.csv.gz"
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(InputError, match=r"split\.csv\.gz: cannot be read as text"):
@@ -461,6 +483,18 @@ def test_dicom_is_scaled_and_inverted(tmp_path: Path):
         tmp_path / "d.dcm", ramp.astype(np.uint8), RescaleSlope="2", RescaleIntercept="-10"
     )
     assert read_grey(rescaled, window=(-10.0, 116.0)) == pytest.approx(ramp / 63)
+
+
+def test_pictures_are_shown_by_their_window_where_asked(tmp_path: Path):
+    ramp = np.arange(0, 6400, 100, dtype=np.uint16).reshape(8, 8)
+    fields = {"WindowCenter": 3000, "WindowWidth": 1000, "VOILUTFunction": "LINEAR_EXACT"}
+    path = save_dicom(tmp_path / "a.dcm", ramp, **fields)
+    file = PictureFile(name="a", path=path)
+    sizes = {"size": (64, 64), "body_size": (32, 32)}
+    shown, whole = (read_case(file, MedusaData(voi=voi, **sizes)).main for voi in (True, False))
+    wanted = np.clip((ramp.astype(float) - 2500) / 1000, 0, 1).astype(np.float32)
+    np.testing.assert_allclose(shown, resize_grey(wanted, (64, 64)), atol=1e-6)
+    np.testing.assert_allclose(whole, resize_grey(ramp / np.float32(6300), (64, 64)), atol=1e-6)
 
 
 def test_dicom_that_cannot_be_read_is_named(tmp_path: Path):
@@ -582,6 +616,7 @@ def test_augmentation_without_sense_is_refused(settings, said):
     [
         ({"size": (0, 4)}, "size"),
         ({"window": (5.0, 5.0)}, "window"),
+        ({"window": (0.0, 5.0), "voi": True}, "voi has no effect"),
         ({"val_share": 0.0}, "val_share"),
         ({"classes": ("a",)}, "classes"),
         ({"only": ("label",)}, "only must be column=value"),

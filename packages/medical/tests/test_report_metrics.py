@@ -189,7 +189,7 @@ def test_findings_that_cannot_be_used_are_refused(tmp_path):
         read_findings(write_findings(tmp_path / "word.csv", {"x": ["yes"] + ["1"] * 13}))
     with pytest.raises(InputError, match="no column 'Support Devices'"):
         read_findings(write_findings(tmp_path / "few.csv", {"x": ["1"] * 13}, names=FINDINGS[:-1]))
-    with pytest.raises(InputError, match="does not label the same reports"):
+    with pytest.raises(InputError, match="has no row of x, which"):
         match_findings(good, write_findings(tmp_path / "other.csv", {"z": ["1"] * 14}))
     with pytest.raises(InputError, match="no such file"):
         read_findings(tmp_path / "none.csv")

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
@@ -117,6 +118,98 @@ def test_nnunet_ignore_label_and_regions(sample):
     (root / "dataset.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         plan_data(SegmentationData(), root)
+
+
+def test_chaos_patients_behind_links_are_found(sample, tmp_path):
+    root = sample("chaos")
+    alone = list_cases(root, SegmentationData())
+    (tmp_path / "linked/Train_Sets").mkdir(parents=True)
+    (root / "Train_Sets/MR").rename(tmp_path / "store")
+    (tmp_path / "linked/Train_Sets/MR").symlink_to(tmp_path / "store")
+    linked = list_cases(tmp_path / "linked", SegmentationData())
+    assert linked.layout == "chaos"
+    assert [case.name for case in linked.cases] == [case.name for case in alone.cases]
+    folder = tmp_path / "store/1/T1DUAL/DICOM_anon/InPhase"
+    for path in folder.iterdir():
+        path.unlink()
+    shutil.rmtree(tmp_path / "store/2/T1DUAL/Ground")
+    told = "\n".join(list_cases(tmp_path / "linked", SegmentationData()).problems)
+    assert "/1/T1DUAL/DICOM_anon/InPhase: holds 0 DICOM series; keep one" in told
+    assert "/2/T1DUAL/Ground: has no masks" in told
+
+
+def write_brats(source, root, *, modalities, between="_", values=(0, 1, 2, 4)):
+    """Cases of BraTS whose masks have these values."""
+    for image in sorted((source / "images").iterdir()):
+        stem = image.name.removesuffix(".nii.gz")
+        folder = root / stem
+        folder.mkdir(parents=True)
+        for modality in modalities:
+            shutil.copy(image, folder / f"{stem}{between}{modality}.nii.gz")
+        mask = nib.load(source / "labels" / image.name)
+        array = np.array(values)[np.asarray(mask.dataobj).astype(int) % len(values)]
+        nib.save(
+            nib.Nifti1Image(array.astype(np.uint8), mask.affine),
+            folder / f"{stem}{between}seg.nii.gz",
+        )
+
+
+@pytest.mark.parametrize(
+    ("modalities", "between", "values", "regions"),
+    [
+        (("flair", "t1", "t1ce", "t2"), "_", (0, 1, 2, 4), ("WT=1,2,4", "TC=1,4", "ET=4")),
+        (("t1c", "t1n", "t2f", "t2w"), "-", (0, 1, 2, 3), ("WT=1,2,3", "TC=1,3", "ET=3")),
+        (("t1c", "t1n", "t2f", "t2w"), "-", (0, 1, 2, 1), ()),
+    ],
+)
+def test_brats_has_its_regions(samples, tmp_path, modalities, between, values, regions):
+    write_brats(samples / "nifti", tmp_path, modalities=modalities, between=between, values=values)
+    plan = plan_data(SegmentationData(), tmp_path)
+    assert (plan.layout, plan.input_channels, plan.regions) == ("brats", 4, regions)
+    numbers = {value: n for n, value in enumerate(sorted(set(values)))}
+    assert plan.classes_of_regions == {
+        text.partition("=")[0]: tuple(numbers[int(v)] for v in text.partition("=")[2].split(","))
+        for text in regions
+    }
+    case = list_cases(tmp_path, plan).cases[0]
+    assert [
+        path.name.removesuffix(".nii.gz")[len(case.name) + 1 :] for path in case.images
+    ] == list(modalities)
+
+
+def test_cases_without_all_modalities_are_named(samples, tmp_path):
+    write_brats(samples / "nifti", tmp_path, modalities=("flair", "t1", "t1ce", "t2"))
+    first, second, third, *_ = sorted(tmp_path.iterdir())
+    (first / f"{first.name}_t1ce.nii.gz").unlink()
+    (second / f"{second.name}_t1.nii.gz").rename(second / f"{second.name}_dwi.nii.gz")
+    for path in third.glob("*_[ft]*"):
+        path.unlink()
+    listing = list_cases(tmp_path, SegmentationData())
+    assert not {first.name, second.name, third.name} & {case.name for case in listing.cases}
+    told = "\n".join(listing.problems)
+    assert f"{first}: case {first.name} has no t1ce; add it or remove the case" in told
+    assert f"{second}: case {second.name} has no t1" in told
+    assert f"{second.name}_dwi.nii.gz: is not named" in told
+    assert f"{third}: has no modalities" in told
+    with pytest.raises(InputError, match=r"_dwi.*and 3 more such problems"):
+        find_cases(tmp_path, SegmentationData(), "train")
+
+
+def test_regions_that_do_not_fit_are_refused(samples):
+    for regions, told in (
+        (("whole",), "regions must be name=value,value"),
+        (("a=1,x",), "regions must be name=value,value"),
+        (("a=1", "a=2"), "regions must have different names"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            SegmentationData(regions=regions)
+    for regions, told in (
+        (("whole=1,9",), "region whole names the value 9"),
+        (("class_1=1,2",), "region class_1 has the name of a class"),
+    ):
+        settings = SegmentationData(labels=("background=0", "class_1=1", "b=2"), regions=regions)
+        with pytest.raises(InputError, match=told):
+            plan_data(settings, samples / "nifti")
 
 
 def test_suffix_pairs_and_brats(samples, tmp_path):

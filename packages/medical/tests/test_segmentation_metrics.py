@@ -147,3 +147,26 @@ def test_bootstrap_interval_covers_the_mean():
         held += low <= 0 <= high
     assert 0.88 <= held / 200 <= 0.99
     assert all(map(math.isnan, bootstrap_interval([])))
+
+
+def test_regions_are_unions_of_classes():
+    rng = np.random.default_rng(0)
+    labels, reference = (rng.integers(-1, 4, (6, 5, 4), dtype=np.int16) for _ in range(2))
+    labels = np.abs(labels)
+    names = ["background", "core", "oedema", "enhancing"]
+    regions = {"WT": (1, 2, 3), "TC": (1, 3)}
+    found = score_case(prediction(labels, reference), names, regions=regions, distances=False)
+    assert [row["class"] for row in found] == [*names[1:], "WT", "TC"]
+    for row in found[3:]:
+        numbers = regions[row["class"]]
+        counted = reference >= 0
+        guess = np.isin(labels, numbers) & counted
+        truth = np.isin(reference, numbers)
+        both = (guess & truth).sum()
+        assert row["dice"] == pytest.approx(2 * both / (guess.sum() + truth.sum()))
+    classes = score_case(prediction(labels, reference), names, distances=False)
+    assert found[:3] == classes
+    summary = summarise(found, regions=tuple(regions))
+    assert summary.metrics["dice"] == pytest.approx(summarise(classes).metrics["dice"])
+    assert summary.metrics["dice_WT"] == pytest.approx(found[3]["dice"])
+    assert {row["class"] for row in summary.rows} == {*names[1:], "WT", "TC"}

@@ -225,7 +225,7 @@ def test_the_files_of_a_prediction(tmp_path: Path):
 def test_geojson_squares_are_closed_and_ordered_by_attention():
     one = prediction()
     mean = one.mean_attention
-    features = patch_collection(one.coords, mean, patch_size=256, most=99)["features"]
+    features = patch_collection(one.coords, one.attention, patch_size=256, most=99)["features"]
     assert len(features) == 12
     order = np.argsort(-mean)
     for feature, index in zip(features, order, strict=True):
@@ -236,8 +236,22 @@ def test_geojson_squares_are_closed_and_ordered_by_attention():
         measured = feature["properties"]["measurements"]
         assert measured["attention"] == pytest.approx(mean[index])
         assert measured["times even"] == pytest.approx(12 * mean[index])
-    assert features[0]["properties"]["classification"]["name"] == "attention: high"
-    assert features[-1]["properties"]["classification"]["name"] == "attention: low"
+        assert measured["branch 1, times even"] == pytest.approx(12 * one.attention[0, index])
+        assert measured["branch 2, times even"] == pytest.approx(12 * one.attention[1, index])
+    alone = patch_collection(one.coords, one.attention[:1], patch_size=256, most=99)["features"]
+    assert set(alone[0]["properties"]["measurements"]) == {"attention", "times even", "rank"}
+
+
+def test_patches_of_even_attention_are_not_called_high():
+    coords = np.stack([np.arange(5), np.zeros(5)], axis=1).astype(np.int64) * 8
+    for attention, wanted in (
+        ([0.2, 0.2, 0.2, 0.2, 0.2], ["medium"] * 5),
+        ([0.6, 0.25, 0.05, 0.05, 0.05], ["high", "medium", "low", "low", "low"]),
+        ([0.201, 0.2, 0.2, 0.2, 0.199], ["medium"] * 5),
+    ):
+        features = patch_collection(coords, np.array([attention]), patch_size=8, most=9)["features"]
+        found = [one["properties"]["classification"]["name"] for one in features]
+        assert found == [f"attention: {level}" for level in wanted]
 
 
 def test_a_heatmap_lies_where_the_patches_are():

@@ -22,6 +22,9 @@ APP = App(
             module="heed_medical_cli.features", arguments="SLIDE... --encoder NAME --out DIR"
         ),
         "convert": Verb(module="heed_medical_cli.convert", arguments="DATA --to LAYOUT --out DIR"),
+        "repeat": Verb(
+            module="heed_medical_cli.repeat", arguments="SYSTEM --out DIR [--data DATA] [--seeds N]"
+        ),
         "pair": Verb(module="heed_medical_cli.pair", arguments="CXR ECG --out CSV"),
         "retrieve": Verb(
             module="heed_medical_cli.retrieve", arguments="RUN [INPUT...] [--text T] --among PATH"

@@ -44,7 +44,7 @@ from heed_medical_cli.bag_pictures import (
     draw_heatmaps,
     draw_roc,
 )
-from heed_medical_cli.leaks import warn_of_leaks
+from heed_medical_cli.leaks import warn_of_leaks, warn_of_left_out
 from heed_runtime import distributed
 from heed_runtime.recipe import (
     Card,
@@ -265,7 +265,9 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
     def plan(self, settings: AcmilSettings, root: Path) -> AcmilSettings:
         """Take classes and channels from the data."""
         data = plan_data(settings.data, root)
-        warn_of_leaks(root, patients_in_several_splits(list_bags(root, data).files))
+        listing = list_bags(root, data)
+        warn_of_left_out(listing.warnings)
+        warn_of_leaks(root, patients_in_several_splits(listing.files))
         assert data.in_dim is not None
         model = replace(settings.model, classes=len(data.classes), in_dim=data.in_dim)
         return replace(settings, model=model, data=data)

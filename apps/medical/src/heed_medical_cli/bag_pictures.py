@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 
-from heed_medical.bags.heatmap import Heatmap, lay_out
+from heed_medical.bags.heatmap import lay_out
 from heed_medical.bags.metrics import concentration, roc_auc
 from heed_medical.bags.prediction import BagPrediction
 from heed_runtime.report import new_figure, style
@@ -22,45 +22,51 @@ Thumbnail = tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]
 """The picture of a slide, and width and height of the full slide."""
 CLIP_QUANTILE = 0.995
 """Values above this quantile of the patches share the brightest colour."""
-PANEL_IN = 3.0
+LEAST_TOP = 2.0
+"""The reddest colour is at least this many times even attention: nearly even attention is grey."""
+OPACITY = 0.55
+PANEL_IN = 6.0
+BAR_IN = 0.8
+BRANCHES_IN_ROW = 5
+LUMINANCE = (0.299, 0.587, 0.114)
 
 
 def draw_heatmaps(
     prediction: BagPrediction, thumbnail: Thumbnail | None, classes: Sequence[str]
 ) -> Figure:
-    """The slide, the attention of all branches together, and of each branch.
+    """The slide and the attention of all branches together, and below it that of each branch.
 
-    Colours give the attention of a patch as a multiple of even attention: 1 is no preference.
+    Colours give the attention of a patch as a multiple of even attention: grey is 1, no
+    preference, blue is less and red more. Under a map the slide is grey, so that no colour is the
+    stain's.
     """
-    assert prediction.coords is not None
-    assert prediction.patch_size is not None
-    attention = [prediction.mean_attention]
-    titles = [_verdict(prediction, classes)]
-    if len(prediction.attention) > 1:
-        attention += list(prediction.attention)
-        titles += [f"branch {t + 1}" for t in range(len(prediction.attention))]
-    maps = [
-        lay_out(prediction.coords, values * len(values), patch_size=prediction.patch_size)
-        for values in attention
-    ]
-    panels = len(maps) + (thumbnail is not None)
-    columns = min(4, panels)
-    rows = -(-panels // columns)
+    attention = prediction.attention
+    several = len(attention) > 1
+    columns = max(BRANCHES_IN_ROW, 1) if several else 1
+    rows = -(-len(attention) // columns) if several else 0
+    large = 1 + (thumbnail is not None)
+    width = PANEL_IN * large
+    small = width / columns
+    height = PANEL_IN + small * rows
+    top = max(_top(values * len(values)) for values in (prediction.mean_attention, *attention))
     with style():
-        figure = new_figure(width_in=PANEL_IN * columns, height_in=PANEL_IN * rows)
-        everywhere = list(figure.subplots(rows, columns, squeeze=False).flat)
-        grid = list(everywhere)
-        for axes in grid:
-            axes.set_axis_off()
+        figure = new_figure(width_in=width + BAR_IN, height_in=height)
+        parts = figure.subfigures(
+            1 + several, 1, height_ratios=[PANEL_IN, small * rows][: 1 + several], squeeze=False
+        ).flat
+        upper = list(parts[0].subplots(1, large, squeeze=False).flat)
         if thumbnail is not None:
-            axes = grid.pop(0)
-            _draw_slide(axes, thumbnail)
-            axes.set_title(prediction.name, fontsize=8)
-        top = max(_top(values * len(values)) for values in attention)
-        for axes, heatmap, title in zip(grid, maps, titles, strict=False):
-            overlay = _draw_map(axes, heatmap, thumbnail, top=top)
-            axes.set_title(title, fontsize=8)
-        bar = figure.colorbar(overlay, ax=everywhere, fraction=0.03, pad=0.01)
+            _draw_slide(upper[0], thumbnail)
+            upper[0].set_title(prediction.name)
+        overlay = _draw_map(upper[-1], prediction, prediction.mean_attention, thumbnail, top=top)
+        upper[-1].set_title(_verdict(prediction, classes))
+        lower = list(parts[1].subplots(rows, columns, squeeze=False).flat) if several else []
+        for number, (axes, values) in enumerate(zip(lower, attention, strict=False), start=1):
+            _draw_map(axes, prediction, values, thumbnail, top=top)
+            axes.set_title(f"branch {number}", fontsize=8)
+        for axes in (*upper, *lower):
+            axes.set_axis_off()
+        bar = parts[0].colorbar(overlay, ax=upper, fraction=0.03, pad=0.01)
         bar.set_label("times even attention")
     return figure
 
@@ -132,7 +138,7 @@ def _verdict(prediction: BagPrediction, classes: Sequence[str]) -> str:
 
 
 def _top(values: np.ndarray) -> float:
-    return max(float(np.quantile(values, CLIP_QUANTILE)), 1.0)
+    return max(float(np.quantile(values, CLIP_QUANTILE)), LEAST_TOP)
 
 
 def _draw_slide(axes: Axes, thumbnail: Thumbnail) -> None:
@@ -141,17 +147,29 @@ def _draw_slide(axes: Axes, thumbnail: Thumbnail) -> None:
 
 
 def _draw_map(
-    axes: Axes, heatmap: Heatmap, thumbnail: Thumbnail | None, *, top: float
+    axes: Axes,
+    prediction: BagPrediction,
+    values: Float[np.ndarray, " n"],
+    thumbnail: Thumbnail | None,
+    *,
+    top: float,
 ) -> AxesImage:
+    """Attention over the slide in grey."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    assert prediction.coords is not None
+    assert prediction.patch_size is not None
+    heatmap = lay_out(prediction.coords, values * len(values), patch_size=prediction.patch_size)
     if thumbnail is not None:
-        _draw_slide(axes, thumbnail)
+        picture, size = thumbnail
+        grey = (picture @ LUMINANCE).astype(np.uint8)
+        _draw_slide(axes, (np.repeat(grey[..., None], 3, axis=2), size))
     overlay = axes.imshow(
         heatmap.values,
         extent=heatmap.extent,
-        cmap="inferno",
-        vmin=0.0,
-        vmax=top,
-        alpha=0.6 if thumbnail is not None else 1.0,
+        cmap="coolwarm",
+        norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=top),
+        alpha=OPACITY if thumbnail is not None else 1.0,
         interpolation="nearest",
         aspect="equal",
     )

@@ -373,7 +373,13 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
         return to_batch(samples)
 
     def cases(self, settings: IvgnSettings, root: Path, split: str) -> StudyData:
-        """The studies of a split, with their reports."""
+        """The studies of a split, with their reports.
+
+        Labels for clinical efficacy that cannot be used are told here, before reports are written.
+        """
+        data = settings.data
+        if data.truth_findings is not None and data.found_findings is not None:
+            match_findings(data.truth_findings, data.found_findings)
         return self._studies(settings, root, split)
 
     def inputs(self, settings: IvgnSettings, paths: Sequence[Path]) -> StudyData:

@@ -1,4 +1,4 @@
-"""Tell a training that its test split knows patients of its training split."""
+"""Tell a training what its data leave out, and which patients its splits share."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def warn_of_leaks(root: Path, splits_of: Mapping[str, Sequence[str]]) -> None:
         ", ".join(named[:_SHOWN]),
         more,
     )
+
+
+def warn_of_left_out(lines: Sequence[str]) -> None:
+    """Log what a list leaves out of a data set, a line for each reason."""
+    for line in lines:
+        logger.warning("%s", line)

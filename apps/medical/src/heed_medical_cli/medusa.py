@@ -42,7 +42,7 @@ from heed_medical.pictures.listers import patients_in_several_splits
 from heed_medical.pictures.planning import plan_pictures
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical_cli.classification_plots import draw_plots
-from heed_medical_cli.leaks import warn_of_leaks
+from heed_medical_cli.leaks import warn_of_leaks, warn_of_left_out
 from heed_medical_cli.medusa_parts import (
     PictureModule,
     PictureRecipe,
@@ -261,7 +261,9 @@ class MedusaRecipe(PictureRecipe[MedusaSettings, MedusaPrediction]):
     def plan(self, settings: MedusaSettings, root: Path) -> MedusaSettings:
         """Take the layout and the classes from the data."""
         data = plan_pictures(settings.data, root)
-        warn_of_leaks(root, patients_in_several_splits(list_pictures(root, data).pictures))
+        listing = list_pictures(root, data)
+        warn_of_left_out(listing.left_out)
+        warn_of_leaks(root, patients_in_several_splits(listing.pictures))
         weights = settings.training.class_weights
         if weights and len(weights) != len(data.classes):
             raise InputError(

@@ -31,7 +31,7 @@ from heed_medical.medusa.lungs import (
 from heed_medical.medusa.phantoms import write_lungs
 from heed_medical.pictures.augmentation import PictureAugmentation
 from heed_medical.segmentation.cases import SegmentationCase
-from heed_medical.segmentation.layouts import find_cases, list_cases
+from heed_medical.segmentation.layouts import find_cases, left_out, list_cases
 from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import SegmentationPrediction
 from heed_medical.segmentation.settings import SegmentationData
@@ -195,7 +195,8 @@ class BodyRecipe(SegmentationRecipe[BodySettings]):
 
     def train_data(self, settings: BodySettings, root: Path) -> LungData:
         """The training pictures with their masks."""
-        return LungData(find_cases(root, settings.data, "train"), settings.data)
+        files = find_cases(root, settings.data, "train")
+        return LungData(files, settings.data, skipped=left_out(root, settings.data))
 
     def augment(
         self, settings: BodySettings

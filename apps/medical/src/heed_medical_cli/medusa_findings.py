@@ -28,7 +28,7 @@ from heed_medical.pictures.planning import plan_pictures
 from heed_medical.pictures.settings import Layout
 from heed_medical_cli.findings_recipe import FindingBatch, FindingsModule, FindingsRecipe
 from heed_medical_cli.findings_report import FindingsPrediction
-from heed_medical_cli.leaks import warn_of_leaks
+from heed_medical_cli.leaks import warn_of_leaks, warn_of_left_out
 from heed_medical_cli.medusa_parts import (
     PictureModule,
     PictureRecipe,
@@ -172,7 +172,9 @@ class MedusaFindingsRecipe(
                 path=root,
                 remedy="train medusa on it, or name more with --data.findings",
             )
-        warn_of_leaks(root, patients_in_several_splits(list_pictures(root, data).pictures))
+        listing = list_pictures(root, data)
+        warn_of_left_out(listing.left_out)
+        warn_of_leaks(root, patients_in_several_splits(listing.pictures))
         model = replace(settings.model, classes=len(data.findings))
         return replace(settings, model=model, data=data)
 

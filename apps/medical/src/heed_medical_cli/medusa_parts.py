@@ -51,12 +51,7 @@ class PictureSettings:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
 
     def __post_init__(self) -> None:
-        multiple = self.model.body_multiple
-        if any(side % multiple for side in self.data.body_size):
-            raise ValueError(
-                f"data.body_size must be multiples of {multiple} for "
-                f"{len(self.model.body_widths)} body_widths, got {self.data.body_size}"
-            )
+        self.model.refuse_sizes(self.data.size, self.data.body_size)
         if self.training.body_weights is not None:
             self.need_body("body_weights")
 

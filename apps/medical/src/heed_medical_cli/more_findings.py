@@ -37,6 +37,7 @@ from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.more import LAYOUT, MoreSettings
 from heed_medical_cli.more import RECIPE as PRETRAINING
 from heed_medical_cli.more_parts import (
+    ToldStudies,
     TowerTraining,
     adam_with_restarts,
     bench_inputs,
@@ -87,6 +88,9 @@ class TuningTraining(TowerTraining):
     trained_blocks: int | None = 3
     """Of how many last blocks query, key and value are trained, besides projectors and head; 0:
     the towers rest; None: everything is trained."""
+    certain_only: bool = False
+    """Whether studies with an uncertain finding (-1) are left out of all splits, as in the released
+    code; without it only the finding is, or what data.uncertain says."""
     weight_decay: float = 0.02
     restart_epochs: int = 5
     """Epochs of one half cosine."""
@@ -109,6 +113,11 @@ class TuningSettings:
     def __post_init__(self) -> None:
         if self.trainer.batch < 2:
             raise ValueError(f"trainer.batch must be at least 2, got {self.trainer.batch}")
+        if self.training.certain_only and self.data.uncertain != "leave-out":
+            raise ValueError(
+                f"data.uncertain has no effect with training.certain_only, got "
+                f"{self.data.uncertain!r}"
+            )
 
 
 def small() -> TuningSettings:
@@ -131,7 +140,10 @@ def small() -> TuningSettings:
 
 def paper() -> TuningSettings:
     """The published sizes and recipe; give the pre-trained run with --training.start-from."""
-    return TuningSettings(trainer=TrainerSettings(max_epochs=20, batch=64, patience=3))
+    return TuningSettings(
+        training=TuningTraining(certain_only=True),
+        trainer=TrainerSettings(max_epochs=20, batch=64, patience=3),
+    )
 
 
 class TuningModule(FindingsModule[Study]):
@@ -202,7 +214,7 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
     monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/macro_auc", "max")
     changeable: ClassVar[tuple[str, ...]] = (
         "data.on_error", "data.manifest", "data.root", "data.ptbxl_rate", "data.uncertain",
-        "data.missing_leads", "data.ecg_part",
+        "data.blank", "data.missing_leads", "data.ecg_part",
     )  # fmt: skip
 
     def sample(self, out: Path, *, seed: int) -> None:
@@ -229,6 +241,8 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
             raise InputError(f"has no training study with {' or '.join(model.inputs)}", path=root)
         labels = data.labels or tuple(train[0].labels)
         seen = [study for study in train if set(inputs) <= set(study.modalities)]
+        if settings.training.certain_only:
+            seen = _certain(seen, labels)
         for name in labels:
             if len({study.labels.get(name) for study in seen} & {0, 1}) < 2:
                 raise InputError(
@@ -265,13 +279,20 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
     def cases(self, settings: TuningSettings, root: Path, split: str) -> StudySet:
         """The studies of a split that have all inputs."""
         files = find_studies(root, settings.data, split)
-        return _studies(settings, files, root, skipped_rows(settings.data, root))
+        if settings.training.certain_only:
+            files = _certain(files, settings.data.labels)
+            if not files:
+                raise InputError(
+                    f"has no study of the split {split!r} without an uncertain finding", path=root
+                )
+        skipped = skipped_rows(settings.data, root)
+        return _studies(settings, files, root, skipped, f"{root}, {split}")
 
     def inputs(self, settings: TuningSettings, paths: Sequence[Path]) -> StudySet:
         """Studies of manifests, pictures and records that have all inputs."""
         data = replace(settings.data, labels=(), cache_mb=0)
         files = [replace(file, labels={}) for file in find_inputs(paths, data)]
-        return _studies(settings, files, paths[0], skipped_inputs(data, paths))
+        return _studies(settings, files, paths[0], skipped_inputs(data, paths), "inputs")
 
     def model(self, settings: TuningSettings) -> MoreClassifier:
         """The network."""
@@ -393,8 +414,12 @@ def pretrained(folder: Path) -> MoreSettings:
 
 
 def _studies(
-    settings: TuningSettings, files: Sequence[StudyFile], root: Path, skipped: Sequence[str]
-) -> StudySet:
+    settings: TuningSettings,
+    files: Sequence[StudyFile],
+    root: Path,
+    skipped: Sequence[str],
+    place: str,
+) -> ToldStudies:
     """Those of the studies that have all inputs; texts are not looked at."""
     wanted = settings.model.inputs
     kept = [file for file in files if set(wanted) <= set(file.modalities)]
@@ -402,7 +427,20 @@ def _studies(
         raise InputError(f"has no study with {' and '.join(wanted)}", path=root)
     hidden: dict[str, Any] = {name: None for name in ("xray", "ecg") if name not in wanted}
     kept = [replace(file, report=("", ""), **hidden) for file in kept]
-    return StudySet(kept, settings.data, settings.model.more, skipped=skipped)
+    return ToldStudies(
+        kept,
+        settings.data,
+        settings.model.more,
+        skipped=skipped,
+        place=place,
+        whole=len(files),
+        needed=" and ".join(wanted),
+    )
+
+
+def _certain(files: Sequence[StudyFile], findings: Sequence[str]) -> list[StudyFile]:
+    """The studies of which none of the findings is uncertain."""
+    return [file for file in files if not set(findings) & set(file.uncertain)]
 
 
 def _labels(cases: Sequence[Study], names: Sequence[str]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,14 @@ from heed_medical.ecg.signals import prepare_ecg
 from heed_medical.ecg.writing import write_record
 from heed_medical.more import More, MoreConfig
 from heed_medical.more.batches import Augmentation
+from heed_medical.more.gaps import lacking, padded
 from heed_medical.more.network import xray_tower
 from heed_medical.more.settings import MoreData
-from heed_medical.more.studies import broken_inputs, broken_rows, prepare_xray
+from heed_medical.more.studies import StudySet, broken_inputs, broken_rows, prepare_xray
 from heed_medical.pictures.reading import read_grey
 from heed_runtime.recipe import Exportable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,42 @@ def skipped_rows(data: MoreData, root: Path) -> tuple[str, ...]:
 def skipped_inputs(data: MoreData, paths: Sequence[Path]) -> tuple[str, ...]:
     """What is left out of inputs, a line each; nothing where it stops instead."""
     return broken_inputs(paths, data) if data.on_error == "skip" else ()
+
+
+@dataclass
+class ToldStudies(StudySet):
+    """Studies that log what they lack, a line per kind, when they are first counted.
+
+    A pass over them counts them once, in the main process; a data set that is only made to see
+    whether it can be made says nothing.
+    """
+
+    place: str = ""
+    """Where they are from, for messages."""
+    whole: int = 0
+    """Of how many these are the ones that have `needed`."""
+    needed: str = ""
+    """What the others do not have."""
+    may_lack: Sequence[str] = ()
+    """The modalities whose lack is told."""
+    _told: bool = field(default=False, repr=False)
+
+    def __len__(self) -> int:
+        if not self._told:
+            self._told = True
+            self._tell()
+        return len(self.files)
+
+    def _tell(self) -> None:
+        if lost := self.whole - len(self.files):
+            logger.warning(
+                "%s: %d of %d studies are left out, which do not have %s",
+                *(self.place, lost, self.whole, self.needed),
+            )
+        for line in lacking(self.files, self.may_lack):
+            logger.info("%s: %s", self.place, line)
+        for line in padded(self.files, self.config.ecg_samples):
+            logger.warning("%s: %s", self.place, line)
 
 
 def is_installed(name: str) -> bool:

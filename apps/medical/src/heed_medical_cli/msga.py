@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from heed_medical.msga import Msga, MsgaConfig, load_backbone, load_official, msga_loss
 from heed_medical.segmentation.augmentation import SliceAugmentation, augment
 from heed_medical.segmentation.cases import SegmentationCase
-from heed_medical.segmentation.layouts import find_cases, list_cases
+from heed_medical.segmentation.layouts import find_cases, left_out, list_cases
 from heed_medical.segmentation.phantoms import write_sample
 from heed_medical.segmentation.planning import plan_data
 from heed_medical.segmentation.prediction import SegmentationPrediction, predict_volume
@@ -208,7 +208,8 @@ class MsgaRecipe(SegmentationRecipe[MsgaSettings]):
 
     def train_data(self, settings: MsgaSettings, root: Path) -> SliceData:
         """Slices of the training cases."""
-        return SliceData(find_cases(root, settings.data, "train"), settings.data)
+        files = find_cases(root, settings.data, "train")
+        return SliceData(files, settings.data, skipped=left_out(root, settings.data))
 
     def augment(
         self, settings: MsgaSettings

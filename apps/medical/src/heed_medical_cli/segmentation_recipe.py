@@ -10,7 +10,7 @@ import numpy as np
 
 from heed_medical.segmentation.cases import SegmentationCase
 from heed_medical.segmentation.checking import check_data
-from heed_medical.segmentation.layouts import find_cases, find_inputs
+from heed_medical.segmentation.layouts import find_cases, find_inputs, left_out
 from heed_medical.segmentation.metrics import score_case, summarise
 from heed_medical.segmentation.prediction import SegmentationPrediction
 from heed_medical.segmentation.slices import CaseData
@@ -33,7 +33,8 @@ class SegmentationRecipe(
 
     def cases(self, settings: SettingsT, root: Path, split: str) -> CaseData:
         """Whole volumes or pictures with their masks."""
-        return CaseData(find_cases(root, settings.data, split), settings.data)
+        files = find_cases(root, settings.data, split)
+        return CaseData(files, settings.data, skipped=left_out(root, settings.data))
 
     def inputs(self, settings: SettingsT, paths: Sequence[Path]) -> CaseData:
         """Whole volumes or pictures."""
@@ -46,12 +47,14 @@ class SegmentationRecipe(
         return write_labels(prediction, out, settings.data.table)
 
     def score(self, settings: SettingsT, prediction: SegmentationPrediction) -> list[Row]:
-        """Dice, volumetric similarity and surface distances per class."""
-        return list(score_case(prediction, settings.data.table.names))
+        """Dice, volumetric similarity and surface distances per class and region."""
+        data = settings.data
+        return list(score_case(prediction, data.table.names, regions=data.classes_of_regions))
 
     def report(self, settings: SettingsT, rows: Sequence[Row]) -> Report:
         """Means over cases and classes, with what failed told apart."""
-        summary = summarise(rows, seed=settings.trainer.seed)
+        regions = tuple(settings.data.classes_of_regions)
+        summary = summarise(rows, regions=regions, seed=settings.trainer.seed)
         return Report(
             metrics=summary.metrics,
             tables=[Table(title="scores per class", rows=summary.rows)],

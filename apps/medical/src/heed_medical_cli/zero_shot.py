@@ -1,8 +1,11 @@
 """Classify studies by the prompts of findings alone, with a run of MoRE that was not taught them.
 
 Each finding is asked with its prompts (--data.prompts "MI=Myocardial Infarction|heart attack"; the
-nearest counts); the cosine with an X-ray or an ECG is its score. Areas need no threshold; for the
-finding that stands out, each finding's scores are first compared with their own mean and spread.
+nearest counts); the cosine with an X-ray or an ECG is its score. Where a finding has denials
+(--data.denials "MI=no infarction"; --data.contrast: "no FINDING" for those of CheXpert), the cosine
+with the nearest of them is taken off. --data.prompt-file gives both as a table. Areas need no
+threshold; for the finding that stands out, each finding's scores are first compared with their own
+mean and spread.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from heed_medical.more.prediction import (
     score_row,
     zero_shot_rows,
 )
+from heed_medical.more.prompts import with_prompt_file
 from heed_medical_cli.more_embeddings import embed, open_more, refuse_existing, skipped_table
 from heed_runtime.files import write_csv
 from heed_runtime.options import Flag, OptionalPath
@@ -41,7 +45,7 @@ class Options(UseOptions):
     single_label: Flag = False
     """Each study counts for its first finding alone, as in the released script."""
     out: OptionalPath = None
-    """Also write labels and cosines of each study to this csv."""
+    """Also write labels and scores of each study to this csv."""
     overwrite: Flag = False
     """Replace this file."""
 
@@ -57,7 +61,9 @@ def run(app: App, options: Options, settings: Any) -> Result:
     if "text" not in trained.settings.model.modalities:
         raise InputError("has no text tower to ask with", path=trained.run.path)
     root = data_of(trained.run, options.data)
-    names = trained.settings.data.labels
+    asked = with_prompt_file(trained.settings.data)
+    trained = replace(trained, settings=replace(trained.settings, data=asked))
+    names = asked.labels
     if not names:
         raise InputError("names no finding", path=root, remedy="name them with --data.labels")
     found, skipped = embed(
@@ -82,7 +88,11 @@ def run(app: App, options: Options, settings: Any) -> Result:
         f"{row['modality']}_called_right": float(row["called right"] or 0) for row in called
     }
     prompts: list[Row] = [
-        {"finding": name, "prompts": " | ".join(trained.settings.data.prompts_of(name))}
+        {
+            "finding": name,
+            "prompts": " | ".join(asked.prompts_of(name)),
+            "denials": " | ".join(asked.denials_of(name)),
+        }
         for name in names
     ]
     files = []

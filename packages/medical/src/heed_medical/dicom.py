@@ -3,27 +3,52 @@
 Slices are ordered by their place in the patient (ImagePositionPatient along the normal of the
 slices), or by InstanceNumber where no place is stored; never by file name. Values are rescaled
 (RescaleSlope, RescaleIntercept), and MONOCHROME1 is inverted so that larger is brighter. Axes are
-(rows, columns, slices).
+(rows, columns, slices). The frames of one file are slices where it says where they lie.
 """
 
-import contextlib
 import itertools
-import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from jaxtyping import Float32, Float64
-from pydicom.dataset import FileDataset
+from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
 
 from heed_core.errors import InputError
-from heed_medical.images import MedicalImage, check_finite, picture_affine, shape_text
+from heed_medical.dicom_pixels import (
+    grey_values,
+    is_colour,
+    luminance,
+    padding_mask,
+    shown,
+    stored_values,
+    top_value,
+)
+from heed_medical.images import MedicalImage, picture_affine, shape_text
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slice:
+    """One slice: a file, or a frame of one."""
+
+    path: Path
+    header: Dataset
+    """What is known of its place."""
+    frame: int | None = None
+    """Its number in the file, from 1 on; None: the only one."""
+    values: Float32[np.ndarray, "rows columns"] | None = None
+
+    @property
+    def place(self) -> str | None:
+        return None if self.frame is None else f"frame {self.frame}"
 
 
 def is_dicom(path: Path) -> bool:
@@ -49,33 +74,142 @@ def list_series(folder: Path) -> dict[str, tuple[Path, ...]]:
         if path.is_file() and not path.name.startswith(".") and is_dicom(path):
             header = _read(path, pixels=False)
             series[str(header.get("SeriesInstanceUID", ""))].append((path, header))
-    return {uid: _in_order(found) for uid, found in series.items()}
+    return {
+        uid: tuple(one.path for one in _in_order([_Slice(path=p, header=h) for p, h in found]))
+        for uid, found in series.items()
+    }
 
 
 def read_series(files: Sequence[Path]) -> MedicalImage:
     """Read the slices of one series as `(1, rows, columns, slices)`.
 
     Args:
-        files: The files, in any order.
+        files: The files, in any order; or one whose frames are the slices.
 
     Raises:
-        InputError: A file that is missing, truncated, not DICOM, without pixels, in an encoding
-            whose decoder is missing, or that does not fit the others; slices that are missing.
+        InputError: A file that is missing, truncated, not DICOM, without pixels, in colour, in an
+            encoding whose decoder is missing, or that does not fit the others; slices that are
+            missing, or several without their spacing.
     """
-    headers = {path: _read(path, pixels=True) for path in files}
-    ordered = _in_order(list(headers.items()))
-    datasets = [headers[path] for path in ordered]
-    slices = [_values(dataset, path) for dataset, path in zip(datasets, ordered, strict=True)]
-    for path, plane in zip(ordered, slices, strict=True):
-        if plane.shape != slices[0].shape:
+    found = [one for path in files for one in _slices(_read(path, pixels=True), path)]
+    ordered = _in_order(found)
+    planes = [one.values for one in ordered]
+    assert planes[0] is not None
+    for one, plane in zip(ordered, planes, strict=True):
+        assert plane is not None
+        if plane.shape != planes[0].shape:
             raise InputError(
                 f"is {shape_text(plane.shape)} pixels, the first slice is "
-                f"{shape_text(slices[0].shape)}",
-                path=path,
+                f"{shape_text(planes[0].shape)}",
+                path=one.path,
                 remedy="keep one series per folder",
             )
-    affine = _series_affine(datasets, ordered)
-    return MedicalImage(array=np.stack(slices, axis=-1)[None], affine_ras=affine)
+    array = np.stack([plane for plane in planes if plane is not None], axis=-1)
+    return MedicalImage(array=array[None], affine_ras=_series_affine(ordered))
+
+
+def read_plane(
+    path: Path, *, voi: bool = False
+) -> tuple[Float32[np.ndarray, "rows columns"], tuple[float, float] | None]:
+    """Read one picture in grey, and the values that are black and white where the file says so.
+
+    Colours become their luminance; padding takes the lowest value of the image.
+
+    Args:
+        path: The file.
+        voi: Values within 0..1 as they are shown, where the file stores a window or a table.
+
+    Raises:
+        InputError: As `read_series`; several frames; a window that cannot be used.
+    """
+    dataset = _read(path, pixels=True)
+    stored = stored_values(dataset, path)
+    colour = is_colour(dataset)
+    if stored.ndim > 2 + colour:
+        raise InputError(
+            f"holds {len(stored)} frames, one picture is needed",
+            path=path,
+            remedy="write the frame that counts to a file of its own",
+        )
+    if colour:
+        return luminance(stored), (0.0, top_value(dataset))
+    display = shown(stored, dataset, path) if voi else None
+    values = grey_values(stored, dataset, path) if display is None else display
+    padding = padding_mask(stored, dataset)
+    if padding.any() and not padding.all():
+        values = np.where(padding, values[~padding].min(), values)
+    return values, (0.0, 1.0) if display is not None else _own_range(dataset)
+
+
+def _own_range(dataset: Dataset) -> tuple[float, float] | None:
+    """Black and white of 8-bit pixels without a unit; None: not known."""
+    rescaled = dataset.get("RescaleSlope") not in (None, 1) or dataset.get("RescaleIntercept")
+    signed = int(dataset.get("PixelRepresentation", 0))
+    bits = int(dataset.get("BitsStored", 16))
+    if bits != 8 or signed or rescaled or dataset.get("ModalityLUTSequence"):
+        return None
+    return 0.0, top_value(dataset)
+
+
+def _slices(dataset: Dataset, path: Path) -> list[_Slice]:
+    """The slices in a file, with their values."""
+    stored = stored_values(dataset, path)
+    if is_colour(dataset):
+        stored = _only_grey(stored, path)
+    if stored.ndim == 2:
+        values = grey_values(stored, dataset, path)
+        return [_Slice(path=path, header=dataset, values=values)]
+    groups = dataset.get("PerFrameFunctionalGroupsSequence") or ()
+    if len(groups) != len(stored):
+        raise InputError(
+            f"holds {len(stored)} frames without their places",
+            path=path,
+            remedy="convert it to NIfTI, or to DICOM of one slice per file",
+        )
+    headers = [_frame_header(dataset, group) for group in groups]
+    return [
+        _Slice(path=path, header=header, frame=n, values=grey_values(plane, header, path))
+        for n, (plane, header) in enumerate(zip(stored, headers, strict=True), start=1)
+    ]
+
+
+def _only_grey(stored: np.ndarray, path: Path) -> np.ndarray:
+    """One of three colours that agree everywhere, as those of a screen shot in grey do."""
+    if (stored == stored[..., :1]).all():
+        return stored[..., 0]
+    raise InputError(
+        f"holds colour in one file (shape {shape_text(stored.shape)})",
+        path=path,
+        remedy="convert it to NIfTI or to grey DICOM",
+    )
+
+
+_FRAME_FIELDS = (
+    ("PlanePositionSequence", ("ImagePositionPatient",)),
+    ("PlaneOrientationSequence", ("ImageOrientationPatient",)),
+    ("PixelMeasuresSequence", ("PixelSpacing", "SliceThickness")),
+    ("PixelValueTransformationSequence", ("RescaleSlope", "RescaleIntercept")),
+)
+_PIXEL_FIELDS = (
+    "BitsStored", "PixelRepresentation", "PhotometricInterpretation", "RescaleSlope",
+    "RescaleIntercept",
+)  # fmt: skip
+
+
+def _frame_header(dataset: Dataset, group: Dataset) -> Dataset:
+    """What a frame's own and the shared functional groups say, as in a file of one slice."""
+    header = Dataset()
+    for name in _PIXEL_FIELDS:
+        if name in dataset:
+            setattr(header, name, dataset[name].value)
+    shared = dataset.get("SharedFunctionalGroupsSequence") or ()
+    for source in (*shared[:1], group):
+        for sequence, names in _FRAME_FIELDS:
+            for item in (source.get(sequence) or ())[:1]:
+                for name in names:
+                    if name in item:
+                        setattr(header, name, item[name].value)
+    return header
 
 
 def _read(path: Path, *, pixels: bool) -> FileDataset:
@@ -93,138 +227,113 @@ def _read(path: Path, *, pixels: bool) -> FileDataset:
             path=path,
             remedy="copy it again",
         ) from error
+    _check_numbers(dataset, path)
     return dataset
 
 
-def _in_order(found: Sequence[tuple[Path, FileDataset]]) -> tuple[Path, ...]:
+_NUMBERS = {
+    "ImagePositionPatient": 3,
+    "ImageOrientationPatient": 6,
+    "PixelSpacing": 2,
+    "ImagerPixelSpacing": 2,
+    "NominalScannedPixelSpacing": 2,
+    "SliceThickness": 1,
+    "InstanceNumber": 1,
+    "RescaleSlope": 1,
+    "RescaleIntercept": 1,
+}
+"""Fields of all files, and how many numbers they hold."""
+
+
+def _check_numbers(dataset: Dataset, path: Path) -> None:
+    """Refuse a field that is not the numbers it should be; an empty one counts as missing."""
+    for name, count in _NUMBERS.items():
+        value = dataset.get(name)  # pydicom gives what is no number as text
+        if value in (None, ""):
+            continue
+        several = value if isinstance(value, MultiValue) else [value]
+        try:
+            fits = bool(np.isfinite([float(v) for v in several]).all())
+        except (ValueError, TypeError):
+            fits = False
+        if not fits or count != len(several):
+            wanted = "a number was" if count == 1 else f"{count} numbers were"
+            raise InputError(
+                f"has the {name} {str(value)!r}, {wanted} expected",
+                path=path,
+                remedy="correct the field, or export the file again",
+            )
+
+
+def _in_order(found: Sequence[_Slice]) -> list[_Slice]:
     if len(found) == 1:
-        return (found[0][0],)
-    if all(_has_place(header) for _, header in found):
-        normal = _normal(found[0][1])
-        keys = [float(np.dot(normal, _position(header))) for _, header in found]
-    elif all(header.get("InstanceNumber") not in (None, "") for _, header in found):
-        keys = [float(header.InstanceNumber) for _, header in found]
+        return list(found)
+    if all(_has_place(one.header) for one in found):
+        normal = _normal(found[0].header)
+        keys = [float(np.dot(normal, _position(one.header))) for one in found]
+    elif all(one.header.get("InstanceNumber") not in (None, "") for one in found):
+        keys = [float(one.header.InstanceNumber) for one in found]
     else:
-        lacking = next(path for path, header in found if not _has_place(header))
+        lacking = next(one for one in found if not _has_place(one.header))
         raise InputError(
             "has neither ImagePositionPatient nor InstanceNumber in all slices of its series",
-            path=lacking,
+            path=lacking.path,
+            place=lacking.place,
             remedy="slices cannot be put in order; export the series again",
         )
     order = sorted(range(len(found)), key=keys.__getitem__)
     for first, second in itertools.pairwise(order):
         if abs(keys[first] - keys[second]) < 1e-4:
             raise InputError(
-                f"lies at the same place as {found[first][0].name}",
-                path=found[second][0],
+                f"lies at the same place as {found[first].path.name}",
+                path=found[second].path,
+                place=found[second].place,
                 remedy="keep one series (one echo, one time point) per folder",
             )
-    return tuple(found[i][0] for i in order)
+    return [found[i] for i in order]
 
 
-def _has_place(header: FileDataset) -> bool:
+def _has_place(header: Dataset) -> bool:
     return bool(header.get("ImagePositionPatient")) and bool(header.get("ImageOrientationPatient"))
 
 
-def _position(header: FileDataset) -> Float64[np.ndarray, " 3"]:
+def _position(header: Dataset) -> Float64[np.ndarray, " 3"]:
     return np.array([float(v) for v in header.ImagePositionPatient])
 
 
-def _directions(header: FileDataset) -> Float64[np.ndarray, "2 3"]:
+def _directions(header: Dataset) -> Float64[np.ndarray, "2 3"]:
     """Directions in the patient (LPS) of growing column index and of growing row index."""
     return np.array([float(v) for v in header.ImageOrientationPatient]).reshape(2, 3)
 
 
-def _normal(header: FileDataset) -> Float64[np.ndarray, " 3"]:
+def _normal(header: Dataset) -> Float64[np.ndarray, " 3"]:
     return np.cross(*_directions(header))
 
 
-def _values(dataset: FileDataset, path: Path) -> Float32[np.ndarray, "rows columns"]:
-    if "PixelData" not in dataset and "FloatPixelData" not in dataset:
-        kind = dataset.get("Modality", "unknown")
+def _series_affine(slices: Sequence[_Slice]) -> Float64[np.ndarray, "4 4"] | None:
+    """Affine of (row, column, slice) indices; axial around the origin where no place is stored.
+
+    None for one picture whose spacing is not stored.
+    """
+    first = slices[0].header
+    spacing = _spacing(slices[0])
+    if spacing is None and len(slices) == 1:
+        return None
+    if spacing is None:
         raise InputError(
-            f"has no pixel data (modality {kind})",
-            path=path,
-            remedy="it is not an image: remove it from the folder",
+            "has no PixelSpacing",
+            path=slices[0].path,
+            place=slices[0].place,
+            remedy="sizes in mm are not known: export the series again, or convert it to NIfTI",
         )
-    try:
-        with warnings.catch_warnings(), _silent_decoders():
-            warnings.simplefilter("ignore")  # padding bytes after the pixels are harmless
-            stored = dataset.pixel_array
-    except Exception as error:  # each decoder has its own faults
-        raise _decoding_fault(dataset, path, error) from error
-    if stored.ndim != 2:
-        what = "colour" if int(dataset.get("SamplesPerPixel", 1)) > 1 else "several frames"
-        raise InputError(
-            f"holds {what} in one file (shape {shape_text(stored.shape)})",
-            path=path,
-            remedy="convert it to NIfTI or to grey single-frame DICOM",
-        )
-    values = stored.astype(np.float64)
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        signed = int(dataset.get("PixelRepresentation", 0))
-        values = (-1.0 if signed else 2.0 ** int(dataset.BitsStored) - 1.0) - values
-    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
-    values = values * float(1 if slope is None else slope)
-    values = (values + float(0 if intercept is None else intercept)).astype(np.float32)
-    check_finite(values, path)
-    return values
-
-
-@contextlib.contextmanager
-def _silent_decoders() -> Iterator[None]:
-    """Without the tracebacks that pydicom logs of each decoder that failed."""
-    logger = logging.getLogger("pydicom")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def _decoding_fault(dataset: FileDataset, path: Path, error: Exception) -> InputError:
-    meta = getattr(dataset, "file_meta", {})
-    syntax = meta.get("TransferSyntaxUID") if meta else None
-    name = f"{syntax.name} ({syntax})" if syntax is not None else "unknown transfer syntax"
-    if syntax is not None and syntax.is_compressed and _decoder_is_missing(error):
-        return InputError(
-            f"is encoded as {name}, for which no decoder is installed",
-            path=path,
-            remedy="install pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg, "
-            "or decompress the file",
-        )
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-    return InputError(
-        f"has pixel data that cannot be decoded as {name}: truncated or damaged ({text})",
-        path=path,
-        remedy="copy the file again",
-    )
-
-
-_NO_DECODER = ("plugin", "missing", "no available", "not installed", "no pixel data decoders")
-"""What pydicom says where it has no decoder for an encoding."""
-
-
-def _decoder_is_missing(error: Exception) -> bool:
-    text = str(error).lower()
-    return any(part in text for part in _NO_DECODER)
-
-
-def _series_affine(
-    datasets: Sequence[FileDataset], paths: Sequence[Path]
-) -> Float64[np.ndarray, "4 4"]:
-    """Affine of (row, column, slice) indices; axial around the origin where no place is stored."""
-    first = datasets[0]
-    spacing = first.get("PixelSpacing") or first.get("ImagerPixelSpacing") or (1.0, 1.0)
-    row_mm, column_mm = (float(v) for v in spacing)
+    row_mm, column_mm = spacing
     thickness_mm = float(first.get("SliceThickness") or 1.0)
-    if not all(_has_place(d) for d in datasets):
+    if not all(_has_place(one.header) for one in slices):
         return picture_affine((row_mm, column_mm, thickness_mm))
     along_columns, along_rows = _directions(first)
     step = _normal(first) * thickness_mm
-    if len(datasets) > 1:
-        step = _slice_step(datasets, paths)
+    if len(slices) > 1:
+        step = _slice_step(slices)
     affine = np.eye(4)
     affine[:3, 0] = along_rows * row_mm
     affine[:3, 1] = along_columns * column_mm
@@ -233,26 +342,46 @@ def _series_affine(
     return np.asarray(_LPS_TO_RAS @ affine)
 
 
-def _slice_step(
-    datasets: Sequence[FileDataset], paths: Sequence[Path]
-) -> Float64[np.ndarray, " 3"]:
+def _spacing(one: _Slice) -> tuple[float, float] | None:
+    """Distance of rows and of columns in mm; None where the file does not tell."""
+    for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        value = one.header.get(name)
+        if not value:
+            continue
+        numbers = [float(v) for v in value]
+        if not all(v > 0 for v in numbers):
+            listed = ", ".join(f"{v:g}" for v in numbers)
+            raise InputError(
+                f"has the {name} {listed}, two positive numbers were expected",
+                path=one.path,
+                place=one.place,
+                remedy="correct it, or convert the series to NIfTI",
+            )
+        return numbers[0], numbers[1]
+    return None
+
+
+def _slice_step(slices: Sequence[_Slice]) -> Float64[np.ndarray, " 3"]:
     """The vector (LPS, mm) from one slice to the next."""
-    reference = _directions(datasets[0])
-    positions = np.array([_position(d) for d in datasets])
-    for dataset, path in zip(datasets, paths, strict=True):
-        if np.abs(_directions(dataset) - reference).max() > 1e-3:
+    reference = _directions(slices[0].header)
+    positions = np.array([_position(one.header) for one in slices])
+    for one in slices:
+        if np.abs(_directions(one.header) - reference).max() > 1e-3:
             raise InputError(
                 "is tilted against the first slice of its series",
-                path=path,
+                path=one.path,
+                place=one.place,
                 remedy="keep one series per folder",
             )
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     usual = float(np.median(gaps))
     wrong = np.flatnonzero(np.abs(gaps - usual) > 0.1 * usual)
     if wrong.size:
+        after = slices[int(wrong[0]) + 1]
         raise InputError(
             f"lies {gaps[wrong[0]]:.2f} mm after the slice before it, the others {usual:.2f} mm",
-            path=paths[int(wrong[0]) + 1],
+            path=after.path,
+            place=after.place,
             remedy="a slice is missing: complete the series",
         )
     return np.asarray((positions[-1] - positions[0]) / (len(positions) - 1))

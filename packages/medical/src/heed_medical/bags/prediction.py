@@ -66,7 +66,7 @@ def write_prediction(
     assert prediction.patch_size is not None
     collection = patch_collection(
         prediction.coords,
-        prediction.mean_attention,
+        prediction.attention,
         patch_size=prediction.patch_size,
         most=geojson_patches,
     )

@@ -54,8 +54,8 @@ def read_ecg(path: Path, *, missing_leads: Literal["error", "zero"] = "error") -
             twice or without values; a unit is no voltage.
         MissingExtra: The library wfdb is not installed.
     """
-    stem = path.with_suffix("") if path.suffix.lower() in ECG_SUFFIXES else path
-    header = stem.with_name(f"{stem.name}.hea")
+    header = header_of(path)
+    stem = header.with_suffix("")
     if not header.is_file():
         raise InputError("does not exist", path=header, remedy="a WFDB record is .hea and .dat")
     record = _record(stem, header)
@@ -79,6 +79,26 @@ def read_ecg(path: Path, *, missing_leads: Literal["error", "zero"] = "error") -
             number = columns[lead]
             leads[row] = signals[:, number] * _factor(str(record.units[number] or ""), lead, header)
     return Ecg(leads_mv=_checked(leads, header), rate_hz=rate, missing=absent)
+
+
+def header_of(path: Path) -> Path:
+    """The header of a record that is named by its header, its signal file or without suffix."""
+    stem = path.with_suffix("") if path.suffix.lower() in ECG_SUFFIXES else path
+    return stem.with_name(f"{stem.name}.hea")
+
+
+def stated_duration_s(path: Path) -> float | None:
+    """How long a record is, as the first line of its header states; None where it does not.
+
+    The line is `NAME SIGNALS RATE SAMPLES`; a rate may have a counter behind it (`360/0.1(5)`).
+    """
+    try:
+        lines = header_of(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        first = next(line.split() for line in lines if line.strip() and line[0] != "#")
+        rate, samples = float(first[2].partition("/")[0]), int(first[3])
+    except (OSError, StopIteration, IndexError, ValueError):
+        return None
+    return samples / rate if rate > 0 and samples > 0 else None
 
 
 def wfdb_library() -> Any:

@@ -10,7 +10,6 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from heed_medical.medusa.network import SMALLEST_SIDE
 from heed_medical.pictures.augmentation import PictureAugmentation, augment_pictures
 from heed_medical.pictures.batches import even_groups, groups_apart
 from heed_medical.pictures.findings import findings_of
@@ -24,7 +23,7 @@ class MedusaData(PictureData):
     """How pictures become the inputs and labels of MEDUSA."""
 
     body_size: tuple[int, int] = (256, 256)
-    """Height and width of the body's picture, multiples of 16."""
+    """Height and width of the body's picture, multiples of 16 for the published widths."""
     decision: Literal["argmax", "calibrated"] = "argmax"
     """How a class is called: the most probable one, or, for two classes, the second from the
     threshold on that was best on the validation pictures of the training."""
@@ -33,10 +32,8 @@ class MedusaData(PictureData):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.size) < SMALLEST_SIDE:
-            raise ValueError(f"size must be {SMALLEST_SIDE} or more, got {self.size}")
-        if min(self.body_size) < 16 or any(side % 16 for side in self.body_size):
-            raise ValueError(f"body_size must be two multiples of 16, got {self.body_size}")
+        if min(self.body_size) < 1:
+            raise ValueError(f"body_size must be two positive numbers, got {self.body_size}")
         if self.threshold is not None and not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold must be above 0 and below 1, got {self.threshold}")
         if self.threshold is not None and self.decision == "calibrated":
@@ -74,7 +71,7 @@ def read_case(file: PictureFile, data: MedusaData) -> MedusaCase:
     Raises:
         InputError: The file cannot be read.
     """
-    grey = read_grey(file.path, window=data.window)
+    grey = read_grey(file.path, window=data.window, voi=data.voi)
     label = data.classes.index(file.label) if file.label in data.classes else None
     return MedusaCase(
         name=file.name,

@@ -46,14 +46,18 @@ class LungData(Dataset[LungPicture]):
     Args:
         files: Pictures with masks of one class.
         data: As settled by `plan_data`.
+        skipped: What the list left out, a line each.
 
     Raises:
         InputError: On access, a file that cannot be read, or a volume.
     """
 
-    def __init__(self, files: Sequence[CaseFiles], data: SegmentationData) -> None:
+    def __init__(
+        self, files: Sequence[CaseFiles], data: SegmentationData, *, skipped: Sequence[str] = ()
+    ) -> None:
         if data.size is None:
             raise ValueError("size is not settled")
+        self.skipped = tuple(skipped)
         self.files, self.data, self.size = tuple(files), data, data.size
 
     def __len__(self) -> int:

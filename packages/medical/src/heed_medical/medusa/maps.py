@@ -14,7 +14,10 @@ from heed_medical.medusa.network import Medusa
 
 @dataclass(frozen=True, kw_only=True)
 class PictureMaps:
-    """The maps of one picture, each on the grid of its scale."""
+    """The maps of one picture, each on the grid of its scale.
+
+    Those of a picture that was padded are on the grid of its pixels, cut back to it.
+    """
 
     probabilities: Float32[np.ndarray, " k"]
     gates: dict[int, Float32[np.ndarray, "_ _"]]
@@ -52,11 +55,21 @@ def picture_maps(model: Medusa, batch: MedusaBatch, *, target: int | None = None
     evidence = F.relu((weight * view.last).sum(1)[0])
     evidence = evidence / evidence.max().clamp(min=1e-12)
     gates = dict(enumerate(view.gates, start=1))
+    size = batch["main"].shape[-2:]
+    margins = model.margins(size)
+
+    def grid(cells: Float[Tensor, "h w"]) -> Float32[np.ndarray, "_ _"]:
+        if not any(margins) or cells.numel() == 1:
+            return _array(cells)
+        left, right, above, below = margins
+        whole = enlarge(_array(cells), (size[0] + above + below, size[1] + left + right))
+        return whole[above : above + size[0], left : left + size[1]]
+
     return PictureMaps(
         probabilities=_array(view.logits[0].float().softmax(0)),
-        gates={scale: _array(gate[0].mean(0)) for scale, gate in gates.items()},
-        spread={scale: _array(gate[0].std(0, correction=0)) for scale, gate in gates.items()},
-        evidence=_array(evidence),
+        gates={scale: grid(gate[0].mean(0)) for scale, gate in gates.items()},
+        spread={scale: grid(gate[0].std(0, correction=0)) for scale, gate in gates.items()},
+        evidence=grid(evidence),
         body_mask=None if view.body_mask is None else _array(view.body_mask[0, 0]),
     )
 

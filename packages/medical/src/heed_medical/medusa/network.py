@@ -69,6 +69,9 @@ class MedusaConfig:
     """A map for every channel, or one for all of them."""
     local: bool = True
     """Whether a head also sees its own stage; without, it sees nothing but the body's features."""
+    pad: bool = False
+    """Extend pictures whose sides are too small for the backbone or no multiples of what the body
+    halves, by their border pixels, and cut maps back. Otherwise such sizes are refused."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built or has no effect, naming the setting."""
@@ -94,6 +97,27 @@ class MedusaConfig:
             for name, default in (("gate", "2sigmoid"), ("head", "channel"), ("local", True)):
                 if getattr(self, name) != default:
                     raise ValueError(f"{name} has no effect with attention={self.attention}")
+
+    def refuse_sizes(self, main: Sequence[int], body: Sequence[int]) -> None:
+        """Refuse pictures that do not fit and are not padded.
+
+        Args:
+            main: Height and width of the backbone's picture.
+            body: Height and width of the body's picture.
+
+        Raises:
+            ValueError: One of them is too small or no multiple.
+        """
+        multiple = self.body_multiple
+        if not self.pad and min(main) < SMALLEST_SIDE:
+            raise ValueError(
+                f"size must be {SMALLEST_SIDE} or more, or padded (model.pad), got {tuple(main)}"
+            )
+        if not self.pad and any(side % multiple for side in body):
+            raise ValueError(
+                f"body_size must be multiples of {multiple} for {len(self.body_widths)} "
+                f"body_widths, or padded (model.pad), got {tuple(body)}"
+            )
 
     @property
     def body_multiple(self) -> int:
@@ -133,11 +157,13 @@ class UNetBody(nn.Module):
     Args:
         in_channels: Channels of the picture.
         widths: Channels of the levels, the finest first.
+        pad: Whether a picture of other sides is padded and its features are cut back.
     """
 
-    def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
+    def __init__(self, in_channels: int, widths: Sequence[int], *, pad: bool = False) -> None:
         super().__init__()
         self.multiple = 2 ** (len(widths) - 1)
+        self.pad = pad
         self.first = conv_block(in_channels, widths[0])
         pairs = list(itertools.pairwise(widths))
         self.down = nn.ModuleList(conv_block(fine, coarse) for fine, coarse in pairs)
@@ -151,14 +177,20 @@ class UNetBody(nn.Module):
         """The features G of the last decoder level.
 
         Raises:
-            ValueError: Sides that the levels cannot halve.
+            ValueError: Sides that the levels cannot halve, unless they are padded.
         """
         height, width = picture.shape[-2:]
+        if self.pad:
+            margins = margins_of((height, width), multiple=self.multiple)
+            return cut_back(self._features(extended(picture, margins)), margins)
         if height % self.multiple or width % self.multiple:
             raise ValueError(
                 f"the body's picture must have sides that are multiples of {self.multiple}, "
                 f"got {height} x {width}"
             )
+        return self._features(picture)
+
+    def _features(self, picture: Float[Tensor, "b i h w"]) -> Float[Tensor, "b c h w"]:
         levels: list[Tensor] = [self.first(picture)]
         for block in self.down:
             levels.append(block(F.max_pool2d(levels[-1], 2)))
@@ -173,6 +205,34 @@ class UNetBody(nn.Module):
         """Scores of the mask that the body is pre-trained on."""
         scores: Tensor = self.mask(self(picture))
         return scores
+
+
+Margins = tuple[int, int, int, int]
+"""Pixels left, right, above and below, as `torch.nn.functional.pad` takes them."""
+
+
+def margins_of(size: Sequence[int], *, multiple: int = 1, least: int = 1) -> Margins:
+    """What lacks to sides that are multiples of one number and at least another.
+
+    Example:
+        >>> margins_of((33, 64), multiple=16)
+        (0, 0, 7, 8)
+    """
+    lacking = [max(least, -(-side // multiple) * multiple) - side for side in size]
+    (above, below), (left, right) = ((lack // 2, lack - lack // 2) for lack in lacking)
+    return left, right, above, below
+
+
+def extended(picture: Float[Tensor, "b c h w"], margins: Margins) -> Float[Tensor, "b c p q"]:
+    """Repeat the border pixels of a picture or map outwards."""
+    return F.pad(picture, margins, mode="replicate") if any(margins) else picture
+
+
+def cut_back(maps: Float[Tensor, "b c p q"], margins: Margins) -> Float[Tensor, "b c h w"]:
+    """What is left of a map without its margins."""
+    left, right, above, below = margins
+    height, width = maps.shape[-2:]
+    return maps[..., above : height - below, left : width - right]
 
 
 def to_size(features: Float[Tensor, "b c h w"], size: Sequence[int]) -> Float[Tensor, "b c p q"]:
@@ -312,6 +372,13 @@ class StagedBackbone(nn.Module):
         return logits
 
 
+def _scaled(margins: Margins, size: Sequence[int], other: Sequence[int]) -> Margins:
+    """The margins of a picture as those of a map of another size over the same picture."""
+    rows, columns = other[0] / size[0], other[1] / size[1]
+    left, right, above, below = margins
+    return round(left * columns), round(right * columns), round(above * rows), round(below * rows)
+
+
 _RESNET_STEM = ("conv1", "bn1", "relu", "maxpool")
 
 
@@ -334,7 +401,7 @@ class Medusa(nn.Module):
         self.gates = nn.ModuleList()
         self.backbone = StagedBackbone(config.backbone, classes=config.classes)
         if config.attention == "medusa":
-            self.body = UNetBody(1, config.body_widths)
+            self.body = UNetBody(1, config.body_widths, pad=config.pad)
             self.gates.extend(
                 ScaleGate(
                     config.body_widths[0],
@@ -357,7 +424,8 @@ class Medusa(nn.Module):
         """Class scores.
 
         Args:
-            main: The picture for the backbone, values within 0..1, sides of 64 or more.
+            main: The picture for the backbone, values within 0..1, sides of 64 or more unless
+                they are padded.
             body: The same picture in grey for the body, its mean 0 and its variance 1.
 
         Raises:
@@ -379,7 +447,8 @@ class Medusa(nn.Module):
         self, main: Float[Tensor, "b 3 h w"], body: Float[Tensor, "b 1 p q"]
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """F'_4, the maps A_j and the body's features G."""
-        if min(main.shape[-2:]) < SMALLEST_SIDE:
+        margins = self.margins(main.shape[-2:])
+        if not self.config.pad and min(main.shape[-2:]) < SMALLEST_SIDE:
             height, width = main.shape[-2:]
             raise ValueError(
                 f"the main picture must have sides of {SMALLEST_SIDE} or more, "
@@ -389,15 +458,22 @@ class Medusa(nn.Module):
             mean, deviation = (main.new_tensor(v).reshape(3, 1, 1) for v in _IMAGENET)
             main = (main - mean) / deviation
         context = None if self.body is None else self.body(body)
+        around = context
+        if context is not None and any(margins):
+            around = extended(context, _scaled(margins, main.shape[-2:], context.shape[-2:]))
         maps: list[Tensor] = []
-        x = self.backbone.stem(main)
+        x = self.backbone.stem(extended(main, margins))
         for number in range(1, 5):
             x = self.backbone.stage(number, x)
             if len(self.gates):
                 gate = self.gates[number - 1]
-                x, attention = gate(x) if context is None else gate(x, context)
+                x, attention = gate(x) if around is None else gate(x, around)
                 maps.append(attention)
         return x, maps, context
+
+    def margins(self, size: Sequence[int]) -> Margins:
+        """By how much the backbone's picture of a size is padded."""
+        return margins_of(size, least=SMALLEST_SIDE) if self.config.pad else (0, 0, 0, 0)
 
     def parameters_of_attention(self) -> list[nn.Parameter]:
         """The parameters of body and heads; the others are the backbone's."""

@@ -10,6 +10,8 @@ import numpy as np
 
 from heed_core.errors import InputError
 from heed_medical.ecg.reading import read_ecg
+from heed_medical.ecg.signals import RATE_HZ
+from heed_medical.more.gaps import least_s
 from heed_medical.more.network import MODALITIES
 from heed_medical.more.settings import MoreData
 from heed_medical.more.studies import (
@@ -19,6 +21,7 @@ from heed_medical.more.studies import (
     subjects_in_several_splits,
     unknown_splits,
 )
+from heed_medical.pictures.findings import unsure_line
 from heed_medical.pictures.reading import read_grey
 from heed_medical.splits import SPLITS
 
@@ -74,8 +77,19 @@ def check_studies(data: MoreData, root: Path, *, samples: int = 1000) -> StudyCh
     if empty and len(empty) < len(studies):
         names = ", ".join(s.name for s in empty[:3])
         warnings.append(f"{root}: {len(empty)} studies have an empty report ({names})")
+    warnings += [f"{root}: {line}" for line in _unsure(studies, data)]
     counts = [_counts(split, [s for s in studies if s.split == split]) for split in SPLITS]
     return StudyCheck(counts=counts, problems=problems, warnings=warnings)
+
+
+def _unsure(studies: Sequence[StudyFile], data: MoreData) -> list[str]:
+    """What findings are uncertain or not mentioned in a table, and what they count as."""
+    told = [study.cells for study in studies if study.cells]
+    lines = [
+        unsure_line(name, [cells[name] for cells in told], data, cases="studies")
+        for name in (told[0] if told else ())
+    ]
+    return [line for line in lines if line]
 
 
 def _odd_ecg(path: Path, data: MoreData, samples: int) -> list[str]:
@@ -85,8 +99,11 @@ def _odd_ecg(path: Path, data: MoreData, samples: int) -> list[str]:
         lines.append(f"{path}: has no lead {', '.join(ecg.missing)}; filled with 0")
     if missing := int(np.isnan(ecg.leads_mv).sum()):
         lines.append(f"{path}: {missing} samples are missing (NaN); filled with 0")
-    if ecg.duration_s < samples / 100 - 0.01:
-        lines.append(f"{path}: lasts {ecg.duration_s:.1f} s, less than {samples / 100:g} s")
+    if ecg.duration_s < least_s(samples):
+        lines.append(
+            f"{path}: lasts {ecg.duration_s:.1f} s, less than {samples / RATE_HZ:g} s; zeros "
+            "follow it"
+        )
     return lines
 
 

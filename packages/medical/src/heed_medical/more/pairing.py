@@ -21,6 +21,7 @@ import numpy as np
 
 from heed_core.errors import InputError
 from heed_medical.more.settings import CHEXPERT
+from heed_medical.more.studies import clean_report
 from heed_medical.reports.layouts import report_sections
 
 ManifestRow = Mapping[str, str]
@@ -245,13 +246,14 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def _report(root: Path, subject: str, study: str) -> str:
-    """Findings and impression of a report; empty where there is none."""
+    """Findings and impression of a report; empty where nothing of them is left when cleaned."""
     path = root / "files" / f"p{subject[:2]}" / f"p{subject}" / f"s{study}.txt"
     if not path.is_file():
         return ""
     sections = report_sections(path.read_text(encoding="utf-8", errors="replace"))
     parts = (sections.get("findings", ""), sections.get("impression", ""))
-    return " ".join(" ".join(part.split()) for part in parts if part.strip())
+    text = " ".join(" ".join(part.split()) for part in parts if part.strip())
+    return text if clean_report(text) else ""
 
 
 def _validation(subjects: set[str], share: float, seed: int) -> set[str]:

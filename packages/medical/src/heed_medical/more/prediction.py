@@ -6,15 +6,21 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, Int64
 
+from heed_core.errors import InputError
 from heed_medical.classification.metrics import average_precision, roc_auc
-from heed_medical.more.network import MODALITIES
+from heed_medical.more.network import MODALITIES, More
 from heed_medical.more.retrieval import label_precision, retrieval_scores
+from heed_medical.more.settings import MoreData
+from heed_medical.more.studies import introduced
 
 ScoreRow = Mapping[str, str | int | float | None]
 DECIMALS = 6
@@ -40,13 +46,51 @@ class StudyPrediction:
     embeddings: Mapping[str, Float32[np.ndarray, " p"]]
     """Unit vectors by modality."""
     findings: Mapping[str, Mapping[str, float]]
-    """Modality -> finding -> cosine with its prompt; the best of several prompts."""
+    """Modality -> finding -> score of its prompts, as of `Asked`."""
     neighbours: Sequence[Neighbour] = ()
     items: Mapping[str, str]
     """Modality -> what tells equal items: the file, or the report's text."""
     labels: Mapping[str, int | None]
     subject: str = ""
     """Whose it is; empty: not named."""
+
+
+class Asked(NamedTuple):
+    """Unit vectors of the texts that a finding is asked and denied with."""
+
+    prompts: Float32[np.ndarray, "k p"]
+    denials: Float32[np.ndarray, "j p"]
+    """May be none."""
+
+    def score(self, vector: Float32[np.ndarray, " p"]) -> float:
+        """The cosine with the nearest prompt, less that with the nearest denial if there are some.
+
+        The logistic function of the difference is the softmax over both, as CheXzero has it: areas
+        under curves are the same.
+        """
+        best = float((self.prompts @ vector).max())
+        return best - float((self.denials @ vector).max()) if len(self.denials) else best
+
+
+def ask(model: More, data: MoreData, finding: str, modality: Literal["xray", "ecg"]) -> Asked:
+    """The texts of a finding, embedded as reports of an X-ray or of an ECG.
+
+    Raises:
+        InputError: Nothing is left of its prompts when they are cleaned as reports are.
+    """
+
+    def vectors(prompts: Sequence[str]) -> Float32[np.ndarray, "k p"]:
+        pairs = [(text, "") if modality == "xray" else ("", text) for text in prompts]
+        texts = [text for pair in pairs if (text := introduced(pair)) is not None]
+        if not texts:
+            return np.zeros((0, model.config.projection), dtype=np.float32)
+        with torch.no_grad():
+            return model.embed_text(texts).float().cpu().numpy()
+
+    prompts, denials = vectors(data.prompts_of(finding)), vectors(data.denials_of(finding))
+    if not len(prompts):
+        raise InputError(f"the prompts of {finding!r} hold no words: {data.prompts_of(finding)}")
+    return Asked(prompts, denials)
 
 
 def write_prediction(prediction: StudyPrediction, out: Path) -> list[Path]:
@@ -77,7 +121,7 @@ def write_prediction(prediction: StudyPrediction, out: Path) -> list[Path]:
 
 
 def score_row(prediction: StudyPrediction) -> ScoreRow:
-    """One line of the table of cases: labels, cosines with prompts, and the embeddings themselves.
+    """One line of the table of cases: labels, scores of prompts, and the embeddings themselves.
 
     Embeddings are base64 of little-endian float32, as `embedding_of` reads them.
     """
@@ -104,7 +148,11 @@ def embedding_of(row: ScoreRow, modality: str) -> Float32[np.ndarray, " p"] | No
 
 
 def retrieval_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[ScoreRow]:
-    """How well each modality finds each other one: recall, median rank, precision by finding."""
+    """How well each modality finds each other one: recall, median rank, precision by finding.
+
+    Equal items, such as one X-ray in several pairs, count once: `pairs` are the studies with both
+    modalities, `queries` and `gallery` the different items among them.
+    """
     labels = np.array([[row.get(f"label {name}") == 1 for name in findings] for row in rows])
     labels = labels.reshape(len(rows), len(findings))
     vectors = {m: [embedding_of(row, m) for row in rows] for m in MODALITIES}
@@ -119,13 +167,13 @@ def retrieval_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[Sc
             continue
         queries = np.stack([vectors[one][i] for i in both])  # type: ignore[misc]
         gallery = np.stack([vectors[other][i] for i in both])  # type: ignore[misc]
-        scores = retrieval_scores(
-            queries,
-            gallery,
-            query_ids=[str(rows[i].get(f"{one} item")) for i in both],
-            gallery_ids=[str(rows[i].get(f"{other} item")) for i in both],
-        )
-        wanted = labels[both]
+        asked = [str(rows[i].get(f"{one} item")) for i in both]
+        held = [str(rows[i].get(f"{other} item")) for i in both]
+        scores = retrieval_scores(queries, gallery, query_ids=asked, gallery_ids=held)
+        precision = partial(
+            label_precision, queries, gallery, query_labels=labels[both],
+            gallery_labels=labels[both], query_ids=asked, gallery_ids=held,
+        )  # fmt: skip
         found.append(
             {
                 "from": one,
@@ -135,13 +183,7 @@ def retrieval_rows(rows: Sequence[ScoreRow], findings: Sequence[str]) -> list[Sc
                 "gallery": scores.gallery,
                 **{f"recall@{k}": value for k, value in scores.recall.items()},
                 "median rank": scores.median_rank,
-                **{
-                    f"finding precision@{k}": label_precision(
-                        queries, gallery, query_labels=wanted, gallery_labels=wanted, k=k
-                    )
-                    for k in scores.recall
-                    if findings
-                },
+                **{f"finding precision@{k}": precision(k=k) for k in scores.recall if findings},
             }
         )
     return found

@@ -205,19 +205,38 @@ def label_precision(
     *,
     query_labels: Bool[np.ndarray, "n k"],
     gallery_labels: Bool[np.ndarray, "m k"],
+    query_ids: Sequence[Hashable],
+    gallery_ids: Sequence[Hashable],
     k: int = 1,
 ) -> float:
-    """Share of the first k answers that have a finding of the query, over queries with one."""
-    asked = query_labels.any(axis=1)
-    if not asked.any() or not len(gallery):
+    """Share of the first k answers that have a finding of the query, over queries with one.
+
+    Rows of the same id are one item, as in `retrieval_scores`; it has the findings of all of them.
+    """
+    q_first, q_labels = _labelled_items(query_ids, query_labels)
+    g_first, g_labels = _labelled_items(gallery_ids, gallery_labels)
+    asked = np.flatnonzero(q_labels.any(axis=1))
+    if not len(asked) or not len(g_first):
         return float("nan")
+    items = gallery[g_first]
     hits = []
-    for start in range(0, int(asked.sum()), _BLOCK):
-        block = np.flatnonzero(asked)[start : start + _BLOCK]
-        best = np.argsort(-(queries[block] @ gallery.T), axis=1, kind="stable")[:, :k]
-        shared = (gallery_labels[best] & query_labels[block][:, None]).any(axis=2)
+    for start in range(0, len(asked), _BLOCK):
+        block = asked[start : start + _BLOCK]
+        cosines = queries[q_first[block]] @ items.T
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        shared = (g_labels[best] & q_labels[block][:, None]).any(axis=2)
         hits.append(shared.mean(axis=1))
     return float(np.concatenate(hits).mean())
+
+
+def _labelled_items(
+    ids: Sequence[Hashable], labels: Bool[np.ndarray, "n k"]
+) -> tuple[Int64[np.ndarray, " m"], Bool[np.ndarray, "m k"]]:
+    """First row of each different id, and the findings of all its rows."""
+    first, item = _items(ids)
+    found = np.zeros((len(first), labels.shape[1]), dtype=bool)
+    np.logical_or.at(found, item, labels)
+    return first, found
 
 
 def _items(ids: Sequence[Hashable]) -> tuple[Int64[np.ndarray, " m"], Int64[np.ndarray, " n"]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from heed_medical.more.network import MODALITIES
+from heed_medical.pictures.settings import Blank, Uncertain
 
 CHEXPERT = (
     "No Finding",
@@ -50,9 +53,21 @@ class MoreData:
     """Columns with findings (1 present, 0 absent); default: the names of CheXpert and PTB-XL."""
     prompts: tuple[str, ...] = ()
     """What each finding is asked with, in zero-shot classification: FINDING=TEXT, several texts
-    apart by |; default: "FINDING is present"."""
-    uncertain: Literal["absent", "present", "ignore"] = "ignore"
-    """What a finding of -1 counts as."""
+    apart by |, of which the nearest counts; default: "FINDING is present"."""
+    denials: tuple[str, ...] = ()
+    """What a finding is denied with, in the same form: the cosine with the nearest is taken off
+    that with the nearest prompt."""
+    contrast: bool = False
+    """Whether findings of CheXpert that neither of these names are denied with "no FINDING", as in
+    CheXzero; it misleads where the reports of the training deny nothing."""
+    prompt_file: Path | None = None
+    """A csv or jsonl with the columns finding, prompt, denial, of which a finding may have several
+    rows."""
+    uncertain: Uncertain = "leave-out"
+    """What a finding of -1 counts as. mixed: positive for Atelectasis, Edema and Pleural Effusion,
+    negative for Cardiomegaly and Consolidation, left out for others."""
+    blank: Blank = "negative"
+    """What a finding that is not mentioned counts as."""
     missing_leads: Literal["error", "zero"] = "error"
     """What becomes of a lead that an ECG does not have."""
     ecg_part: Literal["first", "centre"] = "first"
@@ -83,24 +98,45 @@ class MoreData:
             raise ValueError(f"neighbours must be at least 1, got {self.neighbours}")
         if self.cache_mb < 0:
             raise ValueError(f"cache_mb must not be negative, got {self.cache_mb}")
-        for prompt in self.prompts:
-            finding, equals, text = prompt.partition("=")
-            if not finding.strip() or not equals or not text.strip():
-                raise ValueError(f"prompts must be FINDING=TEXT, got {prompt!r}")
+        for name in ("prompts", "denials"):
+            _check_prompts(getattr(self, name), name)
         if self.labels and (unknown := self.asked - set(self.labels)):
             raise ValueError(
-                f"prompts must be of the findings {', '.join(self.labels)}, got {unknown}"
+                f"prompts and denials must be of the findings {', '.join(self.labels)}, got "
+                f"{min(unknown)!r}"
             )
 
     @property
     def asked(self) -> set[str]:
-        """The findings that `prompts` names."""
-        return {prompt.partition("=")[0].strip() for prompt in self.prompts}
+        """The findings that `prompts` and `denials` name."""
+        return set(_by_finding(self.prompts)) | set(_by_finding(self.denials))
 
     def prompts_of(self, finding: str) -> tuple[str, ...]:
         """The texts that a finding is asked with."""
-        for prompt in self.prompts:
-            name, _, text = prompt.partition("=")
-            if name.strip() == finding:
-                return tuple(part.strip() for part in text.split("|") if part.strip())
-        return (PTBXL_PROMPTS.get(finding, f"{finding} is present"),)
+        default = (PTBXL_PROMPTS.get(finding, f"{finding} is present"),)
+        return _by_finding(self.prompts).get(finding, default)
+
+    def denials_of(self, finding: str) -> tuple[str, ...]:
+        """The texts that a finding is denied with; none where only the prompts count."""
+        plain = self.contrast and finding in CHEXPERT[1:] and finding not in self.asked
+        default = (f"no {finding}",) if plain else ()
+        return _by_finding(self.denials).get(finding, default)
+
+
+def _by_finding(prompts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`FINDING=TEXT|TEXT` -> the texts of each finding."""
+    found = {}
+    for prompt in prompts:
+        name, _, text = prompt.partition("=")
+        found[name.strip()] = tuple(part.strip() for part in text.split("|") if part.strip())
+    return found
+
+
+def _check_prompts(prompts: Sequence[str], name: str) -> None:
+    for prompt in prompts:
+        finding, equals, _ = prompt.partition("=")
+        if not finding.strip() or not equals or not all(_by_finding([prompt]).values()):
+            raise ValueError(f"{name} must be FINDING=TEXT, got {prompt!r}")
+    findings = Counter(prompt.partition("=")[0].strip() for prompt in prompts)
+    if twice := [finding for finding, count in findings.items() if count > 1]:
+        raise ValueError(f"{name} name {twice[0]!r} twice; put several texts apart by |")

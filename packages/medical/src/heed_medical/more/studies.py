@@ -18,7 +18,9 @@ from heed_medical.ecg.reading import read_ecg
 from heed_medical.ecg.signals import prepare_ecg
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.more.network import MODALITIES, MoreConfig
+from heed_medical.more.prompts import with_prompt_file
 from heed_medical.more.settings import CHEXPERT, MoreData
+from heed_medical.pictures.findings import finding_label
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical.pictures.records import Rows, read_rows
 from heed_medical.splits import SPLITS, in_several_splits
@@ -39,7 +41,6 @@ _COLUMNS = {
     "name": ("name", "study_id", "id"),
 }
 _SPLITS = {"validate": "val", "validation": "val", "valid": "val"}
-_LABELS = {"1": 1, "1.0": 1, "0": 0, "0.0": 0, "": 0, "-1": -1, "-1.0": -1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class StudyFile:
     split: str = ""
     labels: Mapping[str, int | None] = field(default_factory=dict)
     """Finding -> 1 present, 0 absent, None not known."""
+    cells: Mapping[str, str] = field(default_factory=dict)
+    """Finding -> what the table says: 1, 0, -1 (uncertain) or nothing."""
     place: str = ""
     """File and row, for messages."""
 
@@ -64,6 +67,11 @@ class StudyFile:
         """What it has."""
         has = {"xray": self.xray, "ecg": self.ecg, "text": any(self.report)}
         return tuple(name for name in MODALITIES if has[name])
+
+    @property
+    def uncertain(self) -> tuple[str, ...]:
+        """Its findings that the table calls uncertain, whatever they count as."""
+        return tuple(name for name, cell in self.cells.items() if cell and float(cell) == -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +116,7 @@ def list_studies(root: Path, data: MoreData) -> StudyListing:
         found = _ptbxl(root, data)
     else:
         found, problems = _of_manifest(manifest_of(root, data), data)
-    wanted = [replace(study, labels=_labels(study, data)) for study in found]
+    wanted = [_wanted(study, data) for study in found]
     if not wanted:
         raise InputError(problems[0]) if problems else InputError("has no study", path=root)
     settled, drawn = _with_splits(wanted, data)
@@ -298,16 +306,16 @@ def _of_manifest(path: Path, data: MoreData) -> tuple[list[StudyFile], list[str]
         cells = {key: row[name] if name else "" for key, name in columns.items()}
         values = {name: row[column] for name, column in labels.items()}
         try:
-            found.append(_study(cells, values, root, f"row{number}", place))
+            known = {name: finding_label(x, name, data, place) for name, x in values.items()}
+            study = _study(cells, root, f"row{number}", place)
+            found.append(replace(study, labels=known, cells=values))
         except InputError as error:
             problems.append(str(error))
     return _unique(found), problems
 
 
-def _study(
-    cells: Mapping[str, str], labels: Mapping[str, str], root: Path, name: str, place: str
-) -> StudyFile:
-    """One row of a manifest."""
+def _study(cells: Mapping[str, str], root: Path, name: str, place: str) -> StudyFile:
+    """One row of a manifest, without its findings."""
     split = cells["split"].lower()
     study = StudyFile(
         name=cells["name"] or _stem(cells["xray"] or cells["ecg"]) or name,
@@ -316,7 +324,6 @@ def _study(
         report=(cells["xray_report"], cells["ecg_report"]),
         subject=cells["subject"],
         split=_SPLITS.get(split, split),
-        labels={finding: _label(text, finding, place) for finding, text in labels.items()},
         place=place,
     )
     if not study.modalities:
@@ -331,23 +338,12 @@ def _label_columns(table: Rows, data: MoreData) -> dict[str, str]:
     return {name: column for name, column in known.items() if column is not None}
 
 
-def _label(text: str, name: str, place: str) -> int:
-    if text not in _LABELS:
-        raise InputError(f"has {text!r} for {name}, 1, 0 or -1 was expected", place=place)
-    return _LABELS[text]
-
-
-def _labels(study: StudyFile, data: MoreData) -> dict[str, int | None]:
-    """The wanted findings, uncertain ones settled."""
-    of_uncertain = {"absent": 0, "present": 1, "ignore": None}[data.uncertain]
+def _wanted(study: StudyFile, data: MoreData) -> StudyFile:
+    """The study with the findings that are asked for alone."""
+    if lacking := [name for name in data.labels if name not in study.labels]:
+        raise InputError(f"has no finding {lacking[0]!r}", place=study.place)
     names = data.labels or tuple(study.labels)
-    found: dict[str, int | None] = {}
-    for name in names:
-        if name not in study.labels:
-            raise InputError(f"has no finding {name!r}", place=study.place)
-        value = study.labels[name]
-        found[name] = of_uncertain if value == -1 else value
-    return found
+    return replace(study, labels={name: study.labels[name] for name in names})
 
 
 def _stem(path: str) -> str:
@@ -383,8 +379,14 @@ def subject_names(studies: Sequence[StudyFile]) -> list[str]:
     ]
 
 
-_CLOCK = re.compile(r"\b\d{1,2}:\d{2}\b")
-_HEADER = re.compile(r"\bFINAL REPORT\b:?|\b(?i:findings|impression)\s*:")
+NO_STATEMENT = "ECG note not available."
+"""What a report says of an ECG that has none."""
+_CLOCK = re.compile(r"\b(?:[01]?\d|2[0-3]):[0-5]\d|\b\d{1,2} ?(?i:[ap]\.m\.|[ap]m\b)")
+_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9])|(?:(?<=[a-z]{3}[.!?])|(?<=\d\d[.!?]))\s+(?=[a-z])")
+"""Between sentences; reports of ECGs have no capitals. Not behind `Dr.` or `p.m.`."""
+_HEADER = re.compile(
+    r"\b(?:FINAL REPORT|WET READ)\b:?|\b[A-Z]{4,}(?:,? [A-Z]+)*\s*:|\b(?i:findings|impression)\s*:"
+)
 
 
 def clean_report(text: str) -> str:
@@ -395,16 +397,23 @@ def clean_report(text: str) -> str:
         'Clear lungs. No effusion.'
     """
     text = _HEADER.sub(" ", text).replace("_", "")
-    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", " ".join(text.split()))
-    kept = [s for s in sentences if not _CLOCK.search(s)]
+    kept = [s for s in _END.split(" ".join(text.split())) if not _CLOCK.search(s)]
     return " ".join(" ".join(kept).split()).strip()
 
 
-def introduced(report: tuple[str, str]) -> tuple[str, str] | None:
-    """Cleaned reports with the words that tell which is which; None where both are empty."""
+def introduced(report: tuple[str, str], *, with_ecg: bool = False) -> tuple[str, str] | None:
+    """Cleaned reports with the words that tell which is which; None where both are empty.
+
+    Args:
+        report: Of the X-ray and of the ECG.
+        with_ecg: Whether there is an ECG: where a report of the X-ray alone is, it is then said
+            that the ECG has none.
+    """
     xray, ecg = (clean_report(part) for part in report)
     if not xray and not ecg:
         return None
+    if with_ecg and not ecg:
+        ecg = NO_STATEMENT
     return (
         f"The report from Xray is: {xray}" if xray else "",
         f"The report from ECG is: {ecg}" if ecg else "",
@@ -458,11 +467,12 @@ class StudySet:
         """
         file = self.files[index]
         wanted = self.config.modalities
+        with_ecg = "ecg" in wanted and file.ecg is not None
         study = Study(
             name=file.name,
             xray=self._xray(file.xray) if "xray" in wanted and file.xray else None,
-            ecg=self._ecg(file.ecg) if "ecg" in wanted and file.ecg else None,
-            text=introduced(file.report) if "text" in wanted else None,
+            ecg=self._ecg(file.ecg) if file.ecg and with_ecg else None,
+            text=introduced(file.report, with_ecg=with_ecg) if "text" in wanted else None,
             file=file,
         )
         if all(study.of(modality) is None for modality in wanted):
@@ -517,4 +527,4 @@ def plan_studies(data: MoreData, root: Path) -> MoreData:
             path=root,
             remedy=f"its findings are {', '.join(labels) or 'none'}",
         )
-    return replace(data, modalities=wanted, labels=labels)
+    return with_prompt_file(replace(data, modalities=wanted, labels=labels))

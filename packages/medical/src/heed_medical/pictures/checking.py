@@ -67,7 +67,7 @@ def check_pictures(data: PictureData, root: Path) -> PictureCheck:
     constant = []
     for picture in listing.pictures:
         try:
-            grey = read_grey(picture.path, window=data.window)
+            grey = read_grey(picture.path, window=data.window, voi=data.voi)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -120,7 +120,7 @@ def _span(sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def _warnings(root: Path, listing: Listing, data: PictureData) -> list[str]:
-    lines = []
+    lines = list(listing.left_out)
     if listing.drawn:
         lines.append(
             f"{root}: gives no {' and no '.join(listing.drawn)} split; it is drawn by patient "

@@ -40,6 +40,8 @@ class Listing:
     pictures: tuple[PictureFile, ...]
     problems: tuple[str, ...]
     """A line for each row or file that cannot be used; its picture is left out."""
+    left_out: tuple[str, ...]
+    """A line for each reason for which the settings leave pictures out."""
     drawn: tuple[str, ...]
     """The splits that were drawn by patient because the data do not give them."""
 
@@ -52,9 +54,9 @@ def list_pictures(root: Path, data: PictureData) -> Listing:
     """
     layout = layout_of(root, data)
     _refuse_unused(layout, data)
-    listed, problems = LISTERS[layout](root, data)
-    pictures, wrong = _existing(listed)
-    problems += wrong
+    found = LISTERS[layout](root, data)
+    pictures, wrong = _existing(found.pictures)
+    problems = found.problems + wrong
     if not pictures:
         raise InputError(
             f"holds no labelled picture in the layout {layout}"
@@ -66,7 +68,11 @@ def list_pictures(root: Path, data: PictureData) -> Listing:
     problems += odd
     settled, drawn = _with_splits(pictures, data)
     return Listing(
-        layout=layout, pictures=tuple(settled), problems=tuple(problems), drawn=tuple(drawn)
+        layout=layout,
+        pictures=tuple(settled),
+        problems=tuple(problems),
+        left_out=tuple(found.left_out),
+        drawn=tuple(drawn),
     )
 
 
@@ -93,7 +99,7 @@ def layout_of(root: Path, data: PictureData) -> Layout:
         return "chexpert"
     if find_table(root) is not None:
         return "table"
-    if len({picture.label for picture in list_folders(root, data)[0]}) > 1:
+    if len({picture.label for picture in list_folders(root, data).pictures}) > 1:
         return "folders"
     raise InputError(
         f"holds no data set in a known layout{other_table(root)}", path=root, remedy=_KNOWN

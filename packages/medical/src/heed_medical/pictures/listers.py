@@ -4,9 +4,10 @@ A function gives pictures and problems (a line each); a file that cannot be read
 `InputError`. Splits that a layout does not have are None here.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from heed_core.errors import InputError
 from heed_core.folders import files_under
@@ -17,7 +18,15 @@ from heed_medical.pictures.records import PictureFile, Rows, plain_or_packed, re
 from heed_medical.pictures.settings import PictureData, parse_only
 from heed_medical.splits import in_several_splits
 
-Found = tuple[list[PictureFile], list[str]]
+
+class Found(NamedTuple):
+    """What a layout lists."""
+
+    pictures: list[PictureFile]
+    problems: list[str]
+    left_out: Sequence[str] = ()
+    """A line for each reason for which the settings leave pictures out."""
+
 
 FILE_COLUMNS = ("file", "path", "image", "filename", "image_path", "file_name")
 LABEL_COLUMNS = ("label", "class", "target", "diagnosis")
@@ -109,7 +118,7 @@ def list_table(root: Path, data: PictureData) -> Found:
                 columns=dict(row) | {name: row[column] for name, column in findings.items()},
             )
         )
-    return pictures, problems
+    return Found(pictures, problems)
 
 
 def _finding_columns(table: Rows, data: PictureData) -> dict[str, str]:
@@ -179,7 +188,7 @@ def list_covidx(root: Path, data: PictureData) -> Found:
                     place=place,
                 )
             )
-    return pictures, problems
+    return Found(pictures, problems)
 
 
 def covidx_lists(root: Path, table: str = "") -> list[Path]:
@@ -243,13 +252,14 @@ def list_rsna(root: Path, data: PictureData) -> Found:
         )
         for name in targets
     ]
-    return pictures, problems
+    return Found(pictures, problems)
 
 
 def list_chexpert(root: Path, data: PictureData) -> Found:
     """CheXpert: train.csv, and valid.csv as the test (both also .gz); the finding is the label."""
     pictures: list[PictureFile] = []
     problems: list[str] = []
+    lost: dict[str, list[str]] = defaultdict(list)
     for name, split in _CHEXPERT_SPLITS:
         file = plain_or_packed(root / name)
         if name == "valid.csv" and not file.is_file():
@@ -259,19 +269,22 @@ def list_chexpert(root: Path, data: PictureData) -> Found:
         findings = _finding_columns(table, data)
         view = table.column(("Frontal/Lateral",))
         for place, row in table.numbered():
+            picture = _chexpert_file(root, row[path])
+            stem = _stem(str(picture.relative_to(root)))
             if data.views == "frontal" and view and row[view] != "Frontal":
+                lost[_NOT_FRONTAL].append(stem)
                 continue
             label = _finding_label(row[finding], data)
             if label is None:
+                lost[_unsure(row[finding], data)].append(stem)
                 continue
             if label == "":
                 problems.append(f"{place}: has {finding} = {row[finding]!r}, use 1, 0, -1 or blank")
                 continue
-            picture = _chexpert_file(root, row[path])
             patient = next((p for p in Path(row[path]).parts if p.startswith("patient")), "")
             pictures.append(
                 PictureFile(
-                    name=_stem(str(Path(*picture.relative_to(root).parts))),
+                    name=stem,
                     path=picture,
                     label=None if data.findings else label,
                     split=None if split == "train" else split,
@@ -280,7 +293,7 @@ def list_chexpert(root: Path, data: PictureData) -> Found:
                     columns=dict(row) | {name: row[column] for name, column in findings.items()},
                 )
             )
-    return pictures, problems
+    return Found(pictures, problems, _lines_of(root, lost))
 
 
 def _chexpert_file(root: Path, text: str) -> Path:
@@ -318,16 +331,20 @@ def list_mimic(root: Path, data: PictureData) -> Found:
     by_study = {row[study]: (place, row) for place, row in labels.numbered()}
     columns = [split_rows.need(n) for n in ("dicom_id", "study_id", "subject_id", "split")]
     pictures, problems = [], []
+    lost: dict[str, list[str]] = defaultdict(list)
     for place, row in split_rows.numbered():
         dicom, number, subject, split = (row[c] for c in columns)
         if data.views == "frontal" and view_of.get(dicom, {}).get(view) not in _FRONTAL:
+            lost[_NOT_FRONTAL].append(dicom)
             continue
-        if number not in by_study:
-            continue  # a report in which the labeller found nothing has no row
+        if number not in by_study:  # a report in which the labeller found nothing
+            lost["{their} study has no row of labels"].append(dicom)
+            continue
         label_place, labelled = by_study[number]
         value = labelled[finding]
         label = _finding_label(value, data)
         if label is None:
+            lost[_unsure(value, data)].append(dicom)
             continue
         if label == "" or split.lower() not in SPLIT_NAMES:
             wrong = f"split {split!r}" if label else f"{finding} = {value!r}"
@@ -345,7 +362,33 @@ def list_mimic(root: Path, data: PictureData) -> Found:
                 columns=dict(row) | {name: labelled[column] for name, column in findings.items()},
             )
         )
-    return pictures, problems
+    return Found(pictures, problems, _lines_of(root, lost))
+
+
+_NOT_FRONTAL = "{their} view is not frontal (--data.views frontal)"
+
+
+def _unsure(value: str, data: PictureData) -> str:
+    """Why a finding of this value leaves a picture out."""
+    if value == "":
+        return f"{finding_of(data)} is not mentioned (--data.blank {data.blank})"
+    return f"{finding_of(data)} is uncertain (--data.uncertain {data.uncertain})"
+
+
+def _lines_of(root: Path, lost: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each reason, with the number of pictures and the first of them."""
+    lines = []
+    for reason, names in lost.items():
+        one = len(names) == 1
+        shown = ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])
+        lines.append(
+            f"{root}: {len(names)} picture{'s' * (not one)} {'is' if one else 'are'} left out "
+            f"because {reason.format(their='its' if one else 'their')}: {shown}"
+        )
+    return lines
+
+
+_NAMED = 3
 
 
 def _mimic_table(root: Path, part: str) -> Rows:
@@ -370,7 +413,7 @@ def list_folders(root: Path, data: PictureData) -> Found:
                 for path in files_under(folder)
                 if is_picture(path)
             ]
-    return pictures, []
+    return Found(pictures, [])
 
 
 def _folders(root: Path) -> list[Path]:

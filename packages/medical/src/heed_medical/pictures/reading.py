@@ -7,14 +7,14 @@ from jaxtyping import Float32
 from PIL import Image
 
 from heed_core.errors import InputError
-from heed_medical.dicom import is_dicom, read_series
+from heed_medical.dicom import is_dicom, read_plane
 from heed_medical.images import check_finite, file_kind, read_picture, shape_text
 
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def read_grey(
-    path: Path, *, window: tuple[float, float] | None = None
+    path: Path, *, window: tuple[float, float] | None = None, voi: bool = False
 ) -> Float32[np.ndarray, "h w"]:
     """Read a picture in grey, 0 black and 1 white; colours become their luminance.
 
@@ -24,12 +24,13 @@ def read_grey(
     Args:
         path: A picture or a DICOM file.
         window: The values that become 0 and 1 instead.
+        voi: DICOM images are shown by the window or table that they store, where they store one.
 
     Raises:
         InputError: The file is missing, broken, not a picture, or a DICOM file without pixels or
             in an encoding that cannot be read.
     """
-    values, whole = _values(path)
+    values, whole = _values(path, voi=voi)
     check_finite(values, path)
     if values.size == 0:
         raise InputError(f"is empty ({shape_text(values.shape)} pixels)", path=path)
@@ -39,29 +40,20 @@ def read_grey(
     return np.asarray(np.clip((values - low) / (high - low), 0.0, 1.0), dtype=np.float32)
 
 
-def _values(path: Path) -> tuple[Float32[np.ndarray, "h w"], tuple[float, float] | None]:
+def _values(
+    path: Path, *, voi: bool
+) -> tuple[Float32[np.ndarray, "h w"], tuple[float, float] | None]:
     """The stored values, and the range of their type where it says what is black and white."""
     if not path.is_file():
         raise InputError("does not exist", path=path)
     if file_kind(path) != "picture" and is_dicom(path):
-        return read_series([path]).array[0, :, :, 0], _dicom_range(path)
+        return read_plane(path, voi=voi)
     grey = read_picture(path, channels="grey", convert=True).array[0]
     with Image.open(path) as picture:
         mode = picture.mode
     if mode in _WIDE_MODES:
         return grey, None
     return grey, (0.0, 1.0) if mode == "1" else (0.0, 255.0)
-
-
-def _dicom_range(path: Path) -> tuple[float, float] | None:
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True)
-    rescaled = header.get("RescaleSlope") not in (None, 1) or header.get("RescaleIntercept")
-    signed = int(header.get("PixelRepresentation", 0))
-    if int(header.get("BitsStored", 16)) != 8 or signed or rescaled:
-        return None
-    return 0.0, 255.0
 
 
 def resize_grey(

@@ -6,6 +6,8 @@ from typing import Literal
 
 Layout = Literal["auto", "table", "covidx", "rsna", "chexpert", "mimic", "folders"]
 Balance = Literal["none", "classes", "positive"]
+Uncertain = Literal["leave-out", "positive", "negative", "mixed"]
+Blank = Literal["negative", "leave-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,10 @@ class PictureData:
     findings: tuple[str, ...] = ()
     """Columns with 1, 0, -1 or nothing, of which a picture may have several: instead of one class
     (table, CheXpert, MIMIC). Empty: one class each."""
-    uncertain: Literal["leave-out", "positive", "negative", "mixed"] = "leave-out"
+    uncertain: Uncertain = "leave-out"
     """What -1 means in CheXpert and MIMIC. mixed: positive for Atelectasis, Edema and Pleural
     Effusion, negative for Cardiomegaly and Consolidation, left out for others."""
-    blank: Literal["negative", "leave-out"] = "negative"
+    blank: Blank = "negative"
     """What a finding that is not mentioned means in CheXpert and MIMIC."""
     views: Literal["frontal", "all"] = "frontal"
     """Which views of CheXpert and MIMIC are read."""
@@ -47,6 +49,8 @@ class PictureData:
     window: tuple[float, float] | None = None
     """Values that become black and white. None: 0 and 255 of 8-bit pictures, lowest and highest
     value of others (16-bit, DICOM)."""
+    voi: bool = False
+    """Show DICOM images by the window or table (VOI) that they store, where they store one."""
     balance: Balance = "none"
     """What a training sample is. none: one picture; classes: one picture of each class; positive:
     one of the last class and one of all others. Then a batch of 4 samples of two classes is 8
@@ -62,6 +66,8 @@ class PictureData:
             raise ValueError(f"size must be two positive numbers, got {self.size}")
         if self.window is not None and not self.window[0] < self.window[1]:
             raise ValueError(f"window must be (low, high) with low < high, got {self.window}")
+        if self.window is not None and self.voi:
+            raise ValueError("voi has no effect with a window of your own")
         if not 0.0 < self.val_share < 1.0:
             raise ValueError(f"val_share must be above 0 and below 1, got {self.val_share}")
         if len(set(self.classes)) < len(self.classes) or len(self.classes) == 1:

@@ -24,8 +24,9 @@ FINDINGS = (
 )  # fmt: skip
 """The columns, in the order of CheXpert; MIMIC-CXR's files have another order: read by name."""
 
-_NAMES = ("id", "study_id", "image_id", "case", "reports", "report")
-"""Columns that may name a report, the first that a file has."""
+_NAMES = ("id", "study_id", "image_id", "case")
+"""Columns that may name a report, the first that a file has. Its text, which labellers repeat, does
+not: that of a reference and of what was generated differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,32 +91,39 @@ def _scores(hits: Counts, false: Counts, missed: Counts) -> tuple[np.ndarray, ..
     )
 
 
-def read_findings(path: Path) -> tuple[list[str], Float64[np.ndarray, "n 14"]]:
+def read_findings(path: Path) -> tuple[list[str] | None, Float64[np.ndarray, "n 14"]]:
     """Read a labeller's csv: the names of its reports, and their labels (NaN = blank).
 
-    Without a column that names reports, they are numbered in order.
+    Columns are found by name, whatever their order and case. Without one that names reports there
+    are no names.
 
     Raises:
-        InputError: The file is missing or no csv, a finding has no column, or a label is not 1, 0,
-            -1 or blank.
+        InputError: The file is missing or no csv, a finding has no column, a name comes twice, or a
+            label is not 1, 0, -1 or blank.
     """
     if not path.is_file():
         raise InputError("no such file", path=path, remedy="give the csv of a labeller")
     table = read_rows(path)
-    if lacking := [name for name in FINDINGS if name not in table.columns]:
+    columns = {name: table.column([name]) for name in FINDINGS}
+    if lacking := [name for name, column in columns.items() if column is None]:
         raise InputError(
             f"has no column {', '.join(map(repr, lacking))}",
             path=path,
             remedy="give the csv of a labeller with all 14 CheXpert findings",
         )
-    naming = next((name for name in _NAMES if name in table.columns), None)
-    names, rows = [], []
-    for number, (place, row) in enumerate(table.numbered(), start=1):
-        names.append(row[naming] if naming else str(number))
-        rows.append([_label(row[name], f"{place}, {name}") for name in FINDINGS])
+    naming = table.column(_NAMES)
+    places: dict[str, str] = {}
+    rows = []
+    for place, row in table.numbered():
+        if naming is not None:
+            first = places.setdefault(row[naming], place)
+            if first != place:
+                before = first.rpartition(", ")[2]
+                raise InputError(f"names {row[naming]!r}, as {before} does", place=place)
+        rows.append([_label(row[c], f"{place}, {n}") for n, c in columns.items() if c is not None])
     if not rows:
         raise InputError("holds no row", path=path)
-    return names, np.array(rows)
+    return None if naming is None else list(places), np.array(rows)
 
 
 def _label(text: str, place: str) -> float:
@@ -131,23 +139,32 @@ def _label(text: str, place: str) -> float:
 
 
 def match_findings(truth: Path, predicted: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The labels of two files, row by row of the same report.
+    """The labels of two files, row by row of the same report: by name, or in their order.
 
     Raises:
-        InputError: A file cannot be read, or they do not name the same reports.
+        InputError: A file cannot be read, one alone names its reports, or the reports differ.
     """
     names, first = read_findings(truth)
     others, second = read_findings(predicted)
-    if len(names) != len(set(names)) or len(others) != len(set(others)):
-        if len(names) != len(others):
-            raise InputError(f"has {len(others)} rows, {truth} has {len(names)}", path=predicted)
-        return first, second
-    if lacking := sorted(set(names) ^ set(others)):
+    if (names is None) != (others is None):
+        named, unnamed = (predicted, truth) if names is None else (truth, predicted)
         raise InputError(
-            f"does not label the same reports as {truth}: {_few(lacking)}", path=predicted
+            f"has no column that names its reports, {named} has",
+            path=unnamed,
+            remedy=f"give both {', '.join(_NAMES[:-1])} or {_NAMES[-1]}, or neither",
         )
-    order = {name: row for row, name in enumerate(others)}
-    return first, second[[order[name] for name in names]]
+    if names is None or others is None:
+        if len(first) != len(second):
+            raise InputError(f"has {len(second)} rows, {truth} has {len(first)}", path=predicted)
+        return first, second
+    rows = {name: row for row, name in enumerate(others)}
+    if lacking := [name for name in names if name not in rows]:
+        raise InputError(f"has no row of {_few(lacking)}, which {truth} has", path=predicted)
+    if surplus := sorted(set(others) - set(names)):
+        raise InputError(
+            f"has a row of {_few(surplus)}, which {truth} does not have", path=predicted
+        )
+    return first, second[[rows[name] for name in names]]
 
 
 def _few(names: Sequence[str]) -> str:

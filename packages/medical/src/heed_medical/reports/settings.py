@@ -65,7 +65,8 @@ class ReportData:
     write: tuple[Literal["json", "txt", "csv"], ...] = ("json", "txt")
     """What predict writes: all, the text, a row per word."""
     truth_findings: Path | None = None
-    """A labeller's csv of the reference reports, for clinical efficacy in evaluate."""
+    """A labeller's csv of the reference reports, for clinical efficacy in evaluate; rows are paired
+    by id, study_id, image_id or case, or by their order where neither file has such a column."""
     found_findings: Path | None = None
     """A labeller's csv of the generated reports, for clinical efficacy in evaluate."""
     meteor_jar: Path | None = None

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,6 +85,44 @@ def _parse_label(text: str) -> LabelClass:
     if not numbers[1] <= numbers[0] <= numbers[2]:
         raise ValueError(f"labels must have low <= value <= high, got {text!r}")
     return LabelClass(name=name.strip(), value=numbers[0], low=numbers[1], high=numbers[2])
+
+
+def parse_regions(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Read regions written as `name=value,value`: name -> mask values.
+
+    Raises:
+        ValueError: A text of another form, or two regions of one name.
+
+    Example:
+        >>> parse_regions(["WT=1,2,4", "ET=4"])
+        {'WT': (1, 2, 4), 'ET': (4,)}
+    """
+    regions: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        name = name.strip()
+        if not name or not re.fullmatch(r"\d+(,\d+)*", values):
+            raise ValueError(f"regions must be name=value,value, got {text!r}")
+        if name in regions:
+            raise ValueError(f"regions must have different names, got {name} twice")
+        regions[name] = tuple(int(value) for value in values.split(","))
+    return regions
+
+
+def brats_regions(values: Collection[int]) -> tuple[str, ...]:
+    """The regions of BraTS by the values of its masks; none where these are other values.
+
+    1 is the necrotic core, 2 the oedema; the enhancing tumour is 4, from 2023 on 3.
+
+    Example:
+        >>> brats_regions({0, 1, 2, 4})
+        ('WT=1,2,4', 'TC=1,4', 'ET=4')
+    """
+    foreground = set(values) - {0}
+    for enhancing in (3, 4):
+        if foreground == {1, 2, enhancing}:
+            return f"WT=1,2,{enhancing}", f"TC=1,{enhancing}", f"ET={enhancing}"
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from heed_medical.files import unique_names
 from heed_medical.images import file_kind, file_stem
 from heed_medical.segmentation.cases import CaseFiles
 from heed_medical.segmentation.listers import (
+    BRATS_MASKS,
     BRATS_NAME,
     LISTERS,
     MASK_FOLDERS,
@@ -107,6 +108,11 @@ def find_cases(root: Path, settings: SegmentationData, split: str) -> list[CaseF
     return cases
 
 
+def left_out(root: Path, settings: SegmentationData) -> tuple[str, ...]:
+    """What `find_cases` leaves out with `on_error="skip"`, a line each."""
+    return list_cases(root, settings).problems if settings.on_error == "skip" else ()
+
+
 def detect_layout(root: Path) -> Layout:
     """The layout of a folder, by what lies in it.
 
@@ -126,9 +132,9 @@ def detect_layout(root: Path) -> Layout:
         return "pairs"
     if any(mask_stem(path) for path in image_files(root) if file_kind(path) == "nifti"):
         return "nifti"
-    if any(True for _ in root.glob("*/*_seg.nii*")):
+    if any(True for end in BRATS_MASKS for _ in root.glob(f"*/*{end}.nii*")):
         return "brats"
-    if any(True for _ in root.glob("**/DICOM_anon")):
+    if any("DICOM_anon" in path.relative_to(root).parts for path in files_under(root)):
         return "chaos"
     raise InputError("holds no data set in a known layout", path=root, remedy=_KNOWN_LAYOUTS)
 

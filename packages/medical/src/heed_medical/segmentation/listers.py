@@ -2,11 +2,12 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from heed_core.errors import InputError
+from heed_core.folders import files_under
 from heed_medical.dicom import list_series
 from heed_medical.images import file_kind, file_stem
 from heed_medical.segmentation.cases import CaseFiles
@@ -16,7 +17,9 @@ from heed_medical.splits import SPLITS
 
 SLICE_NAME = re.compile(r"(?P<subject>Subj_(?P<id>.+?))slice_(?P<slice>\d+)")
 MODALITY_NAME = re.compile(r"(?P<case>.+)_(?P<modality>\d{4})")
-BRATS_NAME = re.compile(r"(?P<case>.+)_(?P<modality>flair|t1|t1ce|t1gd|t2)")
+BRATS_NAME = re.compile(r"(?P<case>.+)[_-](?P<modality>flair|t1|t1ce|t1gd|t2|t1c|t1n|t2f|t2w)")
+"""`<case>_t1ce` until 2021, `<case>-t1c` later."""
+BRATS_MASKS = ("_seg", "-seg")
 MASK_SUFFIXES = ("-label", "_label", "_mask", "_seg", "-seg", "_segmentation")
 MASK_FOLDERS = {"labels", "masks", "GT", "Ground", "labelsTr", "labelsTs"}
 
@@ -203,36 +206,59 @@ def _list_msd(root: Path, settings: SegmentationData) -> Found:
 
 
 def _list_brats(root: Path, settings: SegmentationData) -> Found:
-    cases, problems = [], []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
+    problems: list[str] = []
+    found: dict[Path, tuple[dict[str, Path], Path]] = {}
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
         files = image_files(folder)
-        masks = [p for p in files if file_stem(p).endswith("_seg")]
-        grouped, _ = group_modalities([p for p in files if p not in masks], BRATS_NAME)
-        images = grouped.get(folder.name, ())
+        masks = [p for p in files if file_stem(p).endswith(BRATS_MASKS)]
+        images, wrong = _brats_modalities(folder, [p for p in files if p not in masks])
         if not images and not masks:
             continue
+        problems += wrong
         if not images or not masks:
             lacking = "modalities" if masks else "mask <case>_seg.nii.gz"
             problems.append(f"{folder}: has no {lacking}; add it or remove the folder")
             continue
-        cases.append(_many(folder.name, images, masks[0]))
+        found[folder] = images, masks[0]
+    usual = sorted({modality for images, _ in found.values() for modality in images})
+    cases = []
+    for folder, (images, mask) in found.items():
+        if missing := [modality for modality in usual if modality not in images]:
+            problems.append(
+                f"{folder}: case {folder.name} has no {' and no '.join(missing)}; "
+                f"add it or remove the case"
+            )
+            continue
+        cases.append(_many(folder.name, tuple(images[m] for m in usual), mask))
     return cases, problems
+
+
+def _brats_modalities(folder: Path, files: list[Path]) -> tuple[dict[str, Path], list[str]]:
+    """Modality -> file of the case that the folder is named after; a line for each other file."""
+    images: dict[str, Path] = {}
+    problems = []
+    for path in files:
+        match = BRATS_NAME.fullmatch(file_stem(path))
+        if match is None or match["case"] != folder.name:
+            problems.append(f"{path}: is not named <case>_<modality>; rename or remove it")
+        else:
+            images[match["modality"]] = path
+    return images, problems
 
 
 def _list_chaos(root: Path, settings: SegmentationData) -> Found:
     series, ground = _CHAOS_SERIES[settings.sequence]
     cases: list[CaseFiles] = []
     problems: list[str] = []
-    for path in sorted(root.glob(f"**/{series}")):
-        patient = path.parents[len(Path(series).parts) - 1]
+    for patient in _patients(root, (series, ground)):
         if settings.sequence == "ct" and patient.name in {"T1DUAL", "T2SPIR"}:
             continue
-        masks = image_files(patient / ground)
+        path, masks = patient / series, image_files(patient / ground)
         if not masks:
             problems.append(f"{patient / ground}: has no masks; add them or remove the patient")
             continue
         try:
-            found = list_series(path)
+            found = list_series(path) if path.is_dir() else {}
         except InputError as error:
             problems.append(str(error))
             continue
@@ -252,6 +278,17 @@ def _list_chaos(root: Path, settings: SegmentationData) -> Found:
             CaseFiles(name=name, kind="dicom", images=files, masks=ordered, patient=patient.name)
         )
     return cases, problems
+
+
+def _patients(root: Path, inside: Sequence[str]) -> list[Path]:
+    """The folders under `root`, also behind links, below which files lie in one of some folders."""
+    found = set()
+    for folder in {file.parent for file in files_under(root)}:
+        for wanted in map(Path, inside):
+            depth = len(wanted.parts)
+            if folder.parts[-depth:] == wanted.parts:
+                found.add(folder.parents[depth - 1])
+    return sorted(found)
 
 
 def _masks_in_order(files: tuple[Path, ...], masks: list[Path]) -> tuple[Path, ...]:

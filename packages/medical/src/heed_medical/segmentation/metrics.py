@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,13 +40,18 @@ class ScoreSummary:
 
 
 def score_case(
-    prediction: SegmentationPrediction, names: Sequence[str], *, distances: bool = True
+    prediction: SegmentationPrediction,
+    names: Sequence[str],
+    *,
+    regions: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    distances: bool = True,
 ) -> list[ScoreRow]:
-    """Compare a prediction with its reference, one row per foreground class.
+    """Compare a prediction with its reference, one row per foreground class and region.
 
     Args:
         prediction: Of a labelled case; voxels with a negative reference are left out.
         names: All classes, background first.
+        regions: Region -> the numbers of the classes that it is made of.
         distances: Whether surface distances are computed; without, msd and hd95 are None.
 
     Raises:
@@ -55,9 +61,10 @@ def score_case(
         raise ValueError(f"prediction {prediction.name!r} has no reference to compare with")
     counted = prediction.reference >= 0
     rows: list[ScoreRow] = []
-    for number, name in enumerate(names[1:], start=1):
-        truth = (prediction.reference == number) & counted
-        guess = (prediction.labels == number) & counted
+    structures = {name: (number,) for number, name in enumerate(names[1:], start=1)}
+    for name, numbers in {**structures, **regions}.items():
+        truth = np.isin(prediction.reference, numbers) & counted
+        guess = np.isin(prediction.labels, numbers) & counted
         scores = compare_masks(guess, truth, spacing_mm=prediction.spacing_mm, distances=distances)
         unit = "voxel" if prediction.spacing_mm is None else "mm"
         rows.append({"case": prediction.name, "class": name, "unit": unit, **scores})
@@ -122,17 +129,23 @@ def _surface_distances(
     return float(mean.item()), float(largest.item())
 
 
-def summarise(rows: Sequence[ScoreRow], *, seed: int = 0) -> ScoreSummary:
+def summarise(
+    rows: Sequence[ScoreRow], *, regions: Sequence[str] = (), seed: int = 0
+) -> ScoreSummary:
     """Sum the rows of all cases up, classes in their order of appearance.
 
     Args:
         rows: Of `score_case`.
+        regions: Those that are regions: each has metrics of its own (dice_NAME, hd95_NAME) and
+            does not count in the means over classes.
         seed: Of the bootstrap.
     """
     if not rows:
         return ScoreSummary(metrics={"cases": 0.0}, rows=())
     names = list(dict.fromkeys(str(row["class"]) for row in rows))
-    table = [_class_row(name, [r for r in rows if r["class"] == name], seed) for name in names]
+    whole = [_class_row(name, [r for r in rows if r["class"] == name], seed) for name in names]
+    rows = [row for row in rows if row["class"] not in regions]
+    table = [row for row in whole if row["class"] not in regions]
     dice = np.array([_number(row["dice"]) for row in rows])
     cases = list(dict.fromkeys(str(row["case"]) for row in rows))
     by_case = [
@@ -149,7 +162,12 @@ def summarise(rows: Sequence[ScoreRow], *, seed: int = 0) -> ScoreSummary:
         "invented": float(sum(row["state"] == "invented" for row in rows)),
         "cases": float(len(cases)),
     }
-    return ScoreSummary(metrics=metrics, rows=table)
+    for row in whole:
+        if row["class"] in regions:
+            metrics |= {
+                f"{score}_{row['class']}": _number(row[score]) for score in ("dice", "hd95")
+            }
+    return ScoreSummary(metrics=metrics, rows=whole)
 
 
 def _class_row(name: str, rows: Sequence[ScoreRow], seed: int) -> ScoreRow:

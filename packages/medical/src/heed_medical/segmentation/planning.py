@@ -23,7 +23,12 @@ from heed_medical.segmentation.cases import (
     widest_axis,
     working_affine,
 )
-from heed_medical.segmentation.labels import CHAOS_LABELS, parse_labels
+from heed_medical.segmentation.labels import (
+    CHAOS_LABELS,
+    brats_regions,
+    parse_labels,
+    parse_regions,
+)
 from heed_medical.segmentation.layouts import Listing, list_cases
 from heed_medical.segmentation.settings import (
     AXES,
@@ -76,6 +81,7 @@ def plan_data(settings: SegmentationData, root: Path) -> SegmentationData:
     axis = _axis(settings, surveys)
     return replace(
         settings,
+        regions=_regions(settings, labels, mode, path=root),
         labels=labels,
         label_mode=mode,
         ignore=ignore,
@@ -172,6 +178,31 @@ def _classes(
     if drawn and _is_chaos(values):
         return CHAOS_LABELS, mode, ignore
     return _derived(frozenset().union(*values) - set(ignore), train), mode, ignore
+
+
+def _regions(
+    settings: SegmentationData, labels: tuple[str, ...], mode: LabelMode, *, path: Path
+) -> tuple[str, ...]:
+    classes = parse_labels(labels)
+    values = [entry.value for entry in classes]
+    if not settings.regions:
+        return brats_regions(values) if settings.layout == "brats" and mode == "ids" else ()
+    for name, named in parse_regions(settings.regions).items():
+        unknown = [value for value in named if value not in values]
+        if unknown:
+            raise InputError(
+                f"the region {name} names the value {unknown[0]}; the classes are "
+                f"{', '.join(map(str, classes))}",
+                path=path,
+                remedy="correct --data.regions",
+            )
+        if name in {entry.name for entry in classes}:
+            raise InputError(
+                f"the region {name} has the name of a class",
+                path=path,
+                remedy="rename it in --data.regions",
+            )
+    return settings.regions
 
 
 def _is_chaos(values: Sequence[frozenset[int]]) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from heed_medical.segmentation.labels import LabelTable, parse_labels
+from heed_medical.segmentation.labels import LabelTable, parse_labels, parse_regions
 
 Layout = Literal["auto", "png", "pairs", "nifti", "nnunet", "msd", "brats", "chaos"]
 Axis = Literal["auto", "coronal", "sagittal", "axial"]
@@ -58,6 +58,9 @@ class SegmentationData:
     outputs get class numbers; binary: every value above 0 is one class, for instance labels."""
     ignore: tuple[int, ...] = ()
     """Mask values that count neither in training nor in the scores."""
+    regions: tuple[str, ...] = ()
+    """Unions of classes that are scored beside the classes, each name=value,value of mask values.
+    Empty: none, but in the layout brats WT (whole tumour), TC (its core) and ET (enhancing)."""
     normalise: Normalise = "percentile"
     """Intensities: percentile (0.5 to 99.5, clipped) or minmax to [0, 1], or zscore, of the whole
     volume and each modality; slice-...: of each slice alone."""
@@ -87,6 +90,7 @@ class SegmentationData:
         if self.cache_mb < 0:
             raise ValueError(f"cache_mb must not be negative, got {self.cache_mb}")
         parse_labels(self.labels)
+        parse_regions(self.regions)
 
     def _check_size(self) -> None:
         if self.size is not None and any(s < 8 or s % SLICE_MULTIPLE for s in self.size):
@@ -100,3 +104,12 @@ class SegmentationData:
         return LabelTable(
             classes=parse_labels(self.labels), ignore=self.ignore, mode=self.label_mode
         )
+
+    @property
+    def classes_of_regions(self) -> dict[str, tuple[int, ...]]:
+        """Region -> the numbers of its classes; needs settings that `plan_data` has settled."""
+        numbers = {entry.value: number for number, entry in enumerate(self.table.classes)}
+        return {
+            name: tuple(numbers[value] for value in values)
+            for name, values in parse_regions(self.regions).items()
+        }

@@ -35,6 +35,7 @@ class SliceData(Dataset[SliceSample]):
     Args:
         files: The cases, all with masks.
         settings: As settled by `plan_data`.
+        skipped: What the list left out, a line each.
 
     Raises:
         InputError: A case that cannot be read (with `on_error="stop"`), or none that can.
@@ -43,7 +44,9 @@ class SliceData(Dataset[SliceSample]):
     skipped: tuple[str, ...]
     """What was left out, a line each (with `on_error="skip"`)."""
 
-    def __init__(self, files: Sequence[CaseFiles], settings: SegmentationData) -> None:
+    def __init__(
+        self, files: Sequence[CaseFiles], settings: SegmentationData, *, skipped: Sequence[str] = ()
+    ) -> None:
         if settings.size is None:
             raise ValueError("size is not settled yet: call plan_data first")
         self._settings = settings
@@ -51,7 +54,7 @@ class SliceData(Dataset[SliceSample]):
         self._cache = _CaseCache(limit_bytes=settings.cache_mb * 2**20)
         self._files: list[CaseFiles] = []
         self._index: list[tuple[int, int, int, int]] = []  # case, slice, top, left
-        skipped = []
+        lost = list(skipped)
         rng = np.random.default_rng(settings.split_seed)
         for case_files in files:
             try:
@@ -59,14 +62,14 @@ class SliceData(Dataset[SliceSample]):
             except InputError as error:
                 if settings.on_error == "stop":
                     raise
-                skipped.append(str(error))
+                lost.append(str(error))
                 continue
             self._add(case_files, case, rng)
-        self.skipped = tuple(skipped)
+        self.skipped = tuple(lost)
         if not self._index:
             raise InputError(
-                f"no training slice is left of {len(files)} cases ({len(skipped)} skipped)"
-                + (f"; the first: {skipped[0]}" if skipped else "")
+                f"no training slice is left of {len(files)} cases ({len(lost)} skipped)"
+                + (f"; the first: {lost[0]}" if lost else "")
             )
 
     def _add(self, files: CaseFiles, case: SegmentationCase, rng: np.random.Generator) -> None:
@@ -118,15 +121,21 @@ class CaseData(Dataset[SegmentationCase]):
         files: The cases.
         settings: As settled by `plan_data`.
         label: Whether masks are read where there are some.
+        skipped: What the list left out, a line each.
 
     Raises:
         InputError: On access, a case that cannot be read.
     """
 
     def __init__(
-        self, files: Sequence[CaseFiles], settings: SegmentationData, *, label: bool = True
+        self,
+        files: Sequence[CaseFiles],
+        settings: SegmentationData,
+        *,
+        label: bool = True,
+        skipped: Sequence[str] = (),
     ) -> None:
-        self.files = tuple(files)
+        self.files, self.skipped = tuple(files), tuple(skipped)
         self._settings = settings
         self._label = label
 

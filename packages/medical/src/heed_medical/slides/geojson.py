@@ -9,47 +9,60 @@ from jaxtyping import Float, Int64
 
 LEVELS = ("attention: low", "attention: medium", "attention: high")
 COLOURS = ((59, 76, 192), (221, 170, 51), (180, 4, 38))
-HIGH, MEDIUM = 0.5, 0.8
-"""Patches that hold the first half of the attention are high, up to 80 % medium."""
+LOW, HIGH = 0.5, 2.0
+"""Of even attention: patches with less are low, from the other on they are high."""
 
 
 def patch_collection(
     coords: Int64[np.ndarray, "n 2"],
-    attention: Float[np.ndarray, " n"],
+    attention: Float[np.ndarray, "t n"],
     *,
     patch_size: int,
     most: int,
 ) -> dict[str, Any]:
     """The most attended patches as squares.
 
-    Each carries the measurements `attention` (the weight), `times even` (weight x number of
-    patches) and `rank`, and a class by how much attention is held by the patches up to it.
+    Each carries the measurements `attention` (the mean weight of the branches), `times even`
+    (weight x number of patches), the same of each of several branches, and `rank`, and a class by
+    how many times even attention it got.
 
     Args:
         coords: x, y of the upper left corners.
-        attention: Weights that sum to one.
+        attention: A row per branch, of weights that sum to one.
         patch_size: Side of a patch in the same pixels.
         most: At most so many patches.
     """
-    order = np.argsort(-attention, kind="stable")[:most]
-    held = np.cumsum(attention[order]) - attention[order]  # by the patches before
-    level = np.where(held < HIGH, 2, np.where(held < MEDIUM, 1, 0))
-    features = [
-        {
-            "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [_square(coords[index], patch_size)]},
-            "properties": {
-                "objectType": "tile",
-                "classification": {"name": LEVELS[kind], "color": list(COLOURS[kind])},
-                "measurements": {
-                    "attention": float(attention[index]),
-                    "times even": float(attention[index]) * len(attention),
-                    "rank": rank,
-                },
-            },
+    mean = attention.mean(axis=0)
+    count = len(mean)
+    order = np.argsort(-mean, kind="stable")[:most]
+    level = np.digitize(mean * count, (LOW, HIGH))
+    features = []
+    for rank, index in enumerate(order, start=1):
+        branches = {
+            f"branch {number}, times even": float(row[index]) * count
+            for number, row in enumerate(attention, start=1)
+            if len(attention) > 1
         }
-        for rank, (index, kind) in enumerate(zip(order, level, strict=True), start=1)
-    ]
+        kind = level[index]
+        features.append(
+            {
+                "type": "Feature",
+                "geometry": {
+                    "type": "Polygon",
+                    "coordinates": [_square(coords[index], patch_size)],
+                },
+                "properties": {
+                    "objectType": "tile",
+                    "classification": {"name": LEVELS[kind], "color": list(COLOURS[kind])},
+                    "measurements": {
+                        "attention": float(mean[index]),
+                        "times even": float(mean[index]) * count,
+                        **branches,
+                        "rank": rank,
+                    },
+                },
+            }
+        )
     return {"type": "FeatureCollection", "features": features}
 
 

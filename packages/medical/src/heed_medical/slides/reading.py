@@ -133,13 +133,7 @@ class _Picture:
     mpp = None
 
     def __init__(self, path: Path) -> None:
-        try:
-            with Image.open(path) as picture:
-                self._picture = picture.convert("RGB")
-        except Exception as error:  # Pillow's readers raise several kinds
-            raise InputError(
-                f"cannot be read as a picture ({reason_of(error)})", path=path
-            ) from None
+        self._picture = _open_picture(path)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -155,6 +149,23 @@ class _Picture:
         small = self._picture.copy()
         small.thumbnail((side, side))
         return _pixels(small)
+
+
+def read_pixels(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of a plain picture.
+
+    Raises:
+        InputError: It is missing, of another format or damaged.
+    """
+    return _pixels(_open_picture(path))
+
+
+def _open_picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # Pillow's readers raise several kinds
+        raise InputError(f"cannot be read as a picture ({reason_of(error)})", path=path) from None
 
 
 def _pixels(picture: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
