@@ -68,7 +68,9 @@ PART = {
 }
 """What of a large sample is predicted and explained."""
 LIKE_ANOTHER = {"curbnet-released"}
-"""Systems whose recipe is that of another but for the settings: all verbs of these take minutes."""
+"""Systems whose recipe is that of another but for the settings: slow tests."""
+LONG_EXPORTS = {"msga", "cylinder3d"}
+"""Systems whose graphs torch takes a minute to make and to read; their export is a slow test."""
 
 
 def apps() -> list[App]:
@@ -91,20 +93,22 @@ def call(app: App, *words: str | Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("app", "system"),
+    ("app", "system", "export"),
     [
         pytest.param(
-            app,
-            system,
-            marks=[pytest.mark.slow] if system in LIKE_ANOTHER else [],
-            id=f"{app.name}-{system}",
+            *(app, system, export),
+            id=f"{app.name}-{system}{'-exported' if system in LONG_EXPORTS and export else ''}",
+            marks=[pytest.mark.slow]
+            if system in LIKE_ANOTHER or (system in LONG_EXPORTS and export)
+            else [],
         )
         for app, system in SYSTEMS
+        for export in ([False, True] if system in LONG_EXPORTS else [True])
     ],
 )
-def test_every_verb_works_on_the_sample(app: App, system: str, tmp_path: Path):
+def test_every_verb_works_on_the_sample(app: App, system: str, export: bool, tmp_path: Path):
     flags, part = SMALL.get(system, ()), PART.get(system, ".")
-    check_recipe(app, system, tmp_path, flags=flags, part=part)
+    check_recipe(app, system, tmp_path, flags=flags, part=part, export=export)
 
 
 @pytest.mark.parametrize("app", apps(), ids=lambda app: app.name)
