@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from heed_core import observe
-from heed_core.attention.complex import ComplexAttention, adapt_phase
+from heed_core.attention.complex import ComplexAttention, adapt_phase, complex_attention
 from heed_core.attention.multi_head import MultiHeadAttention
+from heed_core.cache import KVCache
 from heed_core.relative import RotaryPositions
 
 
@@ -40,6 +41,71 @@ def test_the_dot_product_of_transformed_vectors_is_the_sum_of_cosines() -> None:
     found = rotary(adapt_phase(query, delta, bias)) @ rotary(adapt_phase(key, delta)).mT
     wanted = scores_by_cosines(query, key, delta, bias, frequency)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7)  # 1e-9 below the root
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_the_function_is_softmax_of_the_cosines_with_gradients(rotary: bool) -> None:
+    query, key, value = (torch.randn(2, 3, n, 8).double() for n in (5, 9, 9))
+    delta, bias = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    leaves = [query, key, value, delta, bias]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    real = torch.arange(9) < torch.tensor([[9], [7]])
+    frequency = 10000.0 ** (-2.0 * torch.arange(4, dtype=torch.float64) / 8)
+    before = torch.zeros(2, 3, 4, 8).double()  # rows for places that do not ask
+    scores = scores_by_cosines(
+        torch.cat([before, query], dim=2), key, delta, bias, frequency * float(rotary)
+    )[:, :, 4:]
+    allowed = real[:, None, None] & torch.ones(5, 9).tril(4).bool()
+    wanted = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+    found = complex_attention(
+        query, key, value, delta, bias,
+        rotary=RotaryPositions(8) if rotary else None, causal=True, padding_mask=real,
+    )  # fmt: skip
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)  # 1e-9 below the root
+    grads = (torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_function_of_projected_tokens_is_the_module() -> None:
+    module, x = build(causal=True), torch.randn(2, 9, 24, dtype=torch.float64)
+    places = torch.randint(0, 50, (2, 9))
+    module.out = torch.nn.Identity()
+    rows = [
+        layer(x).unflatten(2, (3, 8)).transpose(1, 2)
+        for layer in (module.query, module.key, module.value)
+    ]
+    mixed = complex_attention(
+        *rows, module.delta, module.phase_bias,
+        rotary=RotaryPositions(8), positions=places, causal=True,
+    )  # fmt: skip
+    wanted = module(x, positions=places)
+    torch.testing.assert_close(mixed.transpose(1, 2).flatten(2), wanted)
+
+
+@pytest.mark.bad_input
+def test_the_function_names_what_does_not_fit() -> None:
+    rows, delta = torch.randn(2, 3, 5, 8), torch.ones(3, 4)
+    good = {"query": rows, "key": rows, "value": rows, "delta": delta, "bias": delta}
+    complex_attention(**good)
+    cache, rotary = KVCache(2, 3, 9, 8), RotaryPositions(8)
+    places = {"positions": torch.arange(5)}
+    for changed, said in (
+        ({"query": rows[0]}, r"query must be \(batch, heads, tokens, channels\)"),
+        ({"key": rows[:, :2]}, "key must have the batch, heads and channels of query"),
+        ({"value": rows[:, :, 1:]}, "value must have the batch and tokens of key"),
+        ({"delta": delta[1:]}, r"delta be \(heads, channels / 2\), got .*\(2, 4\)"),
+        ({"bias": delta[0]}, r"bias must be \(3, 4\) \(heads, pairs\), got \(4,\)"),
+        ({"padding_mask": torch.ones(2, 4).bool()}, r"padding_mask must be \(2, 5\)"),
+        (places, "positions have no effect without rotary"),
+        (places | {"rotary": rotary, "query": rows[:, :, 1:]}, "positions .* as many queries"),
+        ({"cache": cache}, "cache serves causal=True only"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            complex_attention(**good | changed)
+    assert cache.length == 0
 
 
 def test_delta_of_one_is_rotary_attention() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heed_core import observe
+from heed_core import attend, masks, observe
 from heed_core.attention.conditional import (
     ConditionalCrossAttention,
     ConditionalCrossBlock,
@@ -72,6 +72,15 @@ def test_all_conditions_at_once_are_the_single_ones(code: str):
         alone = attention(x, torch.tensor([c, c]))
         torch.testing.assert_close(alone[:, 0], together[:, c], rtol=1e-12, atol=1e-12)
     assert (together[:, 0] - together[:, 1]).abs().max() > 1e-3
+
+
+def test_between_its_projections_it_is_attend():
+    module = ConditionalCrossAttention(16, heads=4, conditions=5).double()
+    x, real = torch.randn(2, 7, 16, dtype=torch.float64), torch.arange(7) < torch.tensor([[7], [4]])
+    query = module.query(module.condition(torch.arange(5))).expand(2, -1, -1)
+    rows = [t.unflatten(2, (4, 4)).transpose(1, 2) for t in (query, module.key(x), module.value(x))]
+    mixed = attend(*rows, mask=masks.keys(real)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module.out(mixed), module(x, padding_mask=real))
 
 
 def test_a_query_repeated_at_every_place_gives_the_same_at_every_place():

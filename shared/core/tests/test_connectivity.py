@@ -11,7 +11,9 @@ from heed_core import attend, observe
 from heed_core.attention.connectivity import (
     ConnectivityAttention,
     LowRankConnectivity,
+    connectivity_attention,
     connectivity_attention_from_sparsifiner,
+    connectivity_scores,
     gathered_attention,
     topk_mask,
 )
@@ -42,7 +44,7 @@ def test_golden_masks_weights_outputs_and_gradients(golden, dtype: torch.dtype) 
         y = module(x)
     golden.check("y", y)
     golden.check("masked_attn", maps["attend"])
-    query, key, _ = module._projected(x, None)
+    query, key, _ = module._projected(x)
     scores = module.connectivity(query, key)
     golden.check("approx_attn", scores)
     assert torch.equal(module.mask(scores).float(), golden.tensors["output.attn_mask"])
@@ -63,7 +65,7 @@ def test_golden_pruned_tokens(golden, dtype: torch.dtype) -> None:
         y = module(x, kept=kept)
     golden.check("y.pruned", y)
     golden.check("masked_attn.pruned", maps["attend"])
-    query, key, _ = module._projected(x, kept)
+    query, key, _ = module._projected(x)
     mask = module.mask(module.connectivity(query, key, kept=kept), kept)
     assert torch.equal(mask.float(), golden.tensors["output.attn_mask.pruned"])
 
@@ -75,14 +77,14 @@ def test_golden_reconstruction(golden, dtype: torch.dtype) -> None:
     y, scores = module.reconstruct(x)
     golden.check("y.reconstruct", y)
     golden.check("approx_attn.reconstruct", scores)
-    query, key, _ = module._projected(x, None)
+    query, key, _ = module._projected(x)
     golden.check("basis_coef.reconstruct", module.connectivity.coefficients(query, key))
 
 
 def test_golden_notices_another_scale(golden) -> None:
     module = official(golden, torch.float32)
     module.connectivity.scale = 8**-0.5
-    query, key, _ = module._projected(golden.tensors["input.x"], None)
+    query, key, _ = module._projected(golden.tensors["input.x"])
     with pytest.raises(AssertionError, match="off"):
         golden.check("approx_attn", module.connectivity(query, key))
 
@@ -145,6 +147,128 @@ def test_scores_of_the_coefficients_above_a_threshold(shared_basis: bool) -> Non
     assert kept.min() < kept.max()  # not a number of coefficients
 
 
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_scores_are_their_formula_with_gradients(dense: bool) -> None:
+    query, key, down, up = draw(2, 3, 9, 4), draw(2, 3, 9, 4), draw(9, 6), draw(9, 6)
+    kept = torch.ones(2, 9, dtype=torch.bool)
+    kept[1, 5:] = False
+    q, k = (x * kept[:, None, :, None] for x in (query, key))
+    shares = (q[:, :, 1:] @ (k.mT @ down) / 3**0.5).softmax(-1)
+    basis = up
+    if not dense:
+        least = shares.detach().sort(-1).values[..., -2:].amin(-1, keepdim=True)
+        shares = shares * (shares >= least)
+        basis = up.abs() * (up.abs() > 0.5)
+    found = connectivity_scores(
+        query, key, down, up, threshold=0.5, top_coefficients=2, kept=kept, dense=dense
+    )
+    wanted = shares @ basis.T
+    leaves = [query, key, down, up]
+    torch.testing.assert_close(found[0], wanted[0])
+    torch.testing.assert_close(found[1, :, :4], wanted[1, :, :4])  # equal shares of what is pruned
+    grads = (torch.autograd.grad(y[0].sin().sum(), leaves) for y in (found, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("path", ["mask", "gather"])
+@pytest.mark.parametrize("prune_rows", [True, False])
+def test_attention_is_its_formula_with_gradients(path: str, prune_rows: bool) -> None:
+    query, key, value, scores = (
+        draw(2, 3, 9, 4),
+        draw(2, 3, 9, 4),
+        draw(2, 3, 9, 4),
+        draw(2, 3, 8, 9),
+    )
+    kept = torch.ones(2, 9, dtype=torch.bool)
+    kept[1, 2:8] = False
+    q, k, v = (x * kept[:, None, :, None] for x in (query, key, value))
+    mask = torch.zeros(2, 3, 9, 9, dtype=torch.bool)
+    mask[:, :, 0] = True
+    for b, h, i in itertools.product(range(2), range(3), range(8)):
+        order = sorted((j for j in range(9) if kept[b, j]), key=lambda j: -scores[b, h, i, j])
+        if kept[b, i + 1] or not prune_rows:
+            mask[b, h, i + 1, order[: min(4, kept[b, 1:].sum())]] = True
+    products = (q @ k.mT / 2).masked_fill(~mask, -torch.inf)
+    wanted = products.softmax(-1).nan_to_num() @ v
+    found = connectivity_attention(
+        query, key, value, scores, keys=4, kept=kept, prune_rows=prune_rows, path=path
+    )
+    torch.testing.assert_close(found, wanted)
+    leaves = [query, key, value]
+    real = kept[:, None, :, None] | (not prune_rows)
+    grads = (
+        torch.autograd.grad((y.sin() * real).sum(), leaves)
+        for y in (found, attend(q, k, v, mask=mask))
+    )
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_functions_of_projected_tokens_are_the_module() -> None:
+    module = ConnectivityAttention(12, heads=3, tokens=9, keep=0.5, rank=4).double()
+    for parameter in module.connectivity.parameters():
+        nn.init.normal_(parameter)
+    module.out, guess = nn.Identity(), module.connectivity
+    x, kept = torch.randn(2, 9, 12).double(), torch.arange(9) < torch.tensor([[9], [6]])
+    query, key, value = module._projected(x)
+    scores = connectivity_scores(
+        guess.query(query), guess.key(key), guess.down, guess.up, kept=kept
+    )
+    mixed = connectivity_attention(query, key, value, scores, keys=5, kept=kept)
+    torch.testing.assert_close(mixed.transpose(1, 2).flatten(2), module(x, kept=kept))
+
+
+@pytest.mark.bad_input
+def test_the_functions_name_what_does_not_fit() -> None:
+    rows, basis = torch.randn(2, 3, 9, 4), torch.randn(9, 6)
+    guess = {"query": rows, "key": rows, "down": basis, "up": basis}
+    mixing = {"query": rows, "key": rows, "value": rows, "scores": rows[:, :, 1:] @ rows.mT}
+    mixing["keys"] = 4
+    connectivity_scores(**guess)
+    connectivity_attention(**mixing)
+    for run, good, changed, said in (
+        (connectivity_scores, guess, {"key": rows[:, :, 1:]}, "key must have the batch, heads"),
+        (connectivity_scores, guess, {"down": basis[1:]}, r"down must be \(9, any\)"),
+        (connectivity_scores, guess, {"up": basis[:, 1:]}, r"up must be \(9, 6\)"),
+        (connectivity_scores, guess, {"top_coefficients": 7}, "top_coefficients must be between"),
+        (
+            connectivity_scores,
+            guess,
+            {"top_coefficients": 2, "coefficient_threshold": 0.1},
+            "give top_coefficients or coefficient_threshold",
+        ),
+        (connectivity_scores, guess, {"kept": torch.ones(2, 8).bool()}, r"kept must be \(2, 9\)"),
+        (connectivity_attention, mixing, {"query": rows[0]}, "query must be"),
+        (connectivity_attention, mixing, {"value": rows[:, :, 1:]}, "value must have the batch"),
+        (
+            connectivity_attention,
+            mixing,
+            {"scores": rows @ rows.mT},
+            r"scores must be \(2, 3, 8, 9\)",
+        ),
+        (connectivity_attention, mixing, {"keys": 0}, "keys must be at least 1"),
+        (connectivity_attention, mixing, {"keys": 10}, "keys must be at most 9"),
+        (connectivity_attention, mixing, {"path": "fast"}, "path must be"),
+        (
+            connectivity_attention,
+            mixing,
+            {"kept": torch.ones(2, 8).bool()},
+            r"kept must be \(2, 9\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run(**good | changed)
+    with pytest.raises(TypeError, match="kept must be boolean"):
+        connectivity_attention(**mixing, kept=torch.ones(2, 9))
+
+
 def test_topk_mask_prefers_low_indices_and_takes_a_number_per_row() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
     assert topk_mask(scores, 3).tolist() == [[True, True, True, False]] * 2
@@ -169,7 +293,7 @@ def test_each_row_but_the_first_keeps_its_number_and_depends_on_the_input() -> N
         torch.nn.init.normal_(parameter)
     masks = []
     for _ in range(2):
-        query, key, _ = module._projected(torch.randn(1, 21, 8), None)
+        query, key, _ = module._projected(torch.randn(1, 21, 8))
         masks.append(module.mask(module.connectivity(query, key)))
     assert (masks[0][:, :, 1:].sum(-1) == 7).all()
     assert masks[0][:, :, 0].all()

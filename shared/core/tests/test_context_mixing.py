@@ -10,6 +10,8 @@ from heed_core import observe
 from heed_core.attention.context_mixing import (
     ContextMixing,
     clamped_relative_bias,
+    context_kernels,
+    context_mixing,
     context_mixing_from_overlock,
     neighborhood_av,
 )
@@ -181,6 +183,79 @@ def mixing(**options: int) -> ContextMixing:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     return module.double().eval()
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """Kernels 3 and 5 of 4 regions for 2 groups, on a map of 6 x 7."""
+    shapes = {
+        "query": (2, 2, 6, 7, 3), "key": (2, 2, 4, 3), "value": (2, 2, 2, 6, 7, 3),
+        "weight": (34, 4), "bias": (34,), "small_bias": (2, 5, 5), "large_bias": (2, 9, 9),
+    }  # fmt: skip
+    return {
+        name: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for name, shape in shapes.items()
+    }
+
+
+def test_the_function_is_its_formula_with_gradients() -> None:
+    given = tensors()
+    tables = (given["small_bias"], given["large_bias"])
+    affinity = torch.einsum("bghwc,bgrc->bghwr", given["query"] * 6**-0.5, given["key"])
+    logits = (affinity @ given["weight"].T + given["bias"]).split([9, 25], dim=-1)
+    wanted = torch.stack(
+        [
+            by_loops((logit + clamped_relative_bias(table, 6, 7)).softmax(-1), half, kernel)
+            for logit, table, half, kernel in zip(
+                logits, tables, given["value"].unbind(1), (3, 5), strict=True
+            )
+        ],
+        dim=1,
+    )
+    found = context_mixing(**given)
+    torch.testing.assert_close(found, wanted)
+    leaves = list(given.values())
+    grads = (torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_function_of_projected_maps_is_the_module() -> None:
+    module = mixing(regions=2)
+    module.out, module.out_norm = torch.nn.Identity(), torch.nn.Identity()
+    x, value = torch.randn(2, 2, 8, 6, 7, dtype=torch.float64)
+    context = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    query = module.query_norm(module.query(x)).unflatten(1, (2, 2)).movedim(2, -1)
+    key = module.key_norm(module.key(F.adaptive_avg_pool2d(context, 2)))
+    found = context_mixing(
+        query, key.unflatten(1, (2, 2)).flatten(3).mT,
+        value.unflatten(1, (2, 2, 2)).movedim(3, -1),
+        module.mix.weight, module.mix.bias, module.small_bias, module.large_bias,
+    )  # fmt: skip
+    torch.testing.assert_close(found.movedim(-1, 3).flatten(1, 3), module(x, context, value))
+
+
+@pytest.mark.bad_input
+def test_the_function_names_what_does_not_fit() -> None:
+    good = tensors()
+    context_mixing(**good)
+    kernels = {name: x for name, x in good.items() if name != "value"}
+    assert [x.shape[-1] for x in context_kernels(**kernels)] == [9, 25]
+    for changed, said in (
+        ({"query": good["query"][0]}, r"query must be \(any, any, any, any, any\)"),
+        ({"key": good["key"][:1]}, r"key must be \(2, 2, any, 3\)"),
+        ({"value": good["value"][:, :1]}, r"value must be \(2, 2, 2, 6, 7, any\)"),
+        ({"weight": good["weight"][1:]}, r"weight must be \(34, 4\)"),
+        ({"bias": good["bias"][1:]}, r"bias must be \(34\)"),
+        ({"small_bias": good["small_bias"][:, 1:]}, "small_bias must be .*2, 4, 5"),
+        ({"large_bias": good["large_bias"][:1]}, "large_bias must be .*1, 9, 9"),
+        (
+            {"query": good["query"][:, :, :4], "value": good["value"][:, :, :, :4]},
+            r"the sides of query must be at least those of the kernels, 3 and 5, got \(4, 7\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            context_mixing(**good | changed)
 
 
 def test_observed_kernels_reproduce_the_output() -> None:

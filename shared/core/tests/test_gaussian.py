@@ -13,8 +13,10 @@ from heed_core.attention.gaussian import (
     DensityAttention,
     GaussianAttention,
     GaussianBlock,
+    density_attention,
     density_attention_from_official,
     density_weights,
+    gaussian_attention,
     gaussian_attention_from_official,
     gaussian_weights,
     importance_factor,
@@ -24,6 +26,7 @@ from heed_core.testing.golden_fixtures import GoldenFixture
 
 GOLDEN = Path(__file__).parent / "golden" / "gaam"
 DTYPES = [torch.float64, torch.float32]
+ROWS = torch.zeros(2, 8, 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -186,6 +189,62 @@ def test_gradients_reach_offsets_and_widths() -> None:
     assert module.widths.grad.ne(0).all()
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_gaussian_attention_is_a_product_of_gaussians_in_each_head(axis: int) -> None:
+    x = torch.randn(2, 9, 7, dtype=torch.float64, requires_grad=True)
+    offsets = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    widths = (torch.rand(2, 3, dtype=torch.float64) + 0.5).requires_grad_()
+    each, pieces = x.shape[axis] // 2, []
+    for head, piece in enumerate(x.split([each, x.shape[axis] - each], dim=axis)):
+        mean, variance = piece.mean(axis, keepdim=True), piece.var(axis, keepdim=True) + 1e-8
+        density = 1.0
+        for offset, width in zip(offsets[head], widths[head], strict=True):
+            spread = width.square() * variance
+            away = (piece - mean - offset).square() / spread
+            density = density * (-away / 2).exp() / (2 * math.pi * spread).sqrt()
+        pieces.append(piece * density / density.sum(axis, keepdim=True))
+    found, wanted = gaussian_attention(x, offsets, widths, axis=axis), torch.cat(pieces, dim=axis)
+    torch.testing.assert_close(found, wanted)
+    leaves = [x, offsets, widths]
+    grads = (torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("time", [(), (4,)])
+def test_density_attention_is_its_formula_in_each_group(time: tuple[int, ...]) -> None:
+    x = torch.randn(2, 6, *time, 5, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    width = (torch.rand(2, 5, dtype=torch.float64) + 0.5).requires_grad_()
+    pieces = []
+    for head in range(2):
+        layers = x[:, 3 * head : 3 * head + 3]
+        means = layers.mean(2) if time else layers
+        spread = means.var(1, keepdim=True, unbiased=False) + 1e-8 + 1e-5
+        away = (means - means.mean(1, keepdim=True) - offset[head]).square() / spread
+        gate = (-away / (2 * width[head])).exp()
+        pieces.append(layers * (gate[:, :, None] if time else gate))
+    found, wanted = density_attention(x, offset, width), torch.cat(pieces, dim=1)
+    torch.testing.assert_close(found, wanted)
+    leaves = [x, offset, width]
+    grads = (torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_functions_are_the_modules() -> None:
+    x, mask = torch.randn(2, 8, 5), torch.rand(2, 8, 5) > 0.3
+    module = GaussianAttention(axis=1, heads=2, gaussians=3)
+    torch.nn.init.normal_(module.offsets)
+    found = gaussian_attention(x, module.offsets, module.widths, axis=1, mask=mask)
+    assert torch.equal(found, module(x, mask=mask))
+    density = DensityAttention(5, heads=2)
+    torch.nn.init.normal_(density.offset)
+    assert torch.equal(density_attention(x, density.offset, density.width), density(x))
+
+
 def test_observed_weights_are_what_values_are_multiplied_by() -> None:
     x = torch.randn(2, 8, 5)
     module = GaussianAttention(axis=1, heads=2, gaussians=2)
@@ -256,6 +315,40 @@ def test_a_layer_that_tells_classes_apart_is_found() -> None:
         (
             lambda: gaussian_weights(torch.zeros(1, 3), torch.zeros(2), torch.ones(3), axis=1),
             "offsets and widths",
+        ),
+        (
+            lambda: gaussian_attention(ROWS, torch.zeros(2, 3), torch.ones(2, 2), axis=1),
+            r"widths must be \(2, 3\) \(heads, gaussians\), got \(2, 2\)",
+        ),
+        (
+            lambda: gaussian_attention(ROWS, torch.zeros(3), torch.ones(3), axis=1),
+            r"offsets must be \(any, any\) \(heads, gaussians\), got \(3,\)",
+        ),
+        (
+            lambda: gaussian_attention(ROWS, torch.zeros(2, 3), torch.ones(2, 3), axis=0),
+            "a batch axis and an axis 0",
+        ),
+        (
+            lambda: gaussian_attention(ROWS, torch.zeros(5, 3), torch.ones(5, 3), axis=1),
+            "each of 5 heads needs at least 2 values",
+        ),
+        (
+            lambda: gaussian_attention(
+                ROWS, torch.zeros(2, 3), torch.ones(2, 3), axis=1, mask=torch.ones(1, 8, 5) > 0
+            ),
+            "mask must be",
+        ),
+        (
+            lambda: density_attention(ROWS, torch.zeros(2, 5), torch.ones(1, 5)),
+            r"width must be \(2, 5\) \(heads, features\), got \(1, 5\)",
+        ),
+        (
+            lambda: density_attention(ROWS, torch.zeros(2, 4), torch.ones(2, 4)),
+            r"x must be \(batch, layers, 4\)",
+        ),
+        (
+            lambda: density_attention(ROWS, torch.zeros(3, 5), torch.ones(3, 5)),
+            "heads=3 must divide the number of layers, got 8",
         ),
         (lambda: gaussian_attention_from_official({"c": torch.zeros(1)}), "no weight of"),
         (lambda: density_attention_from_official({"b": torch.zeros(1)}), "no weight of"),

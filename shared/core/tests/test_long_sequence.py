@@ -2,14 +2,20 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from heed_core import observe
 from heed_core.attention.bounded_memory import BoundedMemoryAttention
 from heed_core.attention.cosformer import CosformerAttention
-from heed_core.attention.diagonal_state import DiagonalStateMixer
+from heed_core.attention.diagonal_state import DiagonalStateMixer, diagonal_state_mixing
 from heed_core.attention.local import LocalAttention, local_attention
-from heed_core.attention.long_short import CausalLongShortAttention, LongShortAttention
+from heed_core.attention.long_short import (
+    CausalLongShortAttention,
+    LongShortAttention,
+    causal_long_short_attention,
+    long_short_attention,
+)
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.attention.nystrom import NystromAttention
 from heed_core.attention.performer import (
@@ -116,6 +122,204 @@ def test_slots_that_single_out_tokens_are_full_attention() -> None:
     x = torch.eye(6, dtype=torch.float64)[None]
     full = naive_attention(x[None], x[None], x[None])[0]
     torch.testing.assert_close(module(x), full, rtol=1e-10, atol=1e-10)
+
+
+def normed(heads: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """(b, h, n, d) through a layer norm over the channels of all heads."""
+    tokens = F.layer_norm(heads.transpose(1, 2).flatten(2), norm[0].shape, *norm)
+    return tokens.unflatten(2, heads.shape[1::2]).transpose(1, 2)
+
+
+def softmax_of(scores: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Scores (b, h) and values (b, h, d) of the tokens that one query sees."""
+    weights = torch.stack(scores, dim=-1).softmax(-1)
+    return torch.einsum("bhk,bhkd->bhd", weights, torch.stack(values, dim=2))
+
+
+def check_with_gradients(found: Tensor, wanted: Tensor, leaves: list[Tensor]) -> None:
+    torch.testing.assert_close(found, wanted)
+    grads = (torch.autograd.grad(y.sin().sum(), leaves) for y in (found, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("n", [11, 37])
+def test_long_short_attention_is_its_formula(n: int) -> None:
+    query, key, value, scores = (draw(2, 3, *s) for s in ((n, 4), (n, 4), (n, 4), (2, n)))
+    near, far = [(draw(12), draw(12)) for _ in range(2)]
+    rows = [normed(x, near) for x in (key, value)]
+    far_key, far_value = (normed(scores.softmax(-1) @ x, far) for x in rows)
+    wanted = []
+    for i in range(n):
+        first = i // 4 * 4
+        seen = range(max(0, first - 2), min(n, first + 6))
+        pairs = [(far_key[:, :, a], far_value[:, :, a]) for a in range(2)]
+        pairs += [tuple(x[:, :, j] for x in rows) for j in seen]
+        wanted.append(
+            softmax_of([(query[:, :, i] * k).sum(-1) / 2 for k, _ in pairs], [v for _, v in pairs])
+        )
+    found = long_short_attention(query, key, value, scores, near, far, window=4)
+    leaves = [query, key, value, scores, *near, *far]
+    check_with_gradients(found, torch.stack(wanted, dim=2), leaves)
+
+
+@pytest.mark.parametrize("queries", [37, 5])
+def test_causal_long_short_attention_is_its_formula(queries: int) -> None:
+    n, window, chunk, rank = 37, 5, 4, 2
+    query, key, value = (draw(2, 3, length, 4) for length in (queries, n, n))
+    scores, near, far = draw(2, 3, n, rank), (draw(12), draw(12)), (draw(12), draw(12))
+    content, place = draw(3, 4), draw(3, 4)
+    near_place, far_place = draw(3, window, 4), draw(3, n // chunk * rank, 4)
+    rows, pieces = [normed(x, near) for x in (key, value)], range(0, n, chunk)
+    read = [
+        torch.cat(
+            [scores[:, :, t : t + chunk].softmax(2).mT @ x[:, :, t : t + chunk] for t in pieces],
+            dim=2,
+        )
+        for x in (key, value)
+    ]
+    far_key, far_value = (normed(x, far) for x in read)
+    wanted = []
+    for at in range(queries):
+        i, q = n - queries + at, query[:, :, at] / 2
+        total, values = [], []
+        for a in range(i // chunk * rank):
+            back = i // chunk * rank - 1 - a
+            total.append((q * (far_key[:, :, a] + far_place[:, back])).sum(-1))
+            values.append(far_value[:, :, a])
+        for j in range(max(0, i - window + 1), i + 1):
+            term = (q + content) * rows[0][:, :, j] + (q + place) * near_place[:, i - j]
+            total.append(term.sum(-1))
+            values.append(rows[1][:, :, j])
+        wanted.append(softmax_of(total, values))
+    tensors = [query, key, value, scores, near, far, content, place, near_place, far_place]
+    found = causal_long_short_attention(*tensors, chunk=chunk)
+    leaves = [query, key, value, scores, *near, *far, content, place, near_place, far_place]
+    check_with_gradients(found, torch.stack(wanted, dim=2), leaves)
+
+
+def test_the_functions_of_projected_tokens_are_the_modules() -> None:
+    x = torch.randn(2, 37, 12, dtype=torch.float64)
+    for module in (LONG["longshort"]().double(), LONG["longshort causal"]().double()):
+        module.out = torch.nn.Identity()
+        layers = (module.query, module.key, module.value, module.summarise)
+        rows = [layer(x).unflatten(2, (3, -1)).transpose(1, 2) for layer in layers]
+        norms = [(norm.weight, norm.bias) for norm in (module.near_norm, module.far_norm)]
+        if isinstance(module, LongShortAttention):
+            rows[3] = rows[3].mT
+            mixed = long_short_attention(*rows, *norms, window=5)
+        else:
+            biases = module.content_bias, module.place_bias
+            places = module.near_place(5), module.far_place(40)  # more rows than are seen
+            mixed = causal_long_short_attention(*rows, *norms, *biases, *places, chunk=4)
+        torch.testing.assert_close(mixed.transpose(1, 2).flatten(2), module(x))
+
+
+@pytest.mark.bad_input
+def test_long_short_functions_name_what_does_not_fit() -> None:
+    rows, scores = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 9, 2)
+    norm, bias, places = (torch.ones(12), torch.zeros(12)), torch.zeros(3, 4), torch.ones(3, 4, 4)
+    both = {"query": rows, "key": rows, "value": rows, "near_norm": norm, "far_norm": norm}
+    plain = both | {"scores": scores.mT, "window": 4}
+    biases = {"content_bias": bias, "place_bias": bias}
+    causal = both | biases | {"scores": scores, "near_place": places, "far_place": places}
+    causal["chunk"] = 4
+    long_short_attention(**plain)
+    causal_long_short_attention(**causal)
+    for good, run in ((plain, long_short_attention), (causal, causal_long_short_attention)):
+        for changed, said in (
+            ({"query": rows[..., :3]}, "key must have the batch, heads and channels"),
+            ({"key": rows[0]}, r"key must be \(batch, heads, tokens, channels\)"),
+            ({"key": rows[:, :, :0], "value": rows[:, :, :0]}, "key must have at least one token"),
+            ({"value": rows[..., :3]}, r"value must be \(2, 3, 9, 4\) as key"),
+            ({"query": rows.repeat(1, 1, 2, 1)}, "query must have at most the tokens of key"),
+            ({"scores": scores[:, :2]}, "scores must be "),
+            ({"near_norm": (norm[0][1:], norm[1])}, r"weight of near_norm must be \(12\)"),
+            ({"far_norm": (norm[0], norm[1][1:])}, r"bias of far_norm must be \(12\)"),
+            ({"padding_mask": torch.ones(2, 8).bool()}, r"padding_mask must be \(2, 9\)"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                run(**good | changed)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        long_short_attention(**plain | {"window": 0})
+    for changed, said in (
+        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"content_bias": bias[1:]}, r"content_bias must be \(3, 4\)"),
+        ({"place_bias": bias[:, 1:]}, r"place_bias must be \(3, 4\)"),
+        ({"near_place": places[:, :0]}, "near_place must have at least 1 distances"),
+        ({"far_place": places[0]}, r"far_place must be \(3, any, 4\)"),
+        ({"far_place": places[:, 1:]}, "far_place must have at least 4 distances, got 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            causal_long_short_attention(**causal | changed)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_diagonal_state_mixing_is_its_recurrence_with_gradients(causal: bool) -> None:
+    tokens, skip = draw(2, 5, 9), draw(3, 5)
+    coefficients, log_step = draw(3 if causal else 6, 5, 4, 2), draw(5)
+    log_decay, frequency = draw(4), draw(4)
+    real = torch.arange(9) < torch.tensor([[9], [6]])
+    step = log_step.exp()[:, None]
+    rate = torch.complex(-log_decay.exp(), frequency)
+    own = torch.view_as_complex(coefficients)
+
+    def run(rows: Tensor, read: Tensor) -> list[Tensor]:
+        state, found = torch.zeros(2, 5, 4, dtype=torch.complex128), []
+        for t in range(9):
+            state = (step * rate).exp() * state + rows[..., t, None]
+            weight = read * ((step * rate).exp() - 1) / rate
+            found.append(2 * (weight * state[:, None]).sum(-1).real)
+        return found
+
+    entering = tokens * real[:, None]
+    wanted = torch.stack(run(entering, own[:3]), dim=-1) + skip[..., None] * entering[:, None]
+    if not causal:
+        later = run(entering.flip(-1), own[3:])[::-1]
+        wanted = wanted + torch.stack([*later[1:], torch.zeros_like(later[0])], dim=-1)
+    leaves = [tokens, coefficients, log_step, log_decay, frequency, skip]
+    found = diagonal_state_mixing(*leaves, causal=causal, padding_mask=real)
+    check_with_gradients(found, wanted, leaves)
+
+
+def test_diagonal_state_mixing_is_the_mixer() -> None:
+    module, x = DECODING["s4d"]().double().eval(), torch.randn(2, 9, 12, dtype=torch.float64)
+    names = ("coefficients", "log_step", "log_decay", "frequency", "skip")
+    found = diagonal_state_mixing(x.mT, *(getattr(module, name) for name in names))
+    torch.testing.assert_close(module.out(F.gelu(found).flatten(1, 2).mT), module(x))
+
+
+@pytest.mark.bad_input
+def test_diagonal_state_mixing_names_what_does_not_fit() -> None:
+    good = {
+        "tokens": torch.randn(2, 5, 9), "coefficients": torch.randn(3, 5, 4, 2),
+        "log_step": torch.zeros(5), "log_decay": torch.zeros(4), "frequency": torch.zeros(4),
+        "skip": torch.zeros(3, 5),
+    }  # fmt: skip
+    diagonal_state_mixing(**good)
+    cache = DiagonalStateMixer(5, state=8).new_cache(2)
+    for changed, said in (
+        ({"tokens": torch.randn(5, 9)}, r"tokens must be \(any, any, any\)"),
+        ({"tokens": torch.randn(2, 5, 0)}, "tokens must have at least one token"),
+        ({"coefficients": torch.randn(2, 5, 4, 2)}, r"coefficients must be \(3, 5, any, 2\)"),
+        ({"causal": False}, r"coefficients must be \(6, 5, any, 2\)"),
+        ({"log_step": torch.zeros(4)}, r"log_step must be \(5\)"),
+        ({"log_decay": torch.zeros(5)}, r"log_decay must be \(4\)"),
+        ({"frequency": torch.zeros(5)}, r"frequency must be \(4\)"),
+        ({"skip": torch.zeros(3, 4)}, r"skip must be \(any, 5\)"),
+        ({"padding_mask": torch.ones(2, 8).bool()}, r"padding_mask must be \(2, 9\)"),
+        (
+            {"cache": cache, "causal": False, "coefficients": torch.randn(6, 5, 4, 2)},
+            "cache serves causal=True only",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            diagonal_state_mixing(**good | changed)
 
 
 def test_few_tokens_make_nystrom_exact() -> None:

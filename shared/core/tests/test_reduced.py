@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heed_core import observe
+from heed_core import attend, observe
 from heed_core.attention.reduced import (
     QueryKey,
     ReducedAttention,
@@ -64,6 +64,19 @@ def test_a_collapsed_layer_computes_the_same(qk: QueryKey, vo: ValueOut, bias: b
     torch.testing.assert_close(small(x), layer(x), rtol=1e-9, atol=1e-9)
     assert small.qk == "collapsed"
     assert small.vo == ("none" if vo == "none" else "collapsed")
+
+
+@pytest.mark.parametrize(
+    ("qk", "vo", "heads"), [*((*both, 1) for both in ALL), ("symmetric", "none", 3)]
+)
+def test_between_its_matrices_it_is_attend(qk: QueryKey, vo: ValueOut, heads: int):
+    layer, x = random(ReducedAttention(N, heads=heads, qk=qk, vo=vo)), tokens(2, 7, N)
+    query = layer.query(x)
+    key = {"separate": layer.key or layer.query, "symmetric": layer.query, "cholesky": layer.query}
+    rows = [query, key[qk](x) if qk in key else x, x if layer.value is None else layer.value(x)]
+    rows = [t.unflatten(2, (heads, -1)).transpose(1, 2) for t in rows]
+    mixed = attend(*rows).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(mixed if layer.out is None else layer.out(mixed), layer(x))
 
 
 def test_several_heads_do_not_collapse():

@@ -8,8 +8,10 @@ from torch import Tensor
 from heed_core import observe
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.attention.relative_conv import (
+    ConvKVCache,
     RelativeConvAttention,
     depthwise_conv,
+    relative_conv_attention,
     relative_scores,
 )
 
@@ -174,6 +176,110 @@ def test_padding_is_zeros_to_convolutions() -> None:
     loud = x.masked_fill(~real[..., None], 1e3)
     found = module(loud, padding_mask=real)[:, :5]
     assert torch.equal(found, module(x, padding_mask=real)[:, :5])
+
+
+def tensors(context: int = 2) -> tuple:
+    """Queries with some rows before those that ask, keys, values, taps, u, E and beta."""
+    rows = [torch.randn(2, 3, n, 4).double() for n in (5 + context, 8, 8)]
+    shifts = torch.randn(4).double(), None, torch.randn(4).double()
+    taps = tuple((torch.randn(4, 3).double(), bias) for bias in shifts)
+    tables = [torch.randn(*shape).double() for shape in ((3, 4), (20, 3, 4), (20, 3))]
+    return *rows, taps, *tables
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_function_is_the_formula_with_gradients(causal: bool) -> None:
+    query, key, value, taps, shift, table, offset_bias = tensors(context=2 if causal else 0)
+    real = torch.arange(8) < torch.tensor([[8], [6]])
+    leaves = [query, key, value, *(x for pair in taps for x in pair if x is not None)]
+    leaves += [shift, table, offset_bias]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    context = 2 if causal else 0
+
+    def formula() -> Tensor:
+        kept = real[:, None, :, None].double()
+        asks = query * kept[:, :, -query.shape[2] :]
+        q, k, v = (
+            depthwise_conv(x, weight, bias, causal=causal)
+            for x, (weight, bias) in zip((asks, key * kept, value * kept), taps, strict=True)
+        )
+        q, total = q[:, :, context:], []
+        for i in range(5):
+            seen = [j for j in range(8) if j <= i + 3 or not causal]
+            scores = torch.stack(
+                [
+                    ((q[:, :, i] + shift) * k[:, :, j]).sum(-1)
+                    + (q[:, :, i] * table[10 + j - i - 3]).sum(-1)
+                    + offset_bias[10 + j - i - 3]
+                    for j in seen
+                ],
+                dim=-1,
+            )
+            scores = (scores / 2).masked_fill(~real[:, None, seen], -torch.inf)
+            total.append(torch.einsum("bhj,bhjd->bhd", scores.softmax(-1), v[:, :, seen]))
+        return torch.stack(total, dim=2)
+
+    found = relative_conv_attention(
+        query, key, value, taps, shift, table, offset_bias,
+        context=context, causal=causal, padding_mask=real,
+    )  # fmt: skip
+    wanted = formula()
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(found.sin().sum(), leaves),
+        torch.autograd.grad(wanted.sin().sum(), leaves),
+        strict=True,
+    ):
+        assert theirs.abs().max() > 1e-6
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_function_of_projected_tokens_is_the_module() -> None:
+    module, x = build(), torch.randn(2, 8, 12).double()
+    torch.nn.init.eye_(module.out.weight)
+    torch.nn.init.zeros_(module.out.bias)
+    rows = [
+        layer(x).view(2, 8, 3, 4).transpose(1, 2)
+        for layer in (module.query, module.key, module.value)
+    ]
+    convs = (module.query_conv, module.key_conv, module.value_conv)
+    mixed = relative_conv_attention(
+        rows[0][:, :, 1:], *rows[1:], tuple(conv.taps for conv in convs),
+        module.query_bias, module.offset_embedding, module.offset_bias, context=2,
+    )  # fmt: skip
+    wanted = module(x[:, 3:], x[:, :3])
+    torch.testing.assert_close(mixed.transpose(1, 2).flatten(2), wanted)
+
+
+@pytest.mark.bad_input
+def test_the_function_names_what_does_not_fit() -> None:
+    query, key, value, taps, shift, table, offset_bias = tensors()
+    good = {
+        "query": query, "key": key, "value": value, "taps": taps,
+        "query_bias": shift, "embedding": table, "offset_bias": offset_bias,
+    }  # fmt: skip
+    relative_conv_attention(**good)
+    cache = ConvKVCache(2, 3, 9, 4, tail=2)
+    for changed, said in (
+        ({"key": key[0]}, r"key must be \(batch, heads, tokens, channels\)"),
+        ({"key": key[:, :2]}, "key must have the batch, heads and channels of query"),
+        ({"value": value[:, :, 1:]}, "value must have the batch and tokens of key"),
+        ({"taps": (*taps[:2], (taps[2][0][1:], None))}, r"weights of taps must be \(4, 3\)"),
+        ({"query_bias": shift[:, 1:]}, r"query_bias must be \(3, 4\)"),
+        ({"embedding": table[:, 1:]}, r"embedding must be \(any, 3, 4\)"),
+        ({"offset_bias": offset_bias[1:]}, r"offset_bias must be \(20, 3\)"),
+        (
+            {"embedding": table[:10], "offset_bias": offset_bias[:10]},
+            "at most max_distance=5 tokens",
+        ),
+        ({"context": 8}, "context must be from 0 to 7"),
+        ({"padding_mask": torch.ones(2, 7).bool()}, r"padding_mask must be \(2, 8\)"),
+        ({"cache": cache, "causal": False}, "cache serves causal=True only"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            relative_conv_attention(**good | changed)
+    assert cache.length == 0
 
 
 def test_number_of_parameters_of_the_published_layer() -> None:

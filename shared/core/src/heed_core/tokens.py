@@ -21,6 +21,23 @@ def check_some(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must have at least one token, got {tuple(x.shape)}")
 
 
+def check_shape(name: str, x: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
+    """Raise a ValueError for a tensor of another shape.
+
+    Args:
+        name: Of the argument.
+        x: What was given.
+        shape: What it must be; None = any number.
+        axes: Their names, for the message.
+    """
+    fits = x.dim() == len(shape) and all(
+        wanted in (None, size) for size, wanted in zip(x.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must be ({wanted}) ({axes}), got {tuple(x.shape)}")
+
+
 def check_tokens(name: str, x: Tensor, dim: int, *, batch: int | None = None) -> None:
     """Raise a ValueError for tokens of another shape, a TypeError for what is no real number.
 

@@ -28,9 +28,10 @@ from heed_core.attention.multi_head import check_heads
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32, without_autocast
+from heed_core.recurrence import check_recurrence
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
-from heed_core.tokens import check_tokens, with_padding
+from heed_core.tokens import check_shape, check_tokens, with_padding
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def adapt_phase(
     Computed in float32 at least; the result has the type of `x`.
 
     Raises:
-        ValueError: An odd number of channels, or a `delta` that does not fit them.
+        ValueError: An odd number of channels, or a `delta` or bias that does not fit them.
     """
     heads, width = x.shape[1], x.shape[3]
     if width % 2 or tuple(delta.shape) != (heads, width // 2):
@@ -73,6 +74,8 @@ def adapt_phase(
             f"x must have an even number of channels and delta be (heads, channels / 2), got "
             f"{tuple(x.shape)} and {tuple(delta.shape)}"
         )
+    if bias is not None:
+        check_shape("bias", bias, tuple(delta.shape), "heads, pairs")
     with without_autocast(x):
         magnitude, phase = polar(at_least_float32(x))
         angle = at_least_float32(delta)[:, None] * phase
@@ -80,6 +83,64 @@ def adapt_phase(
             angle = angle + at_least_float32(bias)[:, None]
         adapted = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=-1)
     return adapted.to(x.dtype)
+
+
+def complex_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h m d"],
+    value: Float[Tensor, "b h m e"],
+    delta: Float[Tensor, "h pairs"],
+    bias: Float[Tensor, "h pairs"] | None = None,
+    *,
+    rotary: RotaryPositions | None = None,
+    positions: Real[Tensor, "*n"] | None = None,
+    causal: bool = False,
+    mask: Bool[Tensor, "*#mask"] | None = None,
+    padding_mask: Bool[Tensor, "b m"] | None = None,
+    cache: KVCache | None = None,
+    site: Attend | None = None,
+) -> Float[Tensor, "b h n e"]:
+    """Softmax attention of queries and keys whose phases are adapted.
+
+    Args:
+        query: One row per token that asks.
+        key: One row per token that may be attended to; with a cache of those after it.
+        value: What is averaged.
+        delta: Factor of the phases.
+        bias: Of the phases of queries.
+        rotary: Adds i f to the phases; queries are the last n of the tokens of keys.
+        positions: Of both queries and keys, which are as many; default 0, 1, ... after those in
+            the cache.
+        causal: A query sees keys at or before its own place, aligned bottom-right.
+        mask: True = may attend, broadcastable to (b, h, n, m).
+        padding_mask: True = real token, with a cache also for those in it.
+        cache: For decoding: transformed keys, and values, of tokens before these, which are added.
+        site: Where attention is computed, and may be watched; a plain one with scale 1 if not
+            given.
+
+    Raises:
+        ValueError: Shapes that do not fit, positions without `rotary`, a cache that is not causal.
+        TypeError: A mask that is not boolean.
+    """
+    site = Attend(scale=1.0) if site is None else site
+    check_recurrence(query, key, value, same_length=False)
+    if cache is not None and not causal:
+        raise ValueError("cache serves causal=True only")
+    later = key.shape[2] - query.shape[2]
+    if positions is not None and (rotary is None or later):
+        raise ValueError(
+            "positions have no effect without rotary, and need as many queries as keys"
+        )
+    query, key = adapt_phase(query, delta, bias), adapt_phase(key, delta)
+    if rotary is not None:
+        offset = 0 if cache is None or positions is not None else cache.length
+        query = rotary(query, positions=positions, offset=offset + later)
+        key = rotary(key, positions=positions, offset=offset)
+    if cache is not None:
+        key, value = cache.append(key, value)
+    mask = with_padding(mask, padding_mask, key, heads=query.shape[1], queries=query.shape[2])
+    mixed: Tensor = site(query, key, value, mask=mask, causal=causal)
+    return mixed
 
 
 class ComplexAttention(nn.Module):
@@ -172,18 +233,20 @@ class ComplexAttention(nn.Module):
         """
         self._check_call(x, context, positions, cache)
         source = x if context is None else context
-        offset = 0 if cache is None or positions is not None else cache.length
-        query = adapt_phase(self._heads(self.query(x)), self.delta, self.phase_bias)
-        key = adapt_phase(self._heads(self.key(source)), self.delta)
-        if self.rotary is not None:
-            query, key = (
-                self.rotary(heads, positions=positions, offset=offset) for heads in (query, key)
-            )
-        value = self._heads(self.value(source))
-        if cache is not None:
-            key, value = cache.append(key, value)
-        mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=x.shape[1])
-        mixed: Tensor = self.attend(query, key, value, mask=mask)
+        mixed = complex_attention(
+            self._heads(self.query(x)),
+            self._heads(self.key(source)),
+            self._heads(self.value(source)),
+            self.delta,
+            self.phase_bias,
+            rotary=self.rotary,
+            positions=positions,
+            causal=self.causal,
+            mask=mask,
+            padding_mask=padding_mask,
+            cache=cache,
+            site=self.attend,
+        )
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
     def new_cache(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> KVCache:

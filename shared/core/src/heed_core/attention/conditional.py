@@ -2,6 +2,9 @@
 
     q_c = W_q e_c + b_q        y_c = concat_h softmax(scale * q_c K_h^T) V_h W_out        c = 1..K
 
+Between its projections it is `attend(q, k, v, mask=masks.keys(padding_mask))`, one query per
+condition.
+
 Song, Hwang, Yoon, Choi and Gu, "Conditional cross attention network for multi-space embedding
 without entanglement in only a single network" (ICCV 2023, arXiv 2307.13254): the last block of a
 vision transformer takes its queries from a condition (an attribute such as colour or shape), so

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,12 +30,17 @@ from torch import Tensor, nn
 
 from heed_core.attend import attend
 from heed_core.attention.multi_head import check_heads
+from heed_core.attention.projected import check_positive
 from heed_core.dispatch import Impl
+from heed_core.recurrence import check_recurrence
 from heed_core.sites import Attend
-from heed_core.tokens import check_indices, check_real
+from heed_core.tokens import check_indices, check_real, check_shape
 
 GATHER_FROM = 1024
 """Tokens from which `path="auto"` gathers keys."""
+
+Path = Literal["auto", "mask", "gather"]
+"""Dense attention under a mask, the chosen keys alone, or by size."""
 
 
 def topk_mask(
@@ -114,6 +119,183 @@ def gathered_attention(
     return mixed.reshape(batch, heads, queries, value.shape[-1])
 
 
+def connectivity_scores(
+    query: Float[Tensor, "b h n e"],
+    key: Float[Tensor, "b h n e"],
+    down: Float[Tensor, "n r"],
+    up: Float[Tensor, "n r"],
+    *,
+    scale: float | None = None,
+    threshold: float = 0.02,
+    top_coefficients: int | None = None,
+    coefficient_threshold: float | None = None,
+    kept: Bool[Tensor, "b n"] | None = None,
+    dense: bool = False,
+) -> Float[Tensor, "b h p n"]:
+    """The low-rank guess A~ of all pairs, but for the first token as the query (p = n - 1).
+
+    Args:
+        query: q', reduced.
+        key: k', reduced.
+        down: E.
+        up: U.
+        scale: Of the products; heads ** -0.5 if not given.
+        threshold: Entries of |U| up to this are zero.
+        top_coefficients: Largest coefficients of each row that stay; 8, or the rank if it is less,
+            if not given.
+        coefficient_threshold: Coefficients up to this are zero, and all others stay.
+        kept: False = a pruned token, which counts as zero.
+        dense: With all coefficients and the signed basis, as for learning.
+
+    Raises:
+        ValueError: Shapes that do not fit, or both ways to choose coefficients.
+        TypeError: `kept` that is not boolean.
+    """
+    check_recurrence(query, key, key, same_length=True)
+    check_shape("down", down, (key.shape[2], None), "tokens, rank")
+    check_shape("up", up, tuple(down.shape), "tokens, rank")
+    top_coefficients = _top_coefficients(top_coefficients, coefficient_threshold, down.shape[1])
+    found = _coefficients(query, key, down, scale, kept)
+    if dense:
+        return found @ up.T
+    basis = up.abs()
+    basis = basis.masked_fill(basis <= threshold, 0)
+    if coefficient_threshold is None:
+        stays = topk_mask(found, top_coefficients)
+    else:
+        stays = found > coefficient_threshold
+    return found.masked_fill(~stays, 0) @ basis.T
+
+
+def connectivity_mask(
+    scores: Float[Tensor, "b h p n"],
+    keys: int,
+    *,
+    kept: Bool[Tensor, "b n"] | None = None,
+    prune_rows: bool = False,
+) -> Bool[Tensor, "b h n n"]:
+    """Who may attend to whom by scores; arguments as of `connectivity_attention`."""
+    if kept is None:
+        chosen = topk_mask(scores, keys)
+    else:
+        scores = scores.masked_fill(~kept[:, None, None], -torch.inf)
+        chosen = topk_mask(scores, kept[:, 1:].sum(1).clamp(max=keys)[:, None, None])
+        if prune_rows:
+            chosen = chosen & kept[:, None, 1:, None]
+    return torch.cat([torch.ones_like(chosen[:, :, :1]), chosen], dim=2)
+
+
+def connectivity_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h n d"],
+    value: Float[Tensor, "b h n e"],
+    scores: Float[Tensor, "b h p n"],
+    *,
+    keys: int,
+    kept: Bool[Tensor, "b n"] | None = None,
+    prune_rows: bool = False,
+    path: Path = "auto",
+    site: Attend | None = None,
+) -> Float[Tensor, "b h n e"]:
+    """Attention of every token to the keys with the largest scores, of the first one to all.
+
+    Args:
+        query: One row per token, the class token first.
+        key: One row per token.
+        value: What is averaged.
+        scores: As of `connectivity_scores`, for all tokens but the first as the query (p = n - 1);
+            they get no gradient.
+        keys: How many a query sees.
+        kept: False = a pruned token: its query, key and value are zero and no patch attends to it.
+            The class token does, as in the published code, with the score zero.
+        prune_rows: Whether a pruned token also attends to nothing.
+        path: How; watched, attention is dense under a mask.
+        site: Where attention is computed, and may be watched; a plain one if not given.
+
+    Raises:
+        ValueError: Shapes that do not fit, `keys` out of range, an unknown path.
+        TypeError: `kept` that is not boolean.
+    """
+    check_recurrence(query, key, value, same_length=True)
+    batch, heads, n, _ = key.shape
+    check_shape("scores", scores, (batch, heads, n - 1, n), "batch, heads, queries, keys")
+    check_positive(keys=keys)
+    if keys > n:
+        raise ValueError(f"keys must be at most {n}, the tokens, got {keys}")
+    if path not in get_args(Path):
+        raise ValueError(f"path must be 'auto', 'mask' or 'gather', got {path!r}")
+    if kept is not None:
+        _check_kept(kept, key)
+        pruned = ~kept[:, None, :, None]
+        query, key, value = (part.masked_fill(pruned, 0) for part in (query, key, value))
+    site, scores = Attend() if site is None else site, scores.detach()
+    gathers = path == "gather" or (path == "auto" and n >= GATHER_FROM)
+    if gathers and site.attachments is None:
+        return _gathered(site, query, key, value, scores, keys, kept, prune_rows)
+    mask = connectivity_mask(scores, keys, kept=kept, prune_rows=prune_rows)
+    mixed: Tensor = site(query, key, value, mask=mask, causal=False)
+    return mixed
+
+
+def _gathered(
+    site: Attend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    keys: int,
+    kept: Tensor | None,
+    prune_rows: bool,
+) -> Tensor:
+    dropout = site.dropout if site.training else 0.0
+    counted = None
+    if kept is not None:
+        scores = scores.masked_fill(~kept[:, None, None], -torch.inf)
+        rank = torch.arange(keys, device=scores.device)
+        counted = (rank < kept[:, 1:].sum(1)[:, None])[:, None, None]
+        if prune_rows:
+            counted = counted & kept[:, None, 1:, None]
+        counted = counted.expand(*scores.shape[:3], keys)
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :keys]
+    patches = gathered_attention(
+        query[:, :, 1:], key, value, order,
+        mask=counted, scale=site.scale, dropout=dropout, impl=site.impl,
+    )  # fmt: skip
+    first = attend(query[:, :, :1], key, value, scale=site.scale, dropout=dropout, impl=site.impl)
+    return torch.cat([first, patches], dim=2)
+
+
+def _coefficients(
+    query: Tensor, key: Tensor, down: Tensor, scale: float | None, kept: Tensor | None
+) -> Tensor:
+    """All coefficients of all tokens but the first."""
+    if kept is not None:
+        _check_kept(kept, key)
+        pruned = ~kept[:, None, :, None]
+        query, key = query.masked_fill(pruned, 0), key.masked_fill(pruned, 0)
+    products: Tensor = query[:, :, 1:] @ (key.mT @ down)
+    return (products * (query.shape[1] ** -0.5 if scale is None else scale)).softmax(-1)
+
+
+def _top_coefficients(top: int | None, threshold: float | None, rank: int) -> int:
+    if threshold is not None and top is not None:
+        raise ValueError(
+            f"give top_coefficients or coefficient_threshold, got both, {top} and {threshold}"
+        )
+    if threshold is not None and not 0.0 <= threshold < 1.0:
+        raise ValueError(f"coefficient_threshold must be in [0, 1), got {threshold}")
+    top = min(8, rank) if top is None else top
+    if not 1 <= top <= rank:
+        raise ValueError(f"top_coefficients must be between 1 and rank={rank}, got {top}")
+    return top
+
+
+def _check_kept(kept: Tensor, key: Tensor) -> None:
+    if kept.dtype != torch.bool:
+        raise TypeError(f"kept must be boolean (False = pruned), got {kept.dtype}")
+    check_shape("kept", kept, (key.shape[0], key.shape[2]), "batch, tokens")
+
+
 class LowRankConnectivity(nn.Module):
     """Predict which tokens attend to which, with weights that all heads share.
 
@@ -152,21 +334,7 @@ class LowRankConnectivity(nn.Module):
                 "head_dim, rank, heads and reduction must be positive, tokens at least 2, and "
                 f"reduction must divide head_dim, got {head_dim, rank, heads, reduction, tokens}"
             )
-        if coefficient_threshold is not None and top_coefficients is not None:
-            raise ValueError(
-                "give top_coefficients or coefficient_threshold, got both, "
-                f"{top_coefficients} and {coefficient_threshold}"
-            )
-        if coefficient_threshold is not None and not 0.0 <= coefficient_threshold < 1.0:
-            raise ValueError(
-                f"coefficient_threshold must be in [0, 1), got {coefficient_threshold}"
-            )
-        if top_coefficients is None:
-            top_coefficients = min(8, rank)
-        if not 1 <= top_coefficients <= rank:
-            raise ValueError(
-                f"top_coefficients must be between 1 and rank={rank}, got {top_coefficients}"
-            )
+        top_coefficients = _top_coefficients(top_coefficients, coefficient_threshold, rank)
         self.tokens, self.threshold, self.top_coefficients = tokens, threshold, top_coefficients
         self.coefficient_threshold = coefficient_threshold
         self.scale = heads**-0.5 if scale is None else scale
@@ -192,12 +360,7 @@ class LowRankConnectivity(nn.Module):
             key: Of the attention.
             kept: False = a pruned token, which counts as zero.
         """
-        asking, asked = self.query(query), self.key(key)
-        if kept is not None:
-            pruned = ~kept[:, None, :, None]
-            asking, asked = asking.masked_fill(pruned, 0), asked.masked_fill(pruned, 0)
-        products: Tensor = asking[:, :, 1:] @ (asked.mT @ self.down)
-        return (products * self.scale).softmax(-1)
+        return _coefficients(self.query(query), self.key(key), self.down, self.scale, kept)
 
     def forward(
         self,
@@ -215,17 +378,18 @@ class LowRankConnectivity(nn.Module):
             kept: As in `coefficients`.
             dense: With all coefficients and the signed basis, as for learning.
         """
-        found = self.coefficients(query, key, kept=kept)
-        basis: Tensor = self.down if self.up is None else self.up
-        if dense:
-            return found @ basis.T
-        basis = basis.abs()
-        basis = basis.masked_fill(basis <= self.threshold, 0)
-        if self.coefficient_threshold is None:
-            stays = topk_mask(found, self.top_coefficients)
-        else:
-            stays = found > self.coefficient_threshold
-        return found.masked_fill(~stays, 0) @ basis.T
+        return connectivity_scores(
+            self.query(query),
+            self.key(key),
+            self.down,
+            self.down if self.up is None else self.up,
+            scale=self.scale,
+            threshold=self.threshold,
+            top_coefficients=self.top_coefficients if self.coefficient_threshold is None else None,
+            coefficient_threshold=self.coefficient_threshold,
+            kept=kept,
+            dense=dense,
+        )
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""
@@ -256,8 +420,7 @@ class ConnectivityAttention(nn.Module):
         qkv_bias: Whether queries, keys and values have a bias.
         prune_rows: Whether a pruned token also attends to nothing.
         dropout: Probability of dropping a weight in training.
-        path: "mask" is dense attention under a mask, "gather" takes the chosen keys alone, "auto"
-            goes by size.
+        path: As in `connectivity_attention`.
         impl: Back-end of `attend`.
 
     Example:
@@ -282,17 +445,18 @@ class ConnectivityAttention(nn.Module):
         qkv_bias: bool = True,
         prune_rows: bool = False,
         dropout: float = 0.0,
-        path: Literal["auto", "mask", "gather"] = "auto",
+        path: Path = "auto",
         impl: Impl = "auto",
     ) -> None:
         super().__init__()
         check_heads(dim, heads, heads, None)
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be in (0, 1], got {keep}")
-        if path not in ("auto", "mask", "gather"):
+        if path not in get_args(Path):
             raise ValueError(f"path must be 'auto', 'mask' or 'gather', got {path!r}")
         self.dim, self.heads, self.tokens, self.prune_rows = dim, heads, tokens, prune_rows
-        self.keys, self.path = math.ceil(keep * tokens), path
+        self.keys = math.ceil(keep * tokens)
+        self.path: Path = path
         self.query = nn.Linear(dim, dim, bias=qkv_bias)
         self.key = nn.Linear(dim, dim, bias=qkv_bias)
         self.value = nn.Linear(dim, dim, bias=qkv_bias)
@@ -320,12 +484,18 @@ class ConnectivityAttention(nn.Module):
             kept: False = a pruned token: its query, key and value are zero and no patch attends to
                 it. The class token does, as in the published code, with the score zero.
         """
-        query, key, value = self._projected(x, kept)
-        scores = self.connectivity(query, key, kept=kept).detach()
-        if self._gathers():
-            mixed = self._gathered(query, key, value, scores, kept)
-        else:
-            mixed = self.attend(query, key, value, mask=self.mask(scores, kept))
+        query, key, value = self._projected(x)
+        mixed = connectivity_attention(
+            query,
+            key,
+            value,
+            self.connectivity(query, key, kept=kept),
+            keys=self.keys,
+            kept=kept,
+            prune_rows=self.prune_rows,
+            path=self.path,
+            site=self.attend,
+        )
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
     def reconstruct(
@@ -336,7 +506,7 @@ class ConnectivityAttention(nn.Module):
         The predictor's loss is the sum of squares of their difference from the teacher's rows but
         the first.
         """
-        query, key, value = self._projected(x, None)
+        query, key, value = self._projected(x)
         mixed: Tensor = self.attend(query, key, value)
         scores = self.connectivity(query, key, dense=True)
         return self.out(mixed.transpose(1, 2).flatten(2)), scores
@@ -345,61 +515,20 @@ class ConnectivityAttention(nn.Module):
         self, scores: Float[Tensor, "b h p n"], kept: Bool[Tensor, "b n"] | None = None
     ) -> Bool[Tensor, "b h n n"]:
         """Who may attend to whom, by the predicted scores."""
-        if kept is None:
-            chosen = topk_mask(scores, self.keys)
-        else:
-            scores = scores.masked_fill(~kept[:, None, None], -torch.inf)
-            budget = kept[:, 1:].sum(1).clamp(max=self.keys)
-            chosen = topk_mask(scores, budget[:, None, None])
-            if self.prune_rows:
-                chosen = chosen & kept[:, None, 1:, None]
-        return torch.cat([torch.ones_like(chosen[:, :, :1]), chosen], dim=2)
+        return connectivity_mask(scores, self.keys, kept=kept, prune_rows=self.prune_rows)
 
-    def _projected(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.dim() != 3 or tuple(x.shape[1:]) != (self.tokens, self.dim):
             raise ValueError(
                 f"x must be (batch, {self.tokens}, {self.dim}), as the predictor's basis has a row "
                 f"per token, got {tuple(x.shape)}"
             )
         check_real(x=x)
-        if kept is not None:
-            if kept.dtype != torch.bool:
-                raise TypeError(f"kept must be boolean (False = pruned), got {kept.dtype}")
-            if kept.shape != x.shape[:2]:
-                raise ValueError(f"kept must be {tuple(x.shape[:2])}, got {tuple(kept.shape)}")
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        if kept is not None:
-            pruned = ~kept[:, None, :, None]
-            query, key, value = (part.masked_fill(pruned, 0) for part in (query, key, value))
         return query, key, value
-
-    def _gathers(self) -> bool:
-        if self.attend.attachments is not None:
-            return False
-        return self.path == "gather" or (self.path == "auto" and self.tokens >= GATHER_FROM)
-
-    def _gathered(
-        self, query: Tensor, key: Tensor, value: Tensor, scores: Tensor, kept: Tensor | None
-    ) -> Tensor:
-        dropout = self.attend.dropout if self.training else 0.0
-        impl = self.attend.impl
-        counted = None
-        if kept is not None:
-            scores = scores.masked_fill(~kept[:, None, None], -torch.inf)
-            rank = torch.arange(self.keys, device=scores.device)
-            counted = (rank < kept[:, 1:].sum(1)[:, None])[:, None, None]
-            if self.prune_rows:
-                counted = counted & kept[:, None, 1:, None]
-            counted = counted.expand(*scores.shape[:3], self.keys)
-        order = scores.argsort(dim=-1, descending=True, stable=True)[..., : self.keys]
-        patches = gathered_attention(
-            query[:, :, 1:], key, value, order, mask=counted, dropout=dropout, impl=impl
-        )
-        first = attend(query[:, :, :1], key, value, dropout=dropout, impl=impl)
-        return torch.cat([first, patches], dim=2)
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""

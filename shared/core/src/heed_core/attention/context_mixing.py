@@ -17,7 +17,9 @@ sites `small` and `large` (b, heads, N, N; rows sum to one), and there is nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,7 @@ from heed_core.kernels.neighborhood import wants_triton, window_starts, window_s
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
-from heed_core.tokens import check_real
+from heed_core.tokens import check_real, check_shape
 
 
 def neighborhood_av(
@@ -72,6 +74,86 @@ def clamped_relative_bias(
 
     found = table[:, offsets(height)[:, None, :, None], offsets(width)[None, :, None, :]]
     return found.flatten(3)
+
+
+def context_kernels(
+    query: Float[Tensor, "b g h w c"],
+    key: Float[Tensor, "b g r c"],
+    weight: Float[Tensor, "numbers r"],
+    bias: Float[Tensor, " numbers"],
+    small_bias: Float[Tensor, "g t t"],
+    large_bias: Float[Tensor, "g u u"],
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Tensor, "b g h w s2"], Float[Tensor, "b g h w k2"]]:
+    """The kernels of every place, small and large, in float32 at least.
+
+    Args:
+        query: Of every place.
+        key: Of the r regions of the context.
+        weight: W, to the s^2 + k^2 numbers of both kernels, for all groups.
+        bias: b.
+        small_bias: T of the small window, (groups, 2 s - 1, 2 s - 1).
+        large_bias: T of the large window, (groups, 2 k - 1, 2 k - 1).
+        scale: Of the products; (2 c) ** -0.5 if not given.
+
+    Raises:
+        ValueError: Shapes that do not fit, a map with a side shorter than a kernel.
+    """
+    sides = _check_kernels(query, key, weight, bias, small_bias, large_bias)
+    query = query * ((2 * query.shape[-1]) ** -0.5 if scale is None else scale)
+    height, width = query.shape[2:4]
+    with without_autocast(query):
+        affinity = at_least_float32(query).flatten(2, 3) @ at_least_float32(key).mT
+        logits = F.linear(affinity, at_least_float32(weight), at_least_float32(bias))
+        logits = logits.reshape(*logits.shape[:2], height, width, logits.shape[-1])
+        small, large = torch.split(logits, [side**2 for side in sides], dim=-1)
+        small = small + clamped_relative_bias(small_bias, height, width)
+        large = large + clamped_relative_bias(large_bias, height, width)
+        return small.softmax(-1), large.softmax(-1)
+
+
+def context_mixing(
+    query: Float[Tensor, "b g h w c"],
+    key: Float[Tensor, "b g r c"],
+    value: Float[Tensor, "b 2 g h w e"],
+    weight: Float[Tensor, "numbers r"],
+    bias: Float[Tensor, " numbers"],
+    small_bias: Float[Tensor, "g t t"],
+    large_bias: Float[Tensor, "g u u"],
+    *,
+    scale: float | None = None,
+    impl: KernelImpl = "auto",
+    sites: tuple[Probe, Probe] | None = None,
+) -> Float[Tensor, "b 2 g h w e"]:
+    """Sum the values of each place's windows by the kernels that it makes from the context.
+
+    Args:
+        query: As the others but `value` in `context_kernels`.
+        key: Likewise.
+        value: Of every place, the half of the small window and that of the large.
+        weight: Likewise.
+        bias: Likewise.
+        small_bias: Likewise.
+        large_bias: Likewise.
+        scale: Likewise.
+        impl: Who sums, see `kernels.neighborhood`.
+        sites: Where small and large kernels may be observed.
+
+    Raises:
+        ValueError: Shapes that do not fit, a map with a side shorter than a kernel.
+    """
+    kernels = context_kernels(query, key, weight, bias, small_bias, large_bias, scale=scale)
+    batch, groups, height, width = query.shape[:4]
+    names = "batch, halves, groups, height, width, channels"
+    check_shape("value", value, (batch, 2, groups, height, width, None), names)
+    mixed = []
+    for place, (numbers, half) in enumerate(zip(kernels, value.unbind(1), strict=True)):
+        side = math.isqrt(numbers.shape[-1])
+        mixed.append(neighborhood_av(numbers.to(half.dtype), half, kernel=side, impl=impl))
+        if sites is not None:
+            sites[place](partial(window_map, numbers, kernel=side))
+    return torch.stack(mixed, dim=1)
 
 
 class ContextMixing(nn.Module):
@@ -155,19 +237,19 @@ class ContextMixing(nn.Module):
                 F.interpolate(one, size=larger, mode="bilinear", align_corners=False)
                 for one in (x, context, value)
             )
-        weights = self.weights(x, context)
-        batch, _, height, width = value.shape
-        each = self.dim // (2 * self.heads)
-        halves = value.reshape(batch, 2, self.heads, each, height, width).movedim(3, -1).unbind(1)
-        mixed = [
-            neighborhood_av(weight.to(half.dtype), half, kernel=kernel, impl=self.impl)
-            for weight, half, kernel in zip(weights, halves, self.kernels, strict=True)
-        ]
-        for probe, weight, kernel in zip(
-            (self.small, self.large), weights, self.kernels, strict=True
-        ):
-            probe(lambda weight=weight, kernel=kernel: window_map(weight, kernel=kernel))
-        joined = torch.stack(mixed, dim=1).movedim(-1, 3).flatten(1, 3)
+        query, key = self._projected(x, context)
+        mixed = context_mixing(
+            query,
+            key,
+            self._groups(value, 2, self.heads),
+            self.mix.weight,
+            self.mix.bias,
+            self.small_bias,
+            self.large_bias,
+            impl=self.impl,
+            sites=(self.small, self.large),
+        )
+        joined = mixed.movedim(-1, 3).flatten(1, 3)
         y: Tensor = self.out_norm(self.out(joined))
         return y if y.shape[2:] == size else F.adaptive_avg_pool2d(y, (size[0], size[1]))
 
@@ -175,26 +257,25 @@ class ContextMixing(nn.Module):
         self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b p h w"]
     ) -> tuple[Float[Tensor, "b g h w s2"], Float[Tensor, "b g h w k2"]]:
         """The kernels of every place, small and large, in float32 at least."""
-        query = self.query_norm(self.query(x)) * (self.dim / self.heads) ** -0.5
+        query, key = self._projected(x, context)
+        return context_kernels(
+            query, key, self.mix.weight, self.mix.bias, self.small_bias, self.large_bias
+        )
+
+    def _groups(self, maps: Tensor, *cuts: int) -> Tensor:
+        """(b, channels, h, w) -> (b, *cuts, h, w, channels of a group)."""
+        width = self.dim // (2 * self.heads)
+        cut = maps.reshape(maps.shape[0], *cuts, width, *maps.shape[2:])
+        return cut.movedim(len(cuts) + 1, -1)
+
+    def _projected(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (b, g, h, w, c) and keys (b, g, regions, c)."""
         pooled = F.adaptive_avg_pool2d(context, self.regions)
-        key = self.key_norm(self.key(pooled))
-        height, width = x.shape[2:]
-        with without_autocast(x):
-            q, k = (
-                at_least_float32(one).reshape(
-                    one.shape[0], self.heads, self.dim // (2 * self.heads), places
-                )
-                for one, places in ((query, height * width), (key, self.regions**2))
-            )
-            affinity = q.mT @ k  # (b, g, h * w, regions ** 2)
-            weight, bias = at_least_float32(self.mix.weight), at_least_float32(self.mix.bias)
-            logits = F.linear(affinity, weight, bias)
-            logits = logits.reshape(*logits.shape[:2], height, width, logits.shape[-1])
-            sides = [side**2 for side in self.kernels]
-            small, large = torch.split(logits, sides, dim=-1)
-            small = small + clamped_relative_bias(self.small_bias, height, width)
-            large = large + clamped_relative_bias(self.large_bias, height, width)
-            return small.softmax(-1), large.softmax(-1)
+        query, key = (
+            self._groups(maps, self.heads)
+            for maps in (self.query_norm(self.query(x)), self.key_norm(self.key(pooled)))
+        )
+        return query, key.flatten(2, 3)
 
     def _check(self, x: Tensor, context: Tensor, value: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.dim:
@@ -267,6 +348,37 @@ def _check_window(weights: Tensor, value: Tensor, kernel: int) -> None:
         raise ValueError(
             f"kernel must be odd and at most the sides {tuple(value.shape[2:4])}, got {kernel}"
         )
+
+
+def _check_kernels(
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    small_bias: Tensor,
+    large_bias: Tensor,
+) -> tuple[int, int]:
+    """The sides of both kernels, if everything fits them."""
+    check_shape("query", query, (None,) * 5, "batch, groups, height, width, channels")
+    batch, groups, height, width, channels = query.shape
+    check_shape("key", key, (batch, groups, None, channels), "batch, groups, regions, channels")
+    for name, table in (("small_bias", small_bias), ("large_bias", large_bias)):
+        side = table.shape[-1]
+        if tuple(table.shape) != (groups, side, side) or side % 2 == 0:
+            raise ValueError(
+                f"{name} must be ({groups}, 2 k - 1, 2 k - 1) for a side k of its window, got "
+                f"{tuple(table.shape)}"
+            )
+    small, large = ((table.shape[-1] + 1) // 2 for table in (small_bias, large_bias))
+    numbers = small**2 + large**2
+    check_shape("weight", weight, (numbers, key.shape[2]), "numbers of both kernels, regions")
+    check_shape("bias", bias, (numbers,), "numbers of both kernels")
+    if max(small, large) > min(height, width):
+        raise ValueError(
+            f"the sides of query must be at least those of the kernels, {small} and {large}, got "
+            f"{(height, width)}"
+        )
+    return small, large
 
 
 def _enlarged(height: int, width: int, kernel: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from heed_core.attention.projected import Pattern, check_positive
 from heed_core.cache import StateCache
 from heed_core.precision import at_least_float32, without_autocast
-from heed_core.tokens import check_padding, check_some, check_tokens
+from heed_core.tokens import check_padding, check_real, check_shape, check_some, check_tokens
 
 STRIDE = 32
 """Lags whose powers are computed one by one; the others are products with those."""
@@ -77,6 +77,115 @@ def causal_convolution(
     product = torch.fft.rfft(tokens, n=2 * n)[:, None] * torch.fft.rfft(response, n=2 * n)
     found: Tensor = torch.fft.irfft(product, n=2 * n)
     return found[..., :n]
+
+
+def diagonal_state_mixing(
+    tokens: Float[Tensor, "b c n"],
+    coefficients: Float[Tensor, "sets c m 2"],
+    log_step: Float[Tensor, " c"],
+    log_decay: Float[Tensor, " m"],
+    frequency: Float[Tensor, " m"],
+    skip: Float[Tensor, "r c"],
+    *,
+    causal: bool = True,
+    padding_mask: Bool[Tensor, "b n"] | None = None,
+    cache: StateCache | None = None,
+) -> Float[Tensor, "b r c n"]:
+    """S4D before its activation: y of every response, in float32 inside.
+
+    Args:
+        tokens: u.
+        coefficients: C, as in `state_response`, of the r responses; not causal, then of r more,
+            which run backwards.
+        log_step: log dt.
+        log_decay: r, the logarithm of -Re a.
+        frequency: w = Im a.
+        skip: D.
+        causal: Without what comes later.
+        padding_mask: True = real token; others enter as zeros.
+        cache: For decoding: the "state" (b, c, m, 2) after earlier tokens, which these renew.
+
+    Returns:
+        In the type of `tokens`.
+
+    Raises:
+        ValueError: Shapes that do not fit, a cache that is not causal.
+        TypeError: Tokens that are no real numbers, a padding mask that is not boolean.
+    """
+    _check_mixing(tokens, coefficients, log_step, log_decay, frequency, skip, causal)
+    if padding_mask is not None:
+        check_padding(padding_mask, tokens.shape[0], tokens.shape[2])
+    if cache is not None and not causal:
+        raise ValueError("cache serves causal=True only")
+    with without_autocast(tokens):
+        rows = at_least_float32(tokens)
+        if padding_mask is not None:
+            rows = rows.masked_fill(~padding_mask[:, None], 0.0)
+        space = (
+            at_least_float32(coefficients),
+            at_least_float32(log_step),
+            at_least_float32(log_decay),
+            at_least_float32(frequency),
+        )
+        if cache is None:
+            found = _convolved(rows, state_response(*space, rows.shape[-1]), skip.shape[0], causal)
+        else:
+            found = _stepped(rows, cache, *space)
+        found = found + at_least_float32(skip)[:, :, None] * rows[:, None]
+    return found.to(tokens.dtype)
+
+
+def _convolved(tokens: Tensor, response: Tensor, channels: int, causal: bool) -> Tensor:
+    found = causal_convolution(tokens, response[:channels])
+    if causal:
+        return found
+    # Backwards over the tokens after the own one: its own lag 0 belongs to the forward set.
+    later = causal_convolution(tokens.flip(-1), response[channels:]).flip(-1)
+    return found + F.pad(later[..., 1:], (0, 1))
+
+
+def _stepped(
+    tokens: Tensor,
+    cache: StateCache,
+    coefficients: Tensor,
+    log_step: Tensor,
+    log_decay: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Token by token, with the state of all that came before."""
+    step = log_step.exp()[:, None]
+    rate = torch.complex(-log_decay.exp(), frequency) * step
+    keep = rate.exp()
+    read = torch.view_as_complex(coefficients.contiguous()) * torch.expm1(rate) / rate * step
+    state = torch.view_as_complex(cache["state"].contiguous())
+    rows = [tokens.new_zeros(tokens.shape[0], *coefficients.shape[:2], 0)]
+    for token in tokens.unbind(-1):
+        state = keep * state + token[..., None]
+        rows.append(2 * (read * state[:, None]).sum(-1).real[..., None])
+    cache.update({"state": torch.view_as_real(state)}, tokens=tokens.shape[-1])
+    return torch.cat(rows, dim=-1)
+
+
+def _check_mixing(
+    tokens: Tensor,
+    coefficients: Tensor,
+    log_step: Tensor,
+    log_decay: Tensor,
+    frequency: Tensor,
+    skip: Tensor,
+    causal: bool,
+) -> None:
+    check_shape("tokens", tokens, (None, None, None), "batch, channels, tokens")
+    check_real(tokens=tokens)
+    if tokens.shape[2] == 0:
+        raise ValueError(f"tokens must have at least one token, got {tuple(tokens.shape)}")
+    dim = tokens.shape[1]
+    check_shape("skip", skip, (None, dim), "responses, channels")
+    sets = skip.shape[0] * (1 if causal else 2)
+    check_shape("coefficients", coefficients, (sets, dim, None, 2), "responses, channels, m, 2")
+    check_shape("log_step", log_step, (dim,), "channels")
+    for name, x in (("log_decay", log_decay), ("frequency", frequency)):
+        check_shape(name, x, (coefficients.shape[2],), "m")
 
 
 class DiagonalStateMixer(nn.Module):
@@ -144,17 +253,18 @@ class DiagonalStateMixer(nn.Module):
         """
         check_tokens("x", x, self.dim)
         check_some(x=x)
-        if padding_mask is not None:
-            check_padding(padding_mask, *x.shape[:2])
-        if cache is not None and not self.causal:
-            raise ValueError("cache serves causal=True only")
-        with without_autocast(x):
-            tokens = at_least_float32(x).mT  # (b, c, n)
-            if padding_mask is not None:
-                tokens = tokens.masked_fill(~padding_mask[:, None], 0.0)
-            found = self._convolved(tokens) if cache is None else self._stepped(tokens, cache)
-            found = found + at_least_float32(self.skip)[:, :, None] * tokens[:, None]
-        hidden = self.dropout(F.gelu(found.to(x.dtype)))
+        found = diagonal_state_mixing(
+            x.mT,
+            self.coefficients,
+            self.log_step,
+            self.log_decay,
+            self.frequency,
+            self.skip,
+            causal=self.causal,
+            padding_mask=padding_mask,
+            cache=cache,
+        )
+        hidden = self.dropout(F.gelu(found))
         return cast(Tensor, self.out(hidden.flatten(1, 2).mT))
 
     def new_cache(self, batch: int) -> StateCache:
@@ -163,38 +273,6 @@ class DiagonalStateMixer(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         shape = (batch, self.dim, self.state // 2, 2)
         return StateCache({"state": torch.zeros(shape, dtype=dtype, device=weight.device)})
-
-    def _exact(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            at_least_float32(self.coefficients),
-            at_least_float32(self.log_step),
-            at_least_float32(self.log_decay),
-            at_least_float32(self.frequency),
-        )
-
-    def _convolved(self, tokens: Tensor) -> Tensor:
-        response = state_response(*self._exact(), tokens.shape[-1])
-        found = causal_convolution(tokens, response[: self.channels])
-        if self.causal:
-            return found
-        # Backwards over the tokens after the own one: its own lag 0 belongs to the forward set.
-        later = causal_convolution(tokens.flip(-1), response[self.channels :]).flip(-1)
-        return found + F.pad(later[..., 1:], (0, 1))
-
-    def _stepped(self, tokens: Tensor, cache: StateCache) -> Tensor:
-        """Token by token, with the state of all that came before."""
-        coefficients, log_step, log_decay, frequency = self._exact()
-        step = log_step.exp()[:, None]
-        rate = torch.complex(-log_decay.exp(), frequency) * step
-        keep = rate.exp()
-        read = torch.view_as_complex(coefficients.contiguous()) * torch.expm1(rate) / rate * step
-        state = torch.view_as_complex(cache["state"].contiguous())
-        rows = [tokens.new_zeros(tokens.shape[0], self.channels, self.dim, 0)]
-        for token in tokens.unbind(-1):
-            state = keep * state + token[..., None]
-            rows.append(2 * (read * state[:, None]).sum(-1).real[..., None])
-        cache.update({"state": torch.view_as_real(state)}, tokens=tokens.shape[-1])
-        return torch.cat(rows, dim=-1)
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
-from heed_core.tokens import check_real
+from heed_core.tokens import check_real, check_shape
 
 Normalize = Literal["exact", "clamped"]
 """Weights that sum to one, or the published code's, which underflow."""
@@ -127,6 +127,66 @@ def density_weights(
         return weights if mask is None else weights.masked_fill(~mask, 0)
 
 
+def gaussian_attention(
+    x: Float[Tensor, " b *shape"],
+    offsets: Float[Tensor, "heads gaussians"],
+    widths: Float[Tensor, "heads gaussians"],
+    *,
+    axis: int,
+    mask: Bool[Tensor, " b *shape"] | None = None,
+    normalize: Normalize = "exact",
+    site: Probe | None = None,
+) -> Float[Tensor, " b *shape"]:
+    """Values times their weights of the normalised form, along one axis that is cut into heads.
+
+    Args:
+        x: Values.
+        offsets: As in `gaussian_weights`, of each head.
+        widths: Likewise.
+        axis: Of x (0 is the batch); its heads are pieces of floor(size / heads) values, the last
+            takes the rest.
+        mask: True = the value counts; the others become zero.
+        normalize: As `Normalize`.
+        site: Where weights may be observed.
+
+    Raises:
+        ValueError: Shapes that do not fit, an axis that is not there, a head of fewer than two
+            values.
+        TypeError: A mask that is not boolean.
+    """
+    weights = _in_heads(x, offsets, widths, axis, mask, normalize)
+    if site is not None:
+        site(lambda: weights.movedim(axis, -1).flatten(1, -2)[:, :, None])
+    y = x * weights.to(x.dtype)
+    return y if mask is None else y.masked_fill(~mask, 0)
+
+
+def density_attention(
+    x: Float[Tensor, "b layers *time c"],
+    offset: Float[Tensor, "heads c"],
+    width: Float[Tensor, "heads c"],
+    *,
+    compat_view: bool = False,
+    site: Probe | None = None,
+) -> Float[Tensor, "b layers *time c"]:
+    """Values times their weights of the density form, in groups of layers.
+
+    Args:
+        x: Features of stacked layers, with a time axis or without.
+        offset: As in `density_weights`, of each group.
+        width: Likewise.
+        compat_view: As in `DensityAttention`.
+        site: Where weights may be observed.
+
+    Raises:
+        ValueError: Shapes that do not fit, layers that do not divide into groups.
+    """
+    weights = _of_layers(x, offset, width, compat_view)
+    if site is not None:
+        site(lambda: weights.transpose(1, 2)[:, :, None])
+    return x * (weights if x.dim() == 3 else weights[:, :, None]).to(x.dtype)
+
+
 def importance_factor(weights: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """A map of mean weights, moved and scaled to [0, 1]; zeros where all are equal."""
     low, high = weights.min(), weights.max()
@@ -188,18 +248,19 @@ class GaussianAttention(nn.Module):
             x: Values.
             mask: True = the value counts; the others become zero.
         """
-        axis = self._checked_axis(x)
-        if mask is not None:
-            _check_mask(mask, x)
         padding = None
         if self.padding_value is not None:
             padding = x == self.padding_value
             x = x.masked_fill(padding, 0)
-        weights = self.weights(x, mask=mask)
-        self.probe(lambda: weights.movedim(axis, -1).flatten(1, -2)[:, :, None])
-        y = x * weights.to(x.dtype)
-        if mask is not None:
-            y = y.masked_fill(~mask, 0)
+        y = gaussian_attention(
+            x,
+            self.offsets,
+            self.widths,
+            axis=self.axis,
+            mask=mask,
+            normalize=self.normalize,
+            site=self.probe,
+        )
         if padding is None:
             return y
         return y.masked_fill(padding, cast(float, self.padding_value))
@@ -208,41 +269,7 @@ class GaussianAttention(nn.Module):
         self, x: Float[Tensor, " b *shape"], *, mask: Bool[Tensor, " b *shape"] | None = None
     ) -> Float[Tensor, " b *shape"]:
         """What values are multiplied by; in each head they sum to one along the axis."""
-        axis = self._checked_axis(x)
-        pieces = self._pieces(x.shape[axis])
-        found = [
-            gaussian_weights(
-                piece,
-                offsets,
-                widths,
-                axis=axis,
-                mask=part,
-                normalize=self.normalize,
-            )
-            for piece, part, offsets, widths in zip(
-                torch.split(x, pieces, dim=axis),
-                [None] * self.heads if mask is None else torch.split(mask, pieces, dim=axis),
-                self.offsets,
-                self.widths,
-                strict=True,
-            )
-        ]
-        return torch.cat(found, dim=axis)
-
-    def _pieces(self, size: int) -> list[int]:
-        each = size // self.heads
-        if each < 2:
-            raise ValueError(
-                f"each of {self.heads} heads needs at least 2 values, axis {self.axis} has {size}"
-            )
-        return [each] * (self.heads - 1) + [size - each * (self.heads - 1)]
-
-    def _checked_axis(self, x: Tensor) -> int:
-        if x.dim() < 2 or not -x.dim() < self.axis < x.dim() or self.axis == 0:
-            raise ValueError(
-                f"x must have a batch axis and an axis {self.axis}, got {tuple(x.shape)}"
-            )
-        return self.axis % x.dim()
+        return _in_heads(x, self.offsets, self.widths, self.axis, mask, self.normalize)
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -316,31 +343,13 @@ class DensityAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b layers *time c"]) -> Float[Tensor, "b layers *time c"]:
         """Multiply the values by their weights."""
-        weights = self.weights(x)
-        self.probe(lambda: weights.transpose(1, 2)[:, :, None])
-        if x.dim() == 4:
-            weights = weights[:, :, None]
-        return x * weights.to(x.dtype)
+        return density_attention(
+            x, self.offset, self.width, compat_view=self.compat_view, site=self.probe
+        )
 
     def weights(self, x: Float[Tensor, "b layers *time c"]) -> Float[Tensor, "b layers c"]:
         """What the features of each layer are multiplied by."""
-        if x.dim() not in (3, 4) or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"x must be (batch, layers, {self.dim}) or (batch, layers, time, {self.dim}), got "
-                f"{tuple(x.shape)}"
-            )
-        check_real(x=x)
-        batch, layers = x.shape[:2]
-        if layers % self.heads:
-            raise ValueError(f"heads={self.heads} must divide the number of layers, got {layers}")
-        values = at_least_float32(x)
-        if x.dim() == 4:
-            time = x.shape[2]
-            view = values.reshape(batch, layers, self.dim, time) if self.compat_view else None
-            values = values.mean(2) if view is None else view.mean(3)
-        groups = values.reshape(batch, self.heads, layers // self.heads, self.dim)
-        found = density_weights(groups, self.offset[:, None], self.width[:, None], axis=2)
-        return found.reshape(batch, layers, self.dim)
+        return _of_layers(x, self.offset, self.width, self.compat_view)
 
     def extra_repr(self) -> str:
         """Show the options."""
@@ -385,6 +394,62 @@ def _stacked(parts: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
     return {
         name: torch.stack([heads[head] for head in sorted(heads)]) for name, heads in parts.items()
     }
+
+
+def _in_heads(
+    x: Tensor,
+    offsets: Tensor,
+    widths: Tensor,
+    axis: int,
+    mask: Tensor | None,
+    normalize: Normalize,
+) -> Tensor:
+    """Weights of the normalised form, piece by piece of the axis."""
+    if x.dim() < 2 or not -x.dim() < axis < x.dim() or axis == 0:
+        raise ValueError(f"x must have a batch axis and an axis {axis}, got {tuple(x.shape)}")
+    check_shape("offsets", offsets, (None, None), "heads, gaussians")
+    check_shape("widths", widths, tuple(offsets.shape), "heads, gaussians")
+    if mask is not None:
+        _check_mask(mask, x)
+    heads, size = offsets.shape[0], x.shape[axis]
+    each = size // heads if heads else 0
+    if each < 2:
+        raise ValueError(f"each of {heads} heads needs at least 2 values, axis {axis} has {size}")
+    pieces = [each] * (heads - 1) + [size - each * (heads - 1)]
+    found = [
+        gaussian_weights(piece, offset, width, axis=axis, mask=part, normalize=normalize)
+        for piece, part, offset, width in zip(
+            torch.split(x, pieces, dim=axis),
+            [None] * heads if mask is None else torch.split(mask, pieces, dim=axis),
+            offsets,
+            widths,
+            strict=True,
+        )
+    ]
+    return torch.cat(found, dim=axis)
+
+
+def _of_layers(x: Tensor, offset: Tensor, width: Tensor, compat_view: bool) -> Tensor:
+    """Weights (b, layers, c) of the density form, group by group of layers."""
+    check_shape("offset", offset, (None, None), "heads, features")
+    check_shape("width", width, tuple(offset.shape), "heads, features")
+    heads, dim = offset.shape
+    if x.dim() not in (3, 4) or x.shape[-1] != dim:
+        raise ValueError(
+            f"x must be (batch, layers, {dim}) or (batch, layers, time, {dim}), got "
+            f"{tuple(x.shape)}"
+        )
+    check_real(x=x)
+    batch, layers = x.shape[:2]
+    if heads == 0 or layers % heads:
+        raise ValueError(f"heads={heads} must divide the number of layers, got {layers}")
+    values = at_least_float32(x)
+    if x.dim() == 4:
+        view = values.reshape(batch, layers, dim, x.shape[2]) if compat_view else None
+        values = values.mean(2) if view is None else view.mean(3)
+    groups = values.reshape(batch, heads, layers // heads, dim)
+    found = density_weights(groups, offset[:, None], width[:, None], axis=2)
+    return found.reshape(batch, layers, dim)
 
 
 def _moments(

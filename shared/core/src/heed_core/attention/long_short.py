@@ -27,6 +27,7 @@ from collections.abc import Mapping
 from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -38,10 +39,13 @@ from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32
 from heed_core.recurrence import check_recurrence, join, split
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_some, check_tokens
+from heed_core.tokens import check_padding, check_shape, check_some, check_tokens
 
 SHORT = 32
 """Up to so many tokens the whole map costs no more."""
+
+Norm = tuple[Float[Tensor, " c"], Float[Tensor, " c"]]
+"""Weight and bias of a layer norm over the channels of all heads."""
 
 
 def read_by_scores(
@@ -125,6 +129,277 @@ def tiled_attention(
     return join(mixed.reshape(batch, tiles, *mixed.shape[1:]).transpose(1, 2), n)
 
 
+def long_short_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h n d"],
+    value: Float[Tensor, "b h n d"],
+    scores: Float[Tensor, "b h s n"],
+    near_norm: Norm,
+    far_norm: Norm,
+    *,
+    window: int,
+    padding_mask: Bool[Tensor, "b n"] | None = None,
+    norm_eps: float = 1e-5,
+    sites: tuple[Attend, Attend] | None = None,
+) -> Float[Tensor, "b h n d"]:
+    """Long-short attention that is not causal.
+
+    Args:
+        query: One row per token.
+        key: One row per token, before its norm.
+        value: One row per token, before its norm.
+        scores: Of tokens in the summaries, x W_p: their softmax is P.
+        near_norm: Of the keys and values of tokens.
+        far_norm: Of those of summaries.
+        window: Tokens of a tile.
+        padding_mask: True = real token.
+        norm_eps: Of the norms.
+        sites: Where summaries are read, and where attention is computed.
+
+    Raises:
+        ValueError: Shapes that do not fit, a window below 1.
+        TypeError: A padding mask that is not boolean.
+    """
+    _check_rows(query, key, value, near_norm, far_norm)
+    check_shape(
+        "scores", scores, (*key.shape[:2], None, key.shape[2]), "batch, heads, summaries, tokens"
+    )
+    compress, attend = (Attend(), Attend()) if sites is None else sites
+    if padding_mask is not None:
+        check_padding(padding_mask, key.shape[0], key.shape[2])
+    real = None if padding_mask is None else masks.keys(padding_mask)
+    near = [_normed(x, near_norm, norm_eps) for x in (key, value)]
+    read = read_by_scores(compress, scores, torch.cat(near, dim=-1), real)
+    far = (_normed(x, far_norm, norm_eps) for x in read.chunk(2, dim=-1))
+    return tiled_attention(
+        query, *near, *far, window=window, padding_mask=padding_mask, site=attend
+    )
+
+
+def causal_long_short_attention(
+    query: Float[Tensor, "b h n d"],
+    key: Float[Tensor, "b h m d"],
+    value: Float[Tensor, "b h m d"],
+    scores: Float[Tensor, "b h m r"],
+    near_norm: Norm,
+    far_norm: Norm,
+    content_bias: Float[Tensor, "h d"],
+    place_bias: Float[Tensor, "h d"],
+    near_place: Float[Tensor, "h w d"],
+    far_place: Float[Tensor, "h p d"],
+    *,
+    chunk: int,
+    phantoms: int | None = None,
+    padding_mask: Bool[Tensor, "b m"] | None = None,
+    norm_eps: float = 1e-5,
+    sites: tuple[Attend, Attend] | None = None,
+) -> Float[Tensor, "b h n d"]:
+    """Causal long-short attention of the last n of m tokens.
+
+    Args:
+        query: Of the last n tokens; s is applied here.
+        key: One row per token, before its norm.
+        value: One row per token, before its norm.
+        scores: Of tokens in the r summaries of their chunk.
+        near_norm: Of the keys and values of tokens.
+        far_norm: Of those of summaries.
+        content_bias: u.
+        place_bias: b.
+        near_place: R, a row for each of the w distances of a window.
+        far_place: R', a row per summary back, at least one and as many as the last token sees.
+        chunk: Tokens that summaries stand for.
+        phantoms: Summaries of nothing before the first, beside places of nothing in windows, as in
+            the published code; neither if not given.
+        padding_mask: True = real token.
+        norm_eps: Of the norms.
+        sites: Where summaries are read, and where attention is computed, with scale 1.
+
+    Raises:
+        ValueError: Shapes that do not fit, a chunk below 1.
+        TypeError: A padding mask that is not boolean.
+    """
+    check_positive(chunk=chunk)
+    _check_rows(query, key, value, near_norm, far_norm)
+    check_shape("scores", scores, (*key.shape[:3], None), "batch, heads, tokens, summaries")
+    _check_places(key, scores, content_bias, place_bias, near_place, far_place, chunk, phantoms)
+    compress, attend = (Attend(), Attend(scale=1.0)) if sites is None else sites
+    if padding_mask is not None:
+        check_padding(padding_mask, key.shape[0], key.shape[2])
+    n, m = query.shape[2], key.shape[2]
+    far_key, far_value, present = _summaries(compress, key, value, scores, chunk, padding_mask)
+    far_key, far_value = (_normed(x, far_norm, norm_eps) for x in (far_key, far_value))
+    if phantoms is not None:
+        far_key, far_value = (_after(far_norm[1], phantoms, x) for x in (far_key, far_value))
+        present = torch.cat([present.new_ones(present.shape[0], phantoms), present], dim=1)
+    near_key, near_value = (_normed(x, near_norm, norm_eps) for x in (key, value))
+    whole = attend.attachments is not None or n != m
+    rows, asking, asked = _blocks(
+        query * query.shape[3] ** -0.5, m, near_place.shape[1], whole, phantoms is not None
+    )
+    allowed = _windows(asking, asked, near_place.shape[1], m, phantoms is not None, padding_mask)
+    seen, latest = _visible(asking, present, chunk, scores.shape[3], phantoms or 0)
+    blocks, place = rows.shape[2], asked.clamp(0, max(m - 1, 0))
+
+    def beside(summaries: Tensor, tokens: Tensor) -> Tensor:
+        every = summaries.transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1)
+        some = tokens.transpose(1, 2)[:, place]  # (b, blocks, u, h, d)
+        if phantoms is not None:
+            nothing = near_norm[1].reshape(tokens.shape[1], -1).to(tokens.dtype)
+            some = torch.where((asked < 0)[..., None, None], nothing, some)
+        return torch.cat([every, some], dim=2).flatten(0, 1).transpose(1, 2)
+
+    extra = at_least_float32((far_key * content_bias[:, None]).sum(-1))
+    bias = torch.cat(
+        [
+            _by_distance(rows, far_place, latest) - extra[:, :, None, None],
+            _by_distance(
+                rows + place_bias[:, None, None], near_place, asking[:, :, None] - asked[:, None]
+            ),
+        ],
+        dim=-1,
+    )
+    mixed: Tensor = attend(
+        (rows + content_bias[:, None, None]).transpose(1, 2).flatten(0, 1),
+        beside(far_key, near_key),
+        beside(far_value, near_value),
+        mask=torch.cat([seen, allowed.expand(*seen.shape[:3], -1)], dim=-1).flatten(0, 1)[:, None],
+        bias=bias.transpose(1, 2).flatten(0, 1),
+        causal=False,
+    )
+    return join(mixed.reshape(-1, blocks, *mixed.shape[1:]).transpose(1, 2), n)
+
+
+def _normed(heads: Tensor, norm: Norm, eps: float) -> Tensor:
+    """A norm over the channels of all heads."""
+    tokens = F.layer_norm(heads.transpose(1, 2).flatten(2), norm[0].shape, *norm, eps=eps)
+    return tokens.view(*tokens.shape[:2], heads.shape[1], heads.shape[3]).transpose(1, 2)
+
+
+def _after(nothing: Tensor, count: int, heads: Tensor) -> Tensor:
+    """Rows after so many others, which are what a norm makes of zeros: its bias."""
+    batch, several, _, width = heads.shape
+    empty = nothing.view(several, 1, width).expand(batch, -1, count, -1)
+    return torch.cat([empty.to(heads.dtype), heads], dim=2)
+
+
+def _summaries(
+    site: Attend,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    chunk: int,
+    padding_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (b, h, s, d) of the chunks, and whether they hold a real token (b, s)."""
+    batch, _, n, width = key.shape
+    rows, grades = split(torch.cat([key, value], dim=-1), chunk), split(scores, chunk)
+    chunks = rows.shape[2]
+    real = torch.ones(batch, 1, n, 1, dtype=key.dtype, device=key.device)
+    if padding_mask is not None:
+        real = real * padding_mask[:, None, :, None]
+    there = split(real, chunk)[..., 0] > 0  # (b, 1, chunks, c)
+    read = read_by_scores(
+        site,
+        grades.mT.transpose(1, 2).flatten(0, 1),  # (b chunks, h, r, c)
+        rows.transpose(1, 2).flatten(0, 1),
+        there[:, 0].flatten(0, 1)[:, None, None],
+    )
+    read = read.reshape(batch, chunks, *read.shape[1:]).transpose(1, 2).flatten(2, 3)
+    present = there[:, 0].any(-1).repeat_interleave(scores.shape[3], dim=1)
+    far_key, far_value = read.tensor_split([width], dim=-1)
+    return far_key, far_value, present
+
+
+def _blocks(
+    query: Tensor, m: int, window: int, whole: bool, phantoms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (b, h, blocks, t, d), their places (blocks, t) and those of their keys (blocks, u).
+
+    One block where watched, short or decoding.
+    """
+    n, device = query.shape[2], query.device
+    size = max(16, window // 2)
+    if whole or (n <= size and not torch.compiler.is_compiling()):
+        asking = torch.arange(m - n, m, device=device)[None]
+        first = 1 - window if phantoms else 0
+        return query[:, :, None], asking, torch.arange(first, m, device=device)[None]
+    rows = split(query, size)
+    start = size * torch.arange(rows.shape[2], device=device)[:, None]
+    asking = start + torch.arange(size, device=device)
+    return rows, asking, start + torch.arange(1 - window, size, device=device)
+
+
+def _windows(
+    asking: Tensor,
+    asked: Tensor,
+    window: int,
+    m: int,
+    phantoms: bool,
+    padding_mask: Tensor | None,
+) -> Tensor:
+    """Which keys of its block a query sees, (b or 1, blocks, t, u)."""
+    away = asking[:, :, None] - asked[:, None]
+    inside = (asked < m) if phantoms else (asked >= 0) & (asked < m)
+    allowed = ((away >= 0) & (away < window)) & inside[:, None]
+    if padding_mask is None:
+        return allowed[None]
+    real = padding_mask[:, asked.clamp(0, max(m - 1, 0))] | (asked < 0)
+    return allowed & real[:, :, None]
+
+
+def _visible(
+    asking: Tensor, present: Tensor, chunk: int, rank: int, phantoms: int
+) -> tuple[Tensor, Tensor]:
+    """Which summaries a query sees, (b, blocks, t, s), and how far back they are."""
+    summaries = torch.arange(present.shape[1], device=asking.device)
+    latest = (asking // chunk * rank + phantoms)[..., None] - 1 - summaries  # (blocks, t, s)
+    return (latest >= 0) & present[:, None, None], latest
+
+
+def _by_distance(rows: Tensor, code: Tensor, away: Tensor) -> Tensor:
+    """Products of rows (b, h, blocks, t, d) with the code of each distance (blocks, t, u)."""
+    terms = at_least_float32(rows) @ at_least_float32(code)[:, None].mT
+    place = away.clamp(0, None).clamp(max=code.shape[1] - 1)
+    return terms.gather(-1, place.expand(*rows.shape[:2], *away.shape))
+
+
+def _check_rows(query: Tensor, key: Tensor, value: Tensor, near_norm: Norm, far_norm: Norm) -> None:
+    check_recurrence(query, key, value, same_length=False)
+    check_some(key=key)
+    if value.shape != key.shape:
+        raise ValueError(f"value must be {tuple(key.shape)} as key, got {tuple(value.shape)}")
+    if query.shape[2] > key.shape[2]:
+        raise ValueError(
+            f"query must have at most the tokens of key ({key.shape[2]}), got {query.shape[2]}"
+        )
+    width = (key.shape[1] * key.shape[3],)
+    for name, norm in zip(("near_norm", "far_norm"), (near_norm, far_norm), strict=True):
+        for part, x in zip(("weight", "bias"), norm, strict=True):
+            check_shape(f"{part} of {name}", x, width, "heads * channels")
+
+
+def _check_places(
+    key: Tensor,
+    scores: Tensor,
+    content_bias: Tensor,
+    place_bias: Tensor,
+    near_place: Tensor,
+    far_place: Tensor,
+    chunk: int,
+    phantoms: int | None,
+) -> None:
+    _, heads, m, width = key.shape
+    check_shape("content_bias", content_bias, (heads, width), "heads, channels")
+    check_shape("place_bias", place_bias, (heads, width), "heads, channels")
+    check_shape("near_place", near_place, (heads, None, width), "heads, distances, channels")
+    check_shape("far_place", far_place, (heads, None, width), "heads, distances, channels")
+    seen = (m - 1) // chunk * scores.shape[3] + (phantoms or 0)
+    seen = 1 if torch.compiler.is_compiling() else max(1, seen)
+    for name, x, least in (("near_place", near_place, 1), ("far_place", far_place, seen)):
+        if x.shape[1] < least:
+            raise ValueError(f"{name} must have at least {least} distances, got {x.shape[1]}")
+
+
 class LongShortAttention(ProjectedAttention):
     """Long-short attention that is not causal, with its projections.
 
@@ -194,25 +469,18 @@ class LongShortAttention(ProjectedAttention):
         """
         self.check_call(x, None, padding_mask)
         check_some(x=x)
-        query = self.split_heads(self.query(x))
-        key, value = (
-            self.split_heads(self.near_norm(layer(x))) for layer in (self.key, self.value)
-        )
-        scores = self.summarise(x).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1)
-        real = None if padding_mask is None else masks.keys(padding_mask)
-        read = read_by_scores(self.compress, scores, torch.cat([key, value], dim=-1), real)
-        far = (
-            self.split_heads(self.far_norm(rows.transpose(1, 2).flatten(2)))
-            for rows in read.chunk(2, dim=-1)
-        )
-        mixed = tiled_attention(
+        query, key, value = self.project(x, None)
+        mixed = long_short_attention(
             query,
             key,
             value,
-            *far,
+            self.summarise(x).unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1),
+            (self.near_norm.weight, self.near_norm.bias),
+            (self.far_norm.weight, self.far_norm.bias),
             window=self.window,
             padding_mask=padding_mask,
-            site=self.attend,
+            norm_eps=self.near_norm.eps,
+            sites=(self.compress, self.attend),
         )
         return self.join(mixed, x)
 
@@ -330,12 +598,24 @@ class CausalLongShortAttention(nn.Module):
         if cache is not None:
             key, both = cache.append(key, torch.cat([value, scores], dim=-1))
             value, scores = both.tensor_split([self.head_dim], dim=-1)
-        if padding_mask is not None:
-            check_padding(padding_mask, x.shape[0], key.shape[2])
-        query = self._heads(self.query(x)) * self.head_dim**-0.5
-        far = self._summaries(key, value, scores, padding_mask)
-        near = self._normed(self.near_norm, key), self._normed(self.near_norm, value)
-        mixed = self._mixed(query, near, far, padding_mask)
+        chunks = (key.shape[2] + self.chunk - 1) // self.chunk
+        mixed = causal_long_short_attention(
+            self._heads(self.query(x)),
+            key,
+            value,
+            scores,
+            (self.near_norm.weight, self.near_norm.bias),
+            (self.far_norm.weight, self.far_norm.bias),
+            self.content_bias,
+            self.place_bias,
+            self.near_place(self.window),
+            self.far_place((self.phantoms or 0) + chunks * self.rank),
+            chunk=self.chunk,
+            phantoms=self.phantoms,
+            padding_mask=padding_mask,
+            norm_eps=self.near_norm.eps,
+            sites=(self.compress, self.attend),
+        )
         return cast(Tensor, self.out(mixed.to(x.dtype).transpose(1, 2).flatten(2)))
 
     def new_cache(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> KVCache:
@@ -360,119 +640,6 @@ class CausalLongShortAttention(nn.Module):
     def _heads(self, tokens: Tensor) -> Tensor:
         width = tokens.shape[2] // self.heads
         return tokens.view(*tokens.shape[:2], self.heads, width).transpose(1, 2)
-
-    def _normed(self, norm: nn.Module, heads: Tensor) -> Tensor:
-        """A norm over the channels of all heads."""
-        return self._heads(norm(heads.transpose(1, 2).flatten(2)))
-
-    def _summaries(
-        self, key: Tensor, value: Tensor, scores: Tensor, padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (b, h, s, d) of the chunks, and whether they hold a real token (b, s)."""
-        batch, _, n, width = key.shape
-        rows, grades = split(torch.cat([key, value], dim=-1), self.chunk), split(scores, self.chunk)
-        chunks = rows.shape[2]
-        real = torch.ones(batch, 1, n, 1, dtype=key.dtype, device=key.device)
-        if padding_mask is not None:
-            real = real * padding_mask[:, None, :, None]
-        there = split(real, self.chunk)[..., 0] > 0  # (b, 1, chunks, c)
-        read = read_by_scores(
-            self.compress,
-            grades.mT.transpose(1, 2).flatten(0, 1),  # (b chunks, h, r, c)
-            rows.transpose(1, 2).flatten(0, 1),
-            there[:, 0].flatten(0, 1)[:, None, None],
-        )
-        read = read.reshape(batch, chunks, *read.shape[1:]).transpose(1, 2).flatten(2, 3)
-        present = there[:, 0].any(-1).repeat_interleave(self.rank, dim=1)
-        far = [self._normed(self.far_norm, part) for part in read.tensor_split([width], dim=-1)]
-        if self.phantoms is not None:
-            empty = self._heads(self.far_norm.bias.expand(batch, self.phantoms, -1))
-            far = [torch.cat([empty.to(part.dtype), part], dim=2) for part in far]
-            present = torch.cat([present.new_ones(batch, self.phantoms), present], dim=1)
-        return far[0], far[1], present
-
-    def _mixed(
-        self,
-        query: Tensor,
-        near: tuple[Tensor, Tensor],
-        far: tuple[Tensor, Tensor, Tensor],
-        padding_mask: Tensor | None,
-    ) -> Tensor:
-        """Blocks of queries as samples of a batch; one block where watched, short or decoding."""
-        batch, _, n, _ = query.shape
-        m, device = near[0].shape[2], query.device
-        size = max(16, self.window // 2)
-        whole = self.attend.attachments is not None or n != m
-        if whole or (n <= size and not torch.compiler.is_compiling()):
-            rows = query[:, :, None]
-            asking = torch.arange(m - n, m, device=device)[None]
-            first = 1 - self.window if self.phantoms is not None else 0
-            asked = torch.arange(first, m, device=device)[None]
-        else:
-            rows = split(query, size)
-            start = size * torch.arange(rows.shape[2], device=device)[:, None]
-            asking = start + torch.arange(size, device=device)
-            asked = start + torch.arange(1 - self.window, size, device=device)
-        blocks = rows.shape[2]
-        away = asking[:, :, None] - asked[:, None]  # (blocks, t, u)
-        inside = (asked < m) if self.phantoms is not None else (asked >= 0) & (asked < m)
-        allowed = ((away >= 0) & (away < self.window)) & inside[:, None]
-        place = asked.clamp(0, max(m - 1, 0))
-        if padding_mask is not None:
-            real = padding_mask[:, place] | (asked < 0)
-            allowed = allowed & real[:, :, None]
-        allowed = allowed.expand(batch, *away.shape)
-        seen, latest = self._visible(asking, far[2])
-        key, value = (self._picked(part, place, asked) for part in near)
-
-        def beside(summaries: Tensor, tokens: Tensor) -> Tensor:
-            every = summaries.transpose(1, 2)[:, None].expand(-1, blocks, -1, -1, -1)
-            return torch.cat([every, tokens], dim=2).flatten(0, 1).transpose(1, 2)
-
-        bias = torch.cat(
-            [self._far_bias(rows, far[0], latest), self._near_bias(rows, away)], dim=-1
-        )
-        mixed: Tensor = self.attend(
-            (rows + self.content_bias[:, None, None]).transpose(1, 2).flatten(0, 1),
-            beside(far[0], key),
-            beside(far[1], value),
-            mask=torch.cat([seen, allowed], dim=-1).flatten(0, 1)[:, None],
-            bias=bias.transpose(1, 2).flatten(0, 1),
-            causal=False,
-        )
-        return join(mixed.reshape(batch, blocks, *mixed.shape[1:]).transpose(1, 2), n)
-
-    def _picked(self, rows: Tensor, place: Tensor, asked: Tensor) -> Tensor:
-        """Tokens at places, (b, blocks, u, h, d); before the first one, what a norm makes of 0."""
-        found = rows.transpose(1, 2)[:, place]
-        if self.phantoms is None:
-            return found
-        empty = self.near_norm.bias.reshape(self.heads, -1).to(rows.dtype)
-        return torch.where((asked < 0)[..., None, None], empty, found)
-
-    def _visible(self, asking: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        """Which summaries a query sees, (b, blocks, t, s), and how far back they are."""
-        summaries = torch.arange(present.shape[1], device=asking.device)
-        before = asking // self.chunk * self.rank + (self.phantoms or 0)
-        latest = before[..., None] - 1 - summaries  # (blocks, t, s)
-        return (latest >= 0) & present[:, None, None], latest
-
-    def _near_bias(self, rows: Tensor, away: Tensor) -> Tensor:
-        """(s q + b) . R(i - j), (b, h, blocks, t, u)."""
-        code = self.near_place(self.window)[:, None]
-        asked = rows + self.place_bias[:, None, None]
-        terms = at_least_float32(asked) @ at_least_float32(code).mT  # (b, h, blocks, t, w)
-        place = away.clamp(0, self.window - 1).expand(*rows.shape[:2], *away.shape)
-        return terms.gather(-1, place)
-
-    def _far_bias(self, rows: Tensor, far_key: Tensor, latest: Tensor) -> Tensor:
-        """S q . R'(p), less what `content_bias` adds to the products with summaries."""
-        code = self.far_place(far_key.shape[2])[:, None]
-        terms = at_least_float32(rows) @ at_least_float32(code).mT
-        place = latest.clamp(0, None).clamp(max=far_key.shape[2] - 1)
-        terms = terms.gather(-1, place.expand(*rows.shape[:2], *latest.shape))
-        extra = (far_key * self.content_bias[:, None]).sum(-1)
-        return terms - at_least_float32(extra)[:, :, None, None]
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""

@@ -2,6 +2,8 @@
 
     S = scale * X W_QK X^T        Y = softmax(S) X W_VO        scale = (C / H) ** -0.5
 
+Between its matrices it is `attend(q, k, v)`, with k the queries or X and v the values or X.
+
 Bermeitinger, Hrycej, Pavone, Kath and Handschuh, "Reducing the transformer architecture to a
 minimum" (arXiv 2410.13732). With one head nothing is lost by merging: W_QK = W_Q W_K^T, W_VO = W_V
 W_O. Parameters of a layer of width N without biases:

@@ -23,16 +23,21 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from heed_core.attend import default_scale
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import KVCache
 from heed_core.dispatch import Impl
+from heed_core.recurrence import check_recurrence
 from heed_core.relative import distances
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_tokens, with_padding
+from heed_core.tokens import check_padding, check_shape, check_tokens, with_padding
 
 ConvContext = Literal["memory", "segment"]
 """What a query's convolution sees before its segment: the memory, or zeros as in the published code
 (where keys and values see the memory all the same)."""
+
+Taps = tuple[Float[Tensor, "d k"], Float[Tensor, " d"] | None]
+"""Weight and bias of a `depthwise_conv`."""
 
 
 def depthwise_conv(
@@ -175,6 +180,74 @@ class ConvKVCache(KVCache):
         return twin
 
 
+def relative_conv_attention(
+    query: Float[Tensor, "b h t d"],
+    key: Float[Tensor, "b h m d"],
+    value: Float[Tensor, "b h m d"],
+    taps: tuple[Taps, Taps, Taps],
+    query_bias: Float[Tensor, "h d"],
+    embedding: Float[Tensor, "rows h d"],
+    offset_bias: Float[Tensor, "rows h"],
+    *,
+    context: int = 0,
+    causal: bool = True,
+    mask: Bool[Tensor, "*#mask"] | None = None,
+    padding_mask: Bool[Tensor, "b m"] | None = None,
+    cache: ConvKVCache | None = None,
+    site: Attend | None = None,
+) -> Float[Tensor, "b h n d"]:
+    """Convolve queries, keys and values along tokens, then attend with relative positions.
+
+    Args:
+        query: Of the last n tokens, after `context` ones, before their convolution as the others.
+        key: Of all tokens, memory first; with a cache of those after it.
+        value: As `key`.
+        taps: Of the convolutions of queries, keys and values.
+        query_bias: u.
+        embedding: E, row rows / 2 + j - i.
+        offset_bias: beta, likewise.
+        context: First rows of `query`, which its convolution sees and which do not ask.
+        causal: A query sees keys at or before its own place, and convolutions look back only;
+            otherwise they are centred.
+        mask: True = may attend, broadcastable to (b, h, n, m).
+        padding_mask: True = real token, for all m tokens, with a cache also those in it;
+            convolutions take others for zeros.
+        cache: For decoding: tokens before these, which are added to it.
+        site: Where attention is computed, and may be watched; a plain one if not given.
+
+    Raises:
+        ValueError: Shapes that do not fit, more tokens than half the rows of `embedding`, a cache
+            that is not causal.
+        TypeError: A mask that is not boolean.
+    """
+    site = Attend() if site is None else site
+    keys = key.shape[2] + (0 if cache is None else cache.length)
+    _check_rows(query, key, value, taps, context)
+    _check_tables(query, query_bias, embedding, offset_bias, keys)
+    if padding_mask is not None:
+        check_padding(padding_mask, key.shape[0], keys, of="memory and segment")
+    if cache is not None and not causal:
+        raise ValueError("cache serves causal=True only")
+    rows = [_cleared(x, padding_mask) for x in (query, key, value)]
+    before: tuple[Tensor | None, ...] = (None, None, None)
+    if cache is not None:
+        before = cache.shift(torch.stack(rows, dim=1)).unbind(1)
+    query, key, value = (
+        depthwise_conv(row, *pair, before=seen, causal=causal)
+        for row, pair, seen in zip(rows, taps, before, strict=True)
+    )
+    query = query[:, :, context:]
+    if cache is not None:
+        key, value = cache.append(key, value)
+    mask = with_padding(mask, padding_mask, key, heads=key.shape[1], queries=query.shape[2])
+    relative = relative_scores(query, embedding, offset_bias, key.shape[2])
+    scale = default_scale(query) if site.scale is None else site.scale
+    mixed: Tensor = site(
+        query + query_bias[:, None], key, value, mask=mask, bias=relative * scale, causal=causal
+    )
+    return mixed
+
+
 class DepthwiseConv(nn.Module):
     """`depthwise_conv` with its weights; begins as the identity with a little noise.
 
@@ -192,11 +265,16 @@ class DepthwiseConv(nn.Module):
         with torch.no_grad():
             self.weight[:, -1 if causal else kernel // 2] += 1.0
 
+    @property
+    def taps(self) -> Taps:
+        """Weight and bias."""
+        return self.weight, self.bias
+
     def forward(
         self, x: Float[Tensor, "b h n d"], before: Float[Tensor, "b h s d"] | None = None
     ) -> Float[Tensor, "b h n d"]:
         """Convolve tokens after those `before`."""
-        return depthwise_conv(x, self.weight, self.bias, before=before, causal=self.causal)
+        return depthwise_conv(x, *self.taps, before=before, causal=self.causal)
 
 
 class RelativeConvAttention(nn.Module):
@@ -278,44 +356,24 @@ class RelativeConvAttention(nn.Module):
             cache: For decoding, instead of a memory: one forward and many steps then agree.
         """
         self._check_call(x, memory, cache)
-        length = x.shape[1]
         source = x if memory is None else torch.cat([memory, x], dim=1)
         asks = x
         if memory is not None and self.conv_context == "memory":
             asks = source[:, max(0, memory.shape[1] - self.kernel + 1) :]
-        keys = source.shape[1] + (0 if cache is None else cache.length)
-        if padding_mask is not None:
-            check_padding(padding_mask, x.shape[0], keys, of="memory and segment")
-        rows = [
-            _cleared(self._heads(layer(tokens)), padding_mask)
-            for layer, tokens in ((self.query, asks), (self.key, source), (self.value, source))
-        ]
-        before: tuple[Tensor | None, ...] = (None, None, None)
-        if cache is not None:
-            before = cache.shift(torch.stack(rows, dim=1)).unbind(1)
-        convs = (self.query_conv, self.key_conv, self.value_conv)
-        query, key, value = (
-            conv(row, seen) for conv, row, seen in zip(convs, rows, before, strict=True)
-        )
-        query = query[:, :, query.shape[2] - length :]
-        if cache is not None:
-            key, value = cache.append(key, value)
-        mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=length)
-        return self._attended(query, key, value, mask)
-
-    def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if key.shape[2] > self.max_distance:
-            raise ValueError(
-                f"x and what precedes it must be at most max_distance={self.max_distance} tokens, "
-                f"got {key.shape[2]}"
-            )
-        relative = relative_scores(query, self.offset_embedding, self.offset_bias, key.shape[2])
-        mixed: Tensor = self.attend(
-            query + self.query_bias[:, None],
-            key,
-            value,
+        mixed = relative_conv_attention(
+            self._heads(self.query(asks)),
+            self._heads(self.key(source)),
+            self._heads(self.value(source)),
+            (self.query_conv.taps, self.key_conv.taps, self.value_conv.taps),
+            self.query_bias,
+            self.offset_embedding,
+            self.offset_bias,
+            context=asks.shape[1] - x.shape[1],
+            causal=self.causal,
             mask=mask,
-            bias=relative * self.head_dim**-0.5,
+            padding_mask=padding_mask,
+            cache=cache,
+            site=self.attend,
         )
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
@@ -399,6 +457,37 @@ def _cleared(heads: Tensor, real: Tensor | None) -> Tensor:
         return heads
     last = real[:, real.shape[1] - heads.shape[2] :]
     return heads.masked_fill(~last[:, None, :, None], 0.0)
+
+
+def _check_rows(
+    query: Tensor, key: Tensor, value: Tensor, taps: tuple[Taps, Taps, Taps], context: int
+) -> None:
+    check_recurrence(query, key, value, same_length=False)
+    if value.shape != key.shape:
+        raise ValueError(f"value must be {tuple(key.shape)} as key, got {tuple(value.shape)}")
+    width, length = key.shape[3], taps[0][0].shape[-1]
+    for weight, bias in taps:
+        check_shape("weights of taps", weight, (width, length), "channels, kernel")
+        if bias is not None:
+            check_shape("biases of taps", bias, (width,), "channels")
+    if not 0 <= context <= query.shape[2]:
+        raise ValueError(
+            f"context must be from 0 to {query.shape[2]}, the rows of query, got {context}"
+        )
+
+
+def _check_tables(
+    query: Tensor, query_bias: Tensor, embedding: Tensor, offset_bias: Tensor, keys: int
+) -> None:
+    heads, width = query.shape[1], query.shape[3]
+    check_shape("query_bias", query_bias, (heads, width), "heads, channels")
+    check_shape("embedding", embedding, (None, heads, width), "rows, heads, channels")
+    check_shape("offset_bias", offset_bias, (embedding.shape[0], heads), "rows, heads")
+    if keys > embedding.shape[0] // 2:
+        raise ValueError(
+            f"key, with what precedes it, must be at most max_distance={embedding.shape[0] // 2} "
+            f"tokens, got {keys}: embedding has {embedding.shape[0]} rows"
+        )
 
 
 def _check_options(kernel: int, max_distance: int, causal: bool, conv_context: ConvContext) -> None:
