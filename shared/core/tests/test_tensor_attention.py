@@ -39,6 +39,7 @@ def by_einsum(rows: list[Tensor], hidden: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("distinct", [False, True])
 def test_tiles_equal_the_whole_tensor(monkeypatch, tile: int, causal, distinct) -> None:
     monkeypatch.setattr(kernel, "TILE", tile)
+    monkeypatch.setattr(kernel, "LONG_TILE", tile + 1)
     rows = draw()
     mask1, mask2 = torch.rand(2, 1, 7, 9) < 0.7, torch.rand(2, 2, 1, 6) < 0.7
     mask1[0, 0, 2] = False

@@ -28,6 +28,10 @@ from heed_core.kernels.triton_calls import KernelImpl, takes_triton, why_not_tri
 TILE = 32
 """Queries, first keys and second keys of a tile."""
 
+LONG_TILE = 128
+"""First keys of a tile of the forward pass, whose products are faster when they are larger; the
+gradients of a tile need several of its size."""
+
 MOST_CHANNELS = 128
 """Of keys and of values, on the kernel."""
 
@@ -115,7 +119,7 @@ def pair_softmax(
         return launch_forward(*given)
     output = query.new_zeros(*query.shape[:3], value1.shape[3])
     sums = query.new_zeros(query.shape[:3])
-    for rows in _runs(query.shape[2]):
+    for rows in _runs(query.shape[2], None, TILE):
         output[:, :, rows], sums[:, :, rows] = _of_queries(given, rows)
     return output, sums
 
@@ -153,9 +157,9 @@ def pair_softmax_backward(
     found = d_query, d_key1, d_key2, d_value1, d_value2
     inner = (grad * output).sum(-1)
     level = sums.masked_fill(sums == -torch.inf, 0.0)
-    for rows in _runs(given.query.shape[2]):
+    for rows in _runs(given.query.shape[2], None, TILE):
         back = grad[:, :, rows], level[:, :, rows, None, None], inner[:, :, rows, None, None]
-        for first, second in _tiles(rows, given):
+        for first, second in _tiles(rows, given, TILE):
             _give_back(found, given, back, rows, first, second)
     return found
 
@@ -174,11 +178,11 @@ def _of_queries(given: _Pairs, rows: slice) -> tuple[Tensor, Tensor]:
     top = asked.new_full(asked.shape[:3], -torch.inf)
     total = asked.new_zeros(asked.shape[:3])
     mixed = asked.new_zeros(*asked.shape[:3], given.value1.shape[3])
-    for first, second in _tiles(rows, given):
+    for first, second in _tiles(rows, given, LONG_TILE):
         scores, _ = _scores(given, rows, first, second)
         higher = torch.maximum(top, scores.amax((-1, -2)))
         shift = higher.masked_fill(higher == -torch.inf, 0.0)
-        shares = (scores - shift[..., None, None]).exp()
+        shares = scores.sub_(shift[..., None, None]).exp_()
         keep = (top - shift).exp()
         read = shares @ given.value1[:, :, None, first]
         part = (read * given.value2[:, :, None, second]).sum(-2)
@@ -241,19 +245,19 @@ def _flops(query: Any, key1: Any, key2: Any, value1: Any, *_: Any, **__: Any) ->
     return int(2 * batch * heads * length * key1[2] * key2[2] * (width + value1[3]))
 
 
-def _runs(length: int, stop: int | None = None) -> Iterator[slice]:
+def _runs(length: int, stop: int | None, step: int) -> Iterator[slice]:
     stop = length if stop is None else max(0, min(stop, length))
-    for start in range(0, stop, TILE):
-        yield slice(start, min(start + TILE, stop))
+    for start in range(0, stop, step):
+        yield slice(start, min(start + step, stop))
 
 
-def _tiles(rows: slice, given: _Pairs) -> Iterator[tuple[slice, slice]]:
-    """Runs of first and second keys; those that only come later are left out."""
+def _tiles(rows: slice, given: _Pairs, step: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of `step` first and of second keys; those that only come later are left out."""
     lengths = [key.shape[2] for key in (given.key1, given.key2)]
     later = [length - given.query.shape[2] for length in lengths]
     stops = [rows.stop + more if given.causal else None for more in later]
-    for first in _runs(lengths[0], stops[0]):
-        for second in _runs(lengths[1], stops[1]):
+    for first in _runs(lengths[0], stops[0], step):
+        for second in _runs(lengths[1], stops[1], TILE):
             yield first, second
 
 
