@@ -15,7 +15,12 @@ import numpy as np
 from jaxtyping import Float32, Float64, Shaped
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
-from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
+from pydicom.pixels.processing import (
+    apply_color_lut,
+    apply_modality_lut,
+    apply_voi,
+    apply_windowing,
+)
 
 from heed_core.errors import InputError
 from heed_medical.images import check_finite
@@ -153,30 +158,19 @@ def _by_window(values: Float64[np.ndarray, "*places"], dataset: Dataset, path: P
     for name, other in (("WindowCenter", "WindowWidth"), ("WindowWidth", "WindowCenter")):
         if not _has(dataset, other):
             raise InputError(f"stores a {name} without {other}", path=path, remedy=_OTHERWISE)
-    centre, width = (_first(dataset, name, path) for name in ("WindowCenter", "WindowWidth"))
-    function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
-    if not width >= (1 if function == "LINEAR" else np.finfo(np.float32).tiny):
+        _check_first(dataset, name, path)
+    try:
+        with np.errstate(over="ignore"):  # of exponentials far from a sigmoid's centre
+            grey = apply_windowing(values, dataset)
+        black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+    except Exception as error:  # a width or a function that the standard does not know
         raise InputError(
-            f"stores a window of width {width:g} ({function})", path=path, remedy=_OTHERWISE
-        )
-    if function == "SIGMOID":
-        exponent = np.clip(-4.0 * (values - centre) / width, -700.0, 700.0)
-        return np.asarray(1.0 / (1.0 + np.exp(exponent)))
-    if function == "LINEAR":
-        if width == 1:
-            return np.asarray(values > centre - 0.5, dtype=np.float64)
-        return np.asarray(np.clip((values - (centre - 0.5)) / (width - 1) + 0.5, 0.0, 1.0))
-    if function == "LINEAR_EXACT":
-        return np.asarray(np.clip((values - centre) / width + 0.5, 0.0, 1.0))
-    raise InputError(
-        f"has the VOILUTFunction {dataset.VOILUTFunction!r}; "
-        "LINEAR, LINEAR_EXACT and SIGMOID are known",
-        path=path,
-        remedy=_OTHERWISE,
-    )
+            f"stores a window that cannot be used ({error})", path=path, remedy=_OTHERWISE
+        ) from None
+    return np.asarray((grey - black) / (white - black))
 
 
-def _first(dataset: Dataset, name: str, path: Path) -> float:
+def _check_first(dataset: Dataset, name: str, path: Path) -> None:
     value = dataset.get(name)
     try:
         number = float(value[0] if isinstance(value, MultiValue) else value)
@@ -186,7 +180,6 @@ def _first(dataset: Dataset, name: str, path: Path) -> float:
         raise InputError(
             f"has the {name} {str(value)!r}, a number was expected", path=path, remedy=_OTHERWISE
         )
-    return number
 
 
 def padding_mask(
