@@ -99,6 +99,13 @@ def test_a_broken_bag_leaves_nothing_or_is_left_out(slides: Path, tmp_path: Path
     assert len(call(APP, "convert", slides, "--to", "pt", "--out", tmp_path / "pt")["slides"]) == 5
 
 
+def test_slides_are_not_converted_over_themselves(slides: Path):
+    before = sorted(path for path in slides.rglob("*"))
+    line = refusal(APP, "convert", slides, "--to", "npy", "--out", slides, "--overwrite")
+    assert "holds files that are read here" in line
+    assert sorted(path for path in slides.rglob("*")) == before
+
+
 def test_features_beyond_half_precision_stay_as_they_are(slides: Path, tmp_path: Path):
     with h5py.File(slides / "features_uni" / "s1.h5", "r+") as file:
         values = file["features"][()].astype(np.float32)

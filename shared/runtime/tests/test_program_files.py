@@ -29,6 +29,24 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.parametrize("used", ["out/a.csv", "out", "linked"])
+def test_a_folder_that_is_read_is_never_replaced(tmp_path, used):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.csv").write_text("1")
+    (tmp_path / "linked").symlink_to(out / "a.csv")
+    told = r"out: holds files that are read here \(.*\); choose another folder"
+    with (
+        pytest.raises(InputError, match=told),
+        atomic_folder(out, overwrite=True, used=[None, tmp_path / used]),
+    ):
+        raise AssertionError
+    assert (out / "a.csv").read_text() == "1"
+    with atomic_folder(out, overwrite=True, used=[tmp_path]) as folder:
+        (folder / "b.csv").write_text("2")
+    assert [path.name for path in out.iterdir()] == ["b.csv"]
+
+
 def test_a_file_appears_only_when_its_body_is_done(tmp_path: Path) -> None:
     target = tmp_path / "a" / "scores.csv"
     with atomic_write(target) as temporary:

@@ -35,4 +35,4 @@ def run(app: App, options: Options) -> Result:
         raise InputError(
             "has no picture that two viewers saw", path=options.data, remedy="give more viewers"
         )
-    return score(options, cases, data, skipped=data.skipped)
+    return score(options, cases, data, skipped=data.skipped, used=[options.data])

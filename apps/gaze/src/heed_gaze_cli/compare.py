@@ -38,4 +38,5 @@ def run(app: App, options: Options) -> Result:
     predicted = options.read(options.predictions)
     data = options.read(options.data)
     cases = match(data, predicted, split=options.split)
-    return score(options, cases, data, skipped=[*predicted.skipped, *data.skipped])
+    skipped = [*predicted.skipped, *data.skipped]
+    return score(options, cases, data, skipped=skipped, used=[options.predictions, options.data])

@@ -37,7 +37,7 @@ from heed_gaze.plots import (
 from heed_gaze.readers.pictures import read_picture
 from heed_gaze.scanpaths import Scanpath
 from heed_gaze_cli.scanpath_options import ScoreOptions, read_labels
-from heed_runtime.files import atomic_folder, write_csv, write_json
+from heed_runtime.files import atomic_folder, refuse_existing, write_csv, write_json
 from heed_runtime.recipe import Row, Table
 from heed_runtime.report import new_figure, save_figure, save_table, style
 from heed_runtime.terminal import Result
@@ -54,9 +54,16 @@ _BINS = 30
 
 
 def score(
-    options: ScoreOptions, cases: Sequence[Case], data: ScanpathSet, *, skipped: Sequence[str]
+    options: ScoreOptions,
+    cases: Sequence[Case],
+    data: ScanpathSet,
+    *,
+    skipped: Sequence[str],
+    used: Sequence[Path],
 ) -> Result:
-    """Score the cases, write what `--out` asks for, and show it."""
+    """Score the cases, write what `--out` asks for, never over what was `used`, and show it."""
+    if options.out is not None:
+        refuse_existing(options.out, overwrite=options.overwrite, used=used)
     found = _compare(options, cases)
     predicted = bool(found.pairs["predicted"])
     rows = score_rows(found)

@@ -79,7 +79,9 @@ def run(app: App, options: Options) -> Result:
     }
     files: list[Path] = []
     if options.out is not None:
-        with atomic_folder(options.out, overwrite=options.overwrite) as folder:
+        with atomic_folder(
+            options.out, overwrite=options.overwrite, used=[options.results]
+        ) as folder:
             write_json(folder / "metrics.json", facts)
             for table in tables:
                 save_table(table, folder)

@@ -22,10 +22,9 @@ from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.labels import read_labels
 from heed_lidar.layouts import is_derived, list_scans
 from heed_lidar.scans import load_scan
-from heed_lidar_cli.inputs import refuse_replacing
 from heed_lidar_cli.scoring import DERIVED_LABELS, FINAL, report, row_of
 from heed_lidar_cli.settings import StreetData, ToleranceOptions, own_flags
-from heed_runtime.files import atomic_folder, write_csv, write_json
+from heed_runtime.files import atomic_folder, refuse_existing, write_csv, write_json
 from heed_runtime.options import CommonOptions, Flag, OptionalPath
 from heed_runtime.recipe import Report, Row, Table
 from heed_runtime.report import save_figure, save_table
@@ -144,7 +143,7 @@ def _score(options: Options, data: StreetData, predicted: dict[Key, Path]) -> tu
     except InputError:
         return _score_files(options, data, predicted)
     used = [path for scan in scans for path in (scan.cloud, scan.labels, scan.curbs_2d) if path]
-    refuse_replacing(options.out, [*predicted.values(), *used], overwrite=options.overwrite)
+    _refuse_existing(options, [*predicted.values(), *used])
     rows: list[Row] = []
     matched = [(scan, predicted.get(key_of(Path(scan.name)))) for scan in scans]
     _refuse_strangers(options, predicted, [key_of(Path(scan.name)) for scan in scans])
@@ -182,8 +181,7 @@ def _score_files(
                 path=options.labels,
                 remedy="give the data set, or leave the option out",
             )
-    used = [*predicted.values(), *labels.values()]
-    refuse_replacing(options.out, used, overwrite=options.overwrite)
+    _refuse_existing(options, [*predicted.values(), *labels.values()])
     _refuse_strangers(options, predicted, list(labels))
     rows: list[Row] = []
     for key, path in labels.items():
@@ -200,6 +198,11 @@ def _score_files(
             derived=is_derived(path),
         )
     return rows, len(labels) - len(rows)
+
+
+def _refuse_existing(options: Options, used: Sequence[Path]) -> None:
+    if options.out is not None:
+        refuse_existing(options.out, overwrite=options.overwrite, used=used)
 
 
 def _refuse_strangers(options: Options, predicted: dict[Key, Path], known: Sequence[Key]) -> None:

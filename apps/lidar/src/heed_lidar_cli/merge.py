@@ -25,8 +25,7 @@ from heed_lidar.geodesy import Origin
 from heed_lidar.map_files import read_geojson, write_csv, write_dxf, write_geojson, write_osm
 from heed_lidar.merging import merge_curbs, smooth_curbs, transform_curbs
 from heed_lidar.poses import find_poses, moves_along_z, read_calib, read_poses
-from heed_lidar_cli.inputs import refuse_replacing
-from heed_runtime.files import atomic_folder
+from heed_runtime.files import atomic_folder, refuse_existing
 from heed_runtime.options import CommonOptions, Flag, OptionalPath, OptionalText, OutPath
 from heed_runtime.recipe import Row, Table
 from heed_runtime.report import COLOURS, new_figure, save_figure, style
@@ -169,7 +168,7 @@ def _read_poses(options: Options, predictions: Mapping[int, Path]) -> Poses:
     path, beside = find_poses(options.poses)
     calib = options.calib or beside
     used = [*predictions.values(), path, *([calib] if calib else [])]
-    refuse_replacing(options.out, used, overwrite=options.overwrite)
+    refuse_existing(options.out, overwrite=options.overwrite, used=used)
     poses = read_poses(path, None if calib is None else read_calib(calib))
     last = max(predictions)
     if last >= len(poses):

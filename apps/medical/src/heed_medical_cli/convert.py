@@ -61,7 +61,7 @@ def run(app: App, options: Options) -> Result:
     rows: list[Row] = []
     skipped: list[str] = []
     with (
-        atomic_folder(options.out, overwrite=options.overwrite) as folder,
+        atomic_folder(options.out, overwrite=options.overwrite, used=[options.data_path]) as folder,
         options.terminal.progress("convert", len(files)) as progress,
     ):
 

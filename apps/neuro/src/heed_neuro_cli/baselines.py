@@ -142,7 +142,11 @@ def _result(rows: list[Row], options: Options) -> Result:
             str(row["encoder"]): (float(row["r_low"] or 0.0), float(row["r_high"] or 0.0))
             for row in heads
         }
-        with atomic_folder(options.out, overwrite=options.overwrite) as folder:
+        with atomic_folder(
+            options.out,
+            overwrite=options.overwrite,
+            used=[options.data, options.cache, *options.runs],
+        ) as folder:
             write_csv(folder / "baselines.csv", rows)
             save_figure(draw_bars(values, label="r", spans=spans), folder / "baselines.png")
         files = sorted(options.out.iterdir())

@@ -80,7 +80,7 @@ def run(app: App, options: Options) -> Result:
         ]
     files = []
     if options.out is not None:
-        with atomic_folder(options.out, overwrite=options.overwrite) as folder:
+        with atomic_folder(options.out, overwrite=options.overwrite, used=[options.data]) as folder:
             write_csv(folder / "vertices.csv", vertices)
             for group, ceiling in ceilings.items():
                 np.save(folder / f"{group}_noise_ceiling.npy", ceiling.astype(np.float32))

@@ -76,7 +76,9 @@ def run(app: App, options: Options) -> Result:
     layers = sorted({member.layer for member in members})
     files = []
     if options.out is not None:
-        with atomic_folder(options.out, overwrite=options.overwrite) as folder:
+        with atomic_folder(
+            options.out, overwrite=options.overwrite, used=[*options.runs, options.data]
+        ) as folder:
             write_json(folder / "metrics.json", {"metrics": report.metrics, "layers": layers})
             write_csv(folder / "cases.csv", rows)
             for table in report.tables:

@@ -171,7 +171,9 @@ def _write(
     from heed_neuro_cli.brain_pictures import draw_bars
 
     assert options.out is not None
-    with atomic_folder(options.out, overwrite=options.overwrite) as folder:
+    with atomic_folder(
+        options.out, overwrite=options.overwrite, used=[options.images, options.rdms, *options.runs]
+    ) as folder:
         write_csv(folder / "rsa.csv", rows)
         matrices = {slug(name): dissimilarities(own) for name, own in models.items()}
         np.savez_compressed(folder / "rdms.npz", **matrices)  # type: ignore[arg-type]

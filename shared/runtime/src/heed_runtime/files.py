@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -86,7 +86,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: Path, *, overwrite: bool = False, used: Iterable[Path | None] = ()
+) -> Iterator[Path]:
     """Give a temporary folder beside `path`; it becomes `path` at the end.
 
     A body that raises leaves nothing behind, and an old folder as it was.
@@ -94,12 +96,13 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         path: The folder to make. It may exist when empty.
         overwrite: Replace a folder that holds something.
+        used: As of `refuse_existing`.
 
     Raises:
-        InputError: `path` holds something and `overwrite` is false, or it cannot be written.
+        InputError: `path` holds something that may not be replaced, or it cannot be written.
     """
     path = path.resolve()
-    refuse_existing(path, overwrite=overwrite)
+    refuse_existing(path, overwrite=overwrite, used=used)
     parent = make_folder(path.parent)
     with explain_oserror(parent):
         temporary = _temporary(path, folder=True)
@@ -133,14 +136,36 @@ def _temporary(path: Path, *, folder: bool = False) -> Path:
     return Path(name)
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise `InputError` if `path` is a file, or holds something and is not to be replaced."""
+def refuse_existing(path: Path, *, overwrite: bool, used: Iterable[Path | None] = ()) -> None:
+    """Refuse a folder for results that holds something, before any work is done.
+
+    Args:
+        path: The folder.
+        overwrite: Whether it may be replaced.
+        used: Files and folders that are read: a folder with one of them is never replaced.
+
+    Raises:
+        InputError: `path` is a file, or holds something and is not to be replaced.
+    """
+    folder = path.resolve()
+    for one in used:
+        if one is not None and any(end.is_relative_to(folder) for end in ends(one)):
+            raise InputError(
+                f"holds files that are read here ({one})",
+                path=path,
+                remedy="choose another folder",
+            )
     if path.is_dir():
         if not overwrite and any(path.iterdir()):
             what = "holds a run" if (path / "config.yaml").exists() else "is not empty"
             raise InputError(what, path=path, remedy="choose another folder or add --overwrite")
     elif path.exists():
         raise InputError("is a file, a folder is needed", path=path, remedy="choose another path")
+
+
+def ends(path: Path) -> tuple[Path, Path]:
+    """Where a path leads, and, of a link, where the link itself lies."""
+    return path.resolve(), path.parent.resolve() / path.name
 
 
 def write_text(path: Path, text: str) -> Path:

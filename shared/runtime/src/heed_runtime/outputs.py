@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from heed_core.errors import InputError
-from heed_runtime.files import explain_oserror, make_folder, plain
+from heed_runtime.files import ends, explain_oserror, make_folder, plain
 
 JOURNAL = ".heed-predictions.jsonl"
 ERRORS = "errors.jsonl"
@@ -122,8 +122,7 @@ class Outputs:
             )
 
     def _is_input(self, target: Path) -> bool:
-        ends = (target.resolve(), target.parent.resolve() / target.name)  # of a link
-        return any(end.is_relative_to(path) for end in ends for path in self._inputs)
+        return any(end.is_relative_to(path) for end in ends(target) for path in self._inputs)
 
     def _move(self, source: Path, target: Path, *, replace: bool) -> None:
         if replace:
