@@ -1,10 +1,8 @@
 """The recipe of ACMIL: every verb on its sample, on real bags, and on what users get wrong."""
 
-import io
 import json
 import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import h5py
@@ -18,17 +16,10 @@ from heed_medical.acmil import AcmilConfig, BagClassifier
 from heed_medical.acmil.weights import official_name
 from heed_medical_cli import APP
 from heed_medical_cli.acmil import RECIPE, AcmilSettings, AcmilTraining, small
-from heed_runtime.testing.contract import call
+from heed_runtime.testing.contract import call, spoken
 
 DATA = Path(os.environ.get("HEED_DATA", Path(__file__).parents[3] / "../shared/data"))
 QUICK = ("--trainer.max-steps", "2", "--trainer.batch", "2", "--device", "cpu")
-
-
-def said(*words: object) -> tuple[int, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    return code, err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +140,11 @@ def test_a_fault_in_the_data_is_one_line_and_exit_code_2(
 ):
     root = broken(data, tmp_path / "data", fault)
     words = ("train", "acmil", "--data", root, "--out", tmp_path / "run", *QUICK, "--quiet")
-    code, err = said(*words, "--trainer.max-epochs", "1", "--trainer.max-steps", "3")
+    code, _, err = spoken(APP, *words, "--trainer.max-epochs", "1", "--trainer.max-steps", "3")
     errors = [line for line in err.splitlines() if "error:" in line]
     assert (code, len(errors)) == (2, 1), err
     assert told in errors[0]
-    assert said("check", "acmil", root)[0] != 0
+    assert spoken(APP, "check", "acmil", root)[0] != 0
     if fault in ("truncated", "missing"):  # of a file, of a list: skipping is the same for all
         found = call(APP, *words, "--data.on-error", "skip", "--overwrite")
         assert [told in line for line in found["skipped"]["train"]] == [True]
@@ -162,12 +153,12 @@ def test_a_fault_in_the_data_is_one_line_and_exit_code_2(
 def test_other_weights_and_other_classes_are_refused(run: Path, data: Path, tmp_path: Path):
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
     words = ("train", "acmil", "--data", data, "--out", tmp_path / "r", *QUICK)
-    code, err = said(*words, "--training.weights", tmp_path / "w.safetensors")
+    code, _, err = spoken(APP, *words, "--training.weights", tmp_path / "w.safetensors")
     assert code == 2
     assert "not those of this network" in err
     (tmp_path / "labels.csv").write_text("slide_id,label,split\ns1,other,test\n")
     (tmp_path / "s1.h5").write_bytes((data / "h5_files" / "s1.h5").read_bytes())
-    code, err = said("evaluate", run, "--data", tmp_path)
+    code, _, err = spoken(APP, "evaluate", run, "--data", tmp_path)
     assert code == 2
     assert "label 'other', the classes are normal, tumor" in err
 
@@ -213,7 +204,7 @@ def test_a_training_tells_which_slides_it_leaves_out(data: Path, tmp_path: Path)
     root = shutil.copytree(data, tmp_path / "slides")
     rows = (root / "labels.csv").read_text().splitlines()
     (root / "labels.csv").write_text("\n".join(row for row in rows if row[:2] != "s1") + "\n")
-    code, err = said("train", "acmil", "--data", root, "--out", tmp_path / "run", *QUICK)
+    code, _, err = spoken(APP, "train", "acmil", "--data", root, "--out", tmp_path / "run", *QUICK)
     assert code == 0
     assert "3 slides have no label and are left out (s1, s10, s11)" in err
 
@@ -229,18 +220,18 @@ def test_features_of_pictures_are_trained_on(tmp_path: Path):
         rows.append(f"p{number}.png,{number % 2}")
     bags = tmp_path / "bags"
     words = ("features", tmp_path / "images", "--encoder", "resnet10t", "--out", bags)
-    code, err = said(*words, "--tiling.tile", 32, "--tissue.saturation", 1.0)
+    code, _, err = spoken(APP, *words, "--tiling.tile", 32, "--tissue.saturation", 1.0)
     assert code == 2
     assert "shows no tissue" in err  # nothing was made, so that other settings may be tried
     found = call(APP, *words, "--tiling.tile", 32)
     assert {(row["patches"], row["channels"]) for row in found["slides"]} == {(9, 512)}
     again = call(APP, *words, "--tiling.tile", 32)
     assert {row["state"] for row in again["slides"]} == {"kept"}
-    code, err = said(*words, "--tiling.tile", 64)
+    code, _, err = spoken(APP, *words, "--tiling.tile", 64)
     assert code == 2
     assert "were made with tiling.tile 32, not 64; give another --out" in err
     (bags / "h5_files" / "settings.yaml").rename(tmp_path / "settings.yaml")
-    code, err = said(*words, "--tiling.tile", 32)
+    code, _, err = spoken(APP, *words, "--tiling.tile", 32)
     assert code == 2
     assert "holds features that were made elsewhere" in err
     (bags / "labels.csv").write_text("\n".join(rows))
@@ -248,7 +239,9 @@ def test_features_of_pictures_are_trained_on(tmp_path: Path):
     call(APP, "explain", tmp_path / "run", bags / "h5_files" / "p3.h5", "--out", tmp_path / "seen")
     assert (tmp_path / "seen" / "p3_heatmap.png").stat().st_size > 0
     (tmp_path / "images" / "p0.png").write_bytes(b"damaged")
-    code, err = said("features", tmp_path / "images", "--encoder", "resnet10t", "--out", tmp_path)
+    code, _, err = spoken(
+        APP, "features", tmp_path / "images", "--encoder", "resnet10t", "--out", tmp_path
+    )
     assert code == 2
     assert "p0.png: cannot be read as a picture" in err
 
@@ -271,7 +264,7 @@ def test_features_of_tiles_are_trained_on(tmp_path: Path):
         (("--tissue.saturation", 0.5), "tissue has no effect with tiles"),
         (("--batch", 0), "batch must be at least 1"),
     ):
-        code, err = said(*words, *flags)
+        code, _, err = spoken(APP, *words, *flags)
         assert code == 2
         assert told in err
     broken = tmp_path / "tiles" / "s4" / "32_0.png"
@@ -284,7 +277,7 @@ def test_features_of_tiles_are_trained_on(tmp_path: Path):
     states = {row["slide"]: row["state"] for row in call(APP, *words)["slides"]}
     assert states.pop("s4") == "written"
     assert set(states.values()) == {"kept"}
-    code, err = said(*(word for word in words if word != "--tiles"))
+    code, _, err = spoken(APP, *(word for word in words if word != "--tiles"))
     assert code == 2
     assert "has the name of" in err
     assert "add --tiles" in err

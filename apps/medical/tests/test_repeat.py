@@ -1,26 +1,17 @@
 """Training with several seeds: mean and deviation of the test, folds scored together, going on."""
 
 import csv
-import io
 import json
 import statistics
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from heed_medical_cli import APP
-from heed_runtime.testing.contract import call
+from heed_runtime.testing.contract import call, spoken
 
 QUICK = ("--trainer.max-steps", "2", "--trainer.batch", "4", "--device", "cpu")
-
-
-def said(*words: object) -> tuple[int, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    return code, err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +85,11 @@ def test_it_goes_on_where_it_was_and_refuses_other_settings(
     more = call(APP, *words, "--seeds", 4, *QUICK)
     assert len(more["runs"]) == 4
     assert (out / "seed_0" / "metrics.json").stat().st_mtime_ns == before
-    code, err = said(*words, "--seeds", 3, *QUICK, "--training.learning-rate", 0.5)
+    code, _, err = spoken(APP, *words, "--seeds", 3, *QUICK, "--training.learning-rate", 0.5)
     assert code == 2
     assert "training.learning_rate 0.001, not 0.5" in err
     (tmp_path / "notes.txt").touch()
-    code, err = said("repeat", "acmil", "--data", table, "--out", tmp_path, *QUICK)
+    code, _, err = spoken(APP, "repeat", "acmil", "--data", table, "--out", tmp_path, *QUICK)
     assert code == 2
     assert "holds files that are no runs of repeat" in err
 
@@ -130,7 +121,7 @@ def test_what_cannot_be_repeated_is_said(table: Path, tmp_path: Path):
         (("--data.folds", 3, "--data.fold", 1), "--data.fold"),
         (("--split", "other"), "other"),
     ):
-        code, err = said(*words, *flags)
+        code, _, err = spoken(APP, *words, *flags)
         assert code == 2
         assert told in err
         assert len(err.strip().splitlines()) == 1
@@ -139,7 +130,7 @@ def test_what_cannot_be_repeated_is_said(table: Path, tmp_path: Path):
 
 def test_what_failed_at_once_can_be_repeated_otherwise(table: Path, tmp_path: Path):
     words = ("repeat", "acmil", "--data", table, "--out", tmp_path / "out", "--seeds", 2, *QUICK)
-    code, err = said(*words, "--data.classes", "x", "y")
+    code, _, err = spoken(APP, *words, "--data.classes", "x", "y")
     assert code == 2
     assert "bags.csv" in err
     assert call(APP, *words)["seeds"] == 2

@@ -248,22 +248,19 @@ def causal_long_short_attention(
             some = torch.where((asked < 0)[..., None, None], nothing, some)
         return torch.cat([every, some], dim=2).flatten(0, 1).transpose(1, 2)
 
-    extra = at_least_float32((far_key * content_bias[:, None]).sum(-1))
-    bias = torch.cat(
-        [
-            _by_distance(rows, far_place, latest) - extra[:, :, None, None],
-            _by_distance(
-                rows + place_bias[:, None, None], near_place, asking[:, :, None] - asked[:, None]
-            ),
-        ],
-        dim=-1,
+    # The rows below hold u for both parts; the products of summaries have none.
+    far_bias = _by_distance(rows, far_place, latest)
+    far_bias = (
+        far_bias - at_least_float32((far_key * content_bias[:, None]).sum(-1))[:, :, None, None]
     )
+    away = asking[:, :, None] - asked[:, None]
+    near_bias = _by_distance(rows + place_bias[:, None, None], near_place, away)
     mixed: Tensor = attend(
         (rows + content_bias[:, None, None]).transpose(1, 2).flatten(0, 1),
         beside(far_key, near_key),
         beside(far_value, near_value),
         mask=torch.cat([seen, allowed.expand(*seen.shape[:3], -1)], dim=-1).flatten(0, 1)[:, None],
-        bias=bias.transpose(1, 2).flatten(0, 1),
+        bias=torch.cat([far_bias, near_bias], dim=-1).transpose(1, 2).flatten(0, 1),
         causal=False,
     )
     return join(mixed.reshape(-1, blocks, *mixed.shape[1:]).transpose(1, 2), n)
