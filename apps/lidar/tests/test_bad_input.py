@@ -414,3 +414,39 @@ def test_a_detector_is_not_exported(data: Path, tmp_path: Path):
     assert call("train", "classical", "--data", data, "--out", run, *words)[0] == 0
     line = refusal("export", run, "--out", tmp_path / "model.pt2")
     assert "nothing to export" in line
+
+
+def test_a_scan_in_the_coordinates_of_a_map_is_said_once(made: Path, tmp_path: Path):
+    for number in range(2):
+        points = np.fromfile(scan(made / "data", number, "11"), "<f4").reshape(-1, 4)
+        utm = np.add(points[:, :3], [500_123.456, 5_400_789.012, 115.3], dtype=np.float64)
+        write_ply(tmp_path / f"{number}.ply", utm)
+    words = ("predict", made / "run", tmp_path, "--data.write", "label", "csv")
+    code, _, err = call(*words, "--out", tmp_path / "out")
+    assert code == 0
+    lines = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert len([line for line in lines if "--data.origin X Y Z" in line]) == 1
+    assert len([line for line in lines if "does not look for curbs" in line]) == 1
+    origin = ("--data.origin", "500123.456", "5400789.012", "115.3")
+    code, _, err = call(*words, "--out", tmp_path / "other", *origin)
+    assert code == 0
+    assert "warning: " not in err
+
+
+def test_compare_says_where_the_sensor_of_a_map_is_taken_to_have_stood(made: Path, tmp_path: Path):
+    points = np.fromfile(scan(made / "data"), "<f4").reshape(-1, 4)
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    write_ply(
+        folder / "a.ply", np.add(points[:, :3], [500_123.4, 5_400_789.0, 0], dtype=np.float64)
+    )
+    shutil.copy(labels(made / "data"), folder / "a.label")
+    (tmp_path / "found").mkdir()
+    shutil.copy(labels(made / "data"), tmp_path / "found" / "a.label")
+    words = ("compare", tmp_path / "found", folder, "--roi", "all")
+    code, _, err = call(*words)
+    assert code == 0
+    assert "a: has the coordinates of a map" in err
+    code, _, err = call(*words, "--data.origin", "500123.4", "5400789.0", "0")
+    assert code == 0
+    assert "has the coordinates of a map" not in err

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from heed_lidar.curves import Curb, length_of
 from heed_lidar.map_files import read_geojson, write_geojson
+from heed_lidar.merging import transform_curbs
 from heed_lidar_cli import APP
 
 STEP_M, SCANS = 4.0, 8
@@ -94,7 +96,9 @@ def test_the_street_comes_back(drive: Path):
 def test_curbs_of_one_scan_alone_are_left_out(drive: Path):
     out = drive / "map"
     words = ("merge", drive / "predictions", "--poses", drive / "poses.txt", "--out", out)
-    assert call(*words, "--min-scans", SCANS + 1)[0] == 0
+    code, said, _ = call(*words, "--min-scans", SCANS + 1)
+    assert code == 0
+    assert "2 seen in fewer than 9 scans are left out (--min-scans)" in said
     assert read_geojson(out / "map.local.geojson") == []
 
 
@@ -153,6 +157,27 @@ def test_the_calibration_may_lie_anywhere_and_is_missed(kitti: Path):
     assert (code, "needs the matrix Tr" in err) == (2, True)
     calib.write_text(f"Tr: {numbers(CAMERA)}\n")
     assert call(*words, "--calib", calib)[0] == 0
+
+
+def test_curbs_in_the_coordinates_of_a_map_are_not_moved_again(drive: Path):
+    shift = np.array([500_000.0, 5_400_000.0, 100.0])
+    for number in range(SCANS):
+        name = f"{number:06d}_curbs"
+        curbs = transform_curbs(
+            read_geojson(drive / "predictions" / f"{name}.local.geojson"), pose(number)
+        )
+        placed = [replace(curb, polyline=curb.polyline + shift) for curb in curbs]
+        write_geojson(placed, drive / "predictions" / f"{name}.geojson", crs="map")
+    words = ("merge", drive / "predictions", "--poses", drive / "poses.txt", "--out", drive / "map")
+    code, _, err = call(*words)
+    assert code == 2
+    assert "000001_curbs.local.geojson: holds curbs in the frame of a map" in err
+    assert "1 0 0 0 0 1 0 0 0 0 1 0" in err
+    (drive / "poses.txt").write_text("1 0 0 0 0 1 0 0 0 0 1 0\n" * SCANS)
+    assert call(*words)[0] == 0
+    found = np.concatenate([c.polyline for c in read_geojson(drive / "map" / "map.local.geojson")])
+    away = np.abs(np.abs(found[:, 1] - shift[1]) - 4 - 0.02 * (found[:, 0] - shift[0]))
+    assert away.max() < 0.06
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,54 @@ def test_curbs_of_a_drive_become_two():
     assert merge_curbs([]) == []
 
 
+def bend(*, turn):
+    """The curbs of a street that turns left by an angle on 60 m of radius, scan by scan."""
+    rng = np.random.default_rng(0)
+    moved = []
+    for at in np.arange(0, turn, 0.05):
+        place = pose(60 * np.sin(at), 60 - 60 * np.cos(at), at)
+        angle = at + np.linspace(0.05, 0.4, 150)
+        arcs = [
+            np.stack([r * np.sin(angle), 60 - r * np.cos(angle), 0 * angle], 1) for r in (56, 64)
+        ]
+        world = np.concatenate(arcs) + rng.normal(scale=0.02, size=(300, 3)) * [1, 1, 0]
+        moved += transform_curbs(fit((world - place[:3, 3]) @ place[:3, :3]).curbs, place)
+    return moved
+
+
+def test_merged_bends_are_as_exact_as_the_curbs_of_single_scans():
+    merged = merge_curbs(bend(turn=1.5))
+    off = [
+        np.abs(np.hypot(x, y - 60) - (56 if curb.side == "left" else 64))
+        for curb in merged
+        for x, y, _ in curb.polyline
+    ]
+    assert sum(curb.length_m for curb in merged) > 1.6 * 2 * 60
+    assert np.mean(off) < 0.02
+    assert max(off) < 0.08
+    assert all(curb.rmse_m < 0.03 for curb in merged)
+
+
+def test_merged_curbs_run_in_driving_direction_where_the_street_turns_back():
+    merged = merge_curbs(bend(turn=2.8))
+    assert any(curb.polyline[-1, 0] < curb.polyline[0, 0] for curb in merged)
+    for curb in merged:
+        x, y = curb.polyline[:, 0], curb.polyline[:, 1]
+        assert (np.diff(np.unwrap(np.arctan2(y - 60, x))) > 0).all()  # anticlockwise
+
+
+def test_two_pieces_of_one_scan_are_not_two_scans():
+    x = np.concatenate([np.linspace(5, 12, 80), np.linspace(12.6, 20, 80)])
+    pieces = fit(raised(np.column_stack([x, np.full(160, 5.0)])), CurbFitting(eps_m=0.27)).curbs
+    assert len(pieces) == 2
+    assert [curb.scans for curb in merge_curbs(pieces, scans=[3, 3])] == [1]
+    assert merge_curbs(pieces, scans=[3, 3], min_scans=2) == []
+    assert [curb.scans for curb in merge_curbs(pieces, min_scans=2)] == [2]
+    assert smooth_curbs([[], pieces], [np.eye(4)] * 2) == []
+    with pytest.raises(ValueError, match="one per curb"):
+        merge_curbs(pieces, scans=[3])
+
+
 def test_smoothing_drops_what_one_frame_saw():
     frames, poses = drive()
     ghost = replace(frames[-1][0], polyline=frames[-1][0].polyline + np.array([0, 12.0, 0]))

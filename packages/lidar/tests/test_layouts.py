@@ -276,12 +276,37 @@ def test_inputs_have_different_names(tmp_path, kitti):
     found = find_inputs(
         [tmp_path / "a/scan.bin", tmp_path / "b/scan.bin", tmp_path / "a/scan.xyz"], LidarData()
     )
-    assert names(found) == ["scan_bin", "scan_bin_2", "scan_xyz"]
+    assert names(found) == ["a/scan_bin", "b/scan", "a/scan_xyz"]
     assert names(find_inputs([kitti], LidarData()))[:2] == [
         "sequences/00/000002",
         "sequences/00/000010",
     ]
     assert all(not scan.labelled for scan in find_inputs([kitti], LidarData()))
+
+
+def test_scans_of_one_name_are_named_by_their_folders(tmp_path):
+    for sequence in ("drive/sequences/00", "drive/sequences/08", "other/sequences/00"):
+        folder = tmp_path / sequence / "velodyne"
+        folder.mkdir(parents=True)
+        (folder / "000000.bin").write_bytes(points().tobytes())
+    drive, other = tmp_path / "drive/sequences", tmp_path / "other/sequences"
+    data = LidarData()
+    up = drive / ".." / "sequences" / "08"
+    assert names(find_inputs([drive / "00", up], data)) == ["00/000000", "08/000000"]
+    up = drive / ".." / ".." / "other/sequences/00"
+    assert ".." not in "".join(names(find_inputs([drive / "00", up], data)))
+    assert names(find_inputs([drive / "00", drive / "08"], data)) == ["00/000000", "08/000000"]
+    files = [drive / "00/velodyne/000000.bin", drive / "08/velodyne/000000.bin"]
+    assert names(find_inputs(files, data)) == ["00/000000", "08/000000"]
+    assert names(find_inputs([drive / "00", other / "00"], data)) == [
+        "drive/sequences/00/000000",
+        "other/sequences/00/000000",
+    ]
+    assert names(find_inputs([drive, other], data)) == [
+        "drive/sequences/00/000000",
+        "drive/sequences/08/000000",
+        "other/sequences/00/000000",
+    ]
 
 
 def test_inputs_that_are_no_scans_are_refused(tmp_path):

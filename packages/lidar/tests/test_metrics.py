@@ -149,6 +149,19 @@ def test_a_lateral_shift_is_forgiven_only_by_a_larger_tolerance():
     assert metrics["curb_precision_0.15"] == metrics["curb_recall_0.15"] == 1.0
 
 
+@pytest.mark.parametrize("tolerance", [0.05, 0.1, 0.15, 0.2])
+@pytest.mark.parametrize("start", [3.0, -17.3])
+def test_a_shift_by_the_tolerance_itself_is_forgiven_whatever_float32_made_of_it(start, tolerance):
+    x = np.arange(1.0, 40.0)
+    shifted = [np.column_stack([x, np.full(39, y), 0 * x]) for y in (start, start + tolerance)]
+    xyz = np.concatenate(shifted).astype(np.float32).astype(np.float64)
+    truth = np.repeat([1, 2], 39)
+    found = summarise(score_scan("a", xyz, truth, truth[::-1].copy(), NAMES)).tolerances
+    for row in found:
+        expected = float(row["tolerance_m"] >= tolerance)
+        assert row["precision"] == row["recall"] == expected
+
+
 def test_distances_reach_their_limit():
     points, others = np.array([[0.0, 0], [0, 3]]), np.array([[0.0, 0.5]])
     assert within(points, others, 0.5).tolist() == [0.5, math.inf]

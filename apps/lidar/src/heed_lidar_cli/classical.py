@@ -17,6 +17,7 @@ from heed_core.errors import InputError
 from heed_lidar.classical import ClassicalConfig, detect_curbs
 from heed_lidar.labels import CURB, OTHERS
 from heed_lidar.scans import Scan
+from heed_lidar_cli.doubts import Doubts
 from heed_lidar_cli.prediction import StreetPrediction, curb_class
 from heed_lidar_cli.scoring import Counts
 from heed_lidar_cli.settings import StreetData, settle
@@ -118,6 +119,7 @@ class ClassicalModule(L.LightningModule):
         self.model, self.settings = model, settings
         self.still = nn.Parameter(torch.zeros(()))
         self.tally = Counts(settings.data)
+        self.doubts = Doubts(settings.data, road=False)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Count the curb points of a batch; the loss is 1 - F1 of the best so far."""
@@ -153,6 +155,10 @@ class ClassicalModule(L.LightningModule):
 
     def predict_step(self, cases: list[Scan], _: int) -> list[StreetPrediction]:
         """The curbs of whole scans."""
+        near, far = self.model.config.range_m
+        for scan in cases:
+            distance = np.hypot(scan.cloud.xyz[:, 0], scan.cloud.xyz[:, 1])
+            self.doubts.tell(scan, (distance >= near) & (distance <= far))
         return [self._predict(scan) for scan in cases]
 
     def configure_optimizers(self) -> Any:

@@ -22,6 +22,7 @@ from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.labels import read_labels
 from heed_lidar.layouts import is_derived, list_scans
 from heed_lidar.scans import load_scan
+from heed_lidar_cli.doubts import Doubts
 from heed_lidar_cli.scoring import DERIVED_LABELS, FINAL, report, row_of
 from heed_lidar_cli.settings import StreetData, ToleranceOptions, own_flags
 from heed_runtime.files import atomic_folder, refuse_existing, write_csv, write_json
@@ -147,12 +148,14 @@ def _score(options: Options, data: StreetData, predicted: dict[Key, Path]) -> tu
     rows: list[Row] = []
     matched = [(scan, predicted.get(key_of(Path(scan.name)))) for scan in scans]
     _refuse_strangers(options, predicted, [key_of(Path(scan.name)) for scan in scans])
+    doubts = Doubts(data, road=False)
     with options.terminal.progress("compare", len(matched)) as progress:
         for file, path in matched:
             progress.advance()
             if path is None:
                 continue
             scan = load_scan(file, data)
+            doubts.tell(scan, np.ones(len(scan), dtype=bool))
             raw = read_labels(path, count=scan.cloud.rows_in_file)[scan.cloud.rows]
             classes = data.label_map.classes_of(raw, where=path)
             assert scan.classes is not None

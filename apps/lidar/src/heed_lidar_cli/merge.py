@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -84,11 +84,15 @@ def run(app: App, options: Options) -> Result:
     """Read, move into the frame of the first scan, join, write."""
     frames, poses = _read(options)
     with options.terminal.progress("merge", len(frames)) as progress:
-        moved = []
-        for (_, curbs), pose in zip(frames, poses, strict=True):
+        moved: list[Curb] = []
+        scans: list[int] = []
+        for number, ((_, curbs), pose) in enumerate(zip(frames, poses, strict=True)):
             moved += transform_curbs(curbs, pose)
+            scans += [number] * len(curbs)
             progress.advance()
-    joined = merge_curbs(moved, eps_m=options.eps_m, min_curbs=options.min_scans)
+    every = merge_curbs(moved, scans=scans, eps_m=options.eps_m)
+    seen = [curb for curb in every if curb.scans >= options.min_scans]
+    joined = [replace(curb, number=number) for number, curb in enumerate(seen)]
     origin = None if options.map_origin is None else Origin.parse(options.map_origin)
     with atomic_folder(options.out, overwrite=options.overwrite) as folder:
         _write(folder, joined, options.write, origin)
@@ -99,6 +103,7 @@ def run(app: App, options: Options) -> Result:
         {
             "curb": curb.number,
             "side": curb.side,
+            "scans": curb.scans,
             "length_m": round(curb.length_m, 1),
             "step_m": round(curb.step_height_m, 2),
             "score": round(curb.score, 2),
@@ -106,10 +111,14 @@ def run(app: App, options: Options) -> Result:
         for curb in joined
     ]
     total = round(sum(curb.length_m for curb in joined), 1)
+    title = f"{len(joined)} curbs, {total} m, out of {len(moved)} in {len(frames)} scans"
+    lost = len(every) - len(joined)
+    if lost:
+        title += f"; {lost} seen in fewer than {options.min_scans} scans are left out (--min-scans)"
     return Result(
-        title=f"{len(joined)} curbs, {total} m, out of {len(moved)} in {len(frames)} scans",
+        title=title,
         tables=[Table(title="", rows=rows)],
-        data={"n": len(frames), "curbs": rows, "length_m": total},
+        data={"n": len(frames), "curbs": rows, "length_m": total, "left_out": lost},
         files=sorted(path for path in options.out.iterdir() if path.is_file()),
     )
 
@@ -159,8 +168,22 @@ def _read(options: Options) -> tuple[list[tuple[str, list[Curb]]], Poses]:
         )
     poses = _read_poses(options, paths)
     order = sorted(paths)
-    frames = [(paths[n].name.removesuffix(ENDING), read_geojson(paths[n])) for n in order]
+    frames = [(paths[n].name.removesuffix(ENDING), _curbs_at(paths[n], poses[n])) for n in order]
     return frames, poses[order]
+
+
+def _curbs_at(path: Path, pose: Float64[np.ndarray, "4 4"]) -> list[Curb]:
+    """The curbs of a scan; those in a map's coordinates are not to be moved again."""
+    if np.array_equal(pose, np.eye(4)):
+        return read_geojson(path)
+    try:
+        return read_geojson(path, crs="sensor")
+    except InputError as error:
+        remedy = error.remedy or (
+            "a pose must not move them again: give poses with the row 1 0 0 0 0 1 0 0 0 0 1 0 for "
+            "each scan"
+        )
+        raise InputError(error.problem, path=error.path, remedy=remedy) from error
 
 
 def _read_poses(options: Options, predictions: Mapping[int, Path]) -> Poses:

@@ -33,6 +33,7 @@ from heed_lidar.losses import ClassBalance, class_balance, segmentation_loss
 from heed_lidar.scans import Scan, ScanData, crop_scan
 from heed_lidar.scenes.files import SceneSet, write_scenes
 from heed_lidar.scenes.sensor import Sensor
+from heed_lidar_cli.doubts import Doubts
 from heed_lidar_cli.prediction import StreetPrediction, finish, write_files
 from heed_lidar_cli.scoring import Counts, report, score
 from heed_lidar_cli.settings import CHANGEABLE, NetworkData, NetworkTraining, StreetData, settle
@@ -179,6 +180,7 @@ class SegmentationModule(L.LightningModule):
         super().__init__()
         self.model, self.settings = model, settings
         self.counts = Counts(settings.data)
+        self.doubts = Doubts(settings.data, road=True)
 
     def training_step(self, batch: PointBatch, _: int) -> Tensor:
         """The loss of a batch of scans."""
@@ -223,6 +225,8 @@ class SegmentationModule(L.LightningModule):
     def predict_step(self, cases: list[Scan], _: int) -> list[StreetPrediction]:
         """Classes and curbs of whole scans."""
         data = self.settings.data
+        for scan in cases:
+            self.doubts.tell(scan, self.settings.model.grid.inside(scan.cloud.xyz))
         return [finish(scan, self.probabilities(scan), data) for scan in cases]
 
     def probabilities(self, scan: Scan) -> Float[np.ndarray, "n c"]:

@@ -1,10 +1,11 @@
-"""Read a whole data set and report everything that is broken."""
+"""Read a whole data set and report everything that is broken; tell of one scan what is odd."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool
 
 from heed_core.errors import InputError
 from heed_lidar.clouds.bags import Recordings
@@ -54,6 +55,8 @@ class _Reading:
     """Points of each class; empty: no labels."""
     outside: int
     """Points outside of the region that counts."""
+    guessed: bool
+    """Whether the sensor's place was taken from the coordinates; see `origin_guessed`."""
 
 
 def check_data(data: LidarData, root: Path) -> DataCheck:
@@ -94,13 +97,64 @@ def _reading(file: ScanFile, scan: Scan, data: LidarData, classes: int) -> _Read
         points=len(cloud),
         removed=cloud.not_finite + cloud.zeros,
         range_m=float(np.hypot(cloud.xyz[:, 0], cloud.xyz[:, 1]).max(initial=0.0)),
-        ground_z_m=float(np.quantile(cloud.xyz[:, 2], 0.1)) if len(cloud) else float("nan"),
+        ground_z_m=_ground_z_m(scan),
         intensity=cloud.intensity is not None,
         dark=len(known) > 0 and bool(known.max() < _DARK),
         bright=2 * int((known == 1).sum()) > len(known),
         per_class=per_class,
         outside=int((~parse_region(data.roi).contains(cloud.xyz)).sum()),
+        guessed=origin_guessed(scan, data),
     )
+
+
+def _ground_z_m(scan: Scan) -> float:
+    """About the height of the road."""
+    return float(np.quantile(scan.cloud.xyz[:, 2], 0.1)) if len(scan) else float("nan")
+
+
+def origin_guessed(scan: Scan, data: LidarData) -> bool:
+    """Whether a scan has a map's coordinates and nobody said where its sensor stood."""
+    return data.origin is None and any(scan.cloud.origin)
+
+
+def frame_doubts(
+    scan: Scan, data: LidarData, seen: Bool[np.ndarray, " n"], *, road: bool = True
+) -> dict[str, str]:
+    """Why a scan may lie elsewhere than where a detector looks for curbs; empty: it does not.
+
+    Args:
+        scan: As read.
+        data: How it was read.
+        seen: The points that lie where the detector looks.
+        road: Whether the detector expects the road at the height that a car's sensor sees it at.
+
+    Returns:
+        Kind of doubt -> what is odd and what to do.
+    """
+    doubts: dict[str, str] = {}
+    if not len(scan):
+        return doubts
+    if origin_guessed(scan, data):
+        place = ", ".join(f"{value:.0f}" for value in scan.cloud.origin)
+        doubts["origin"] = (
+            f"has the coordinates of a map; its sensor is taken to have stood at ({place}), the "
+            f"first point rounded to 100 m, which may be far from the truth: say where with "
+            f"--data.origin X Y Z"
+        )
+    outside = len(scan) - int(seen.sum())
+    ground = _ground_z_m(scan)
+    if 2 * outside > len(scan):
+        doubts["outside"] = (
+            f"has {outside} of its {len(scan)} points where this system does not look for curbs; "
+            f"its result tells little: bring the scan to the sensor's frame with --data.origin, "
+            f"--data.xy-transform and --data.z-shift"
+        )
+    elif road and not _ROAD_Z_M[0] <= ground <= _ROAD_Z_M[1]:
+        doubts["road"] = (
+            f"has its low points at z = {ground:.1f} m; a road seen from a car is at "
+            f"{_ROAD_Z_M[0]} to {_ROAD_Z_M[1]} m, which the network learnt: use --data.z-shift"
+        )
+    return doubts
 
 
 def _count_row(
@@ -169,6 +223,8 @@ def _odd_scans(root: Path, readings: Sequence[_Reading]) -> list[str]:
     """Scans that are read and look as if they were of another kind."""
     findings = {
         f"have fewer than {_FEW_POINTS} points": [r for r in readings if r.points < _FEW_POINTS],
+        "have a map's coordinates: their sensors are taken to have stood at the first point "
+        "rounded to 100 m (--data.origin)": [r for r in readings if r.guessed],
         "have no intensity; it is taken as 0": [r for r in readings if not r.intensity],
         f"have intensities below {_DARK} alone (--data.intensity-scale)": [
             r for r in readings if r.dark

@@ -94,6 +94,8 @@ class Curb:
     """90th minus 10th percentile of the heights within 0.15 m of the curve, slope removed."""
     score: float
     """Mean curb probability of its points."""
+    scans: int = 1
+    """Scans that it was seen in."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The scans in a data set, and in files that a user gives."""
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -316,6 +317,9 @@ def find_inputs(
 ) -> list[ScanFile]:
     """The scans in files, folders and recordings, in natural order within each.
 
+    A scan is named as its file, with the folders below the one that is given. Where several would
+    have one name, all are named with folders above as well: `00/000000`, `08/000000`.
+
     Args:
         paths: What is given.
         data: How files are read.
@@ -365,8 +369,33 @@ def _frames(path: Path, name: str, data: LidarData) -> list[ScanFile]:
     return [ScanFile(name=f"{name}/{frame:06d}", cloud=path, frame=frame) for frame in range(count)]
 
 
+def _named_by_folders(scans: Sequence[ScanFile]) -> list[ScanFile]:
+    """Where scans share a name, all get as many of the folders above as tell most of them apart."""
+    if len({scan.name for scan in scans}) == len(scans):
+        return list(scans)
+    above = [_folders_above(scan) for scan in scans]
+    longer = [
+        [
+            "/".join((*folders[len(folders) - depth :], scan.name))
+            for scan, folders in zip(scans, above, strict=True)
+        ]
+        for depth in range(min(map(len, above)) + 1)
+    ]
+    best = max(longer, key=lambda names: len(set(names)))  # the first of equals
+    return [replace(scan, name=name) for scan, name in zip(scans, best, strict=True)]
+
+
+def _folders_above(scan: ScanFile) -> tuple[str, ...]:
+    """The folders that a scan lies in and that are not in its name; the last is the nearest."""
+    whole = Path(os.path.abspath(scan.cloud))  # noqa: PTH100 - without "..", links not followed
+    folders = tuple(part for part in whole.parent.parts[1:] if part != CLOUDS)
+    inner = scan.name.count("/") - (scan.frame is not None)
+    return folders[: len(folders) - inner]
+
+
 def _with_unique_names(scans: Sequence[ScanFile]) -> list[ScanFile]:
-    """Scans of one name get the suffix of their file, then a number."""
+    """Scans of one name get the folders above them, then their file's suffix, then a number."""
+    scans = _named_by_folders(scans)
     names = Counter(scan.name for scan in scans)
     settled: list[ScanFile] = []
     used: set[str] = set()

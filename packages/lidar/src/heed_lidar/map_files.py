@@ -80,16 +80,21 @@ def write_geojson(
     return _write(path, json.dumps(document, allow_nan=False, indent=1) + "\n")
 
 
-def read_geojson(path: Path) -> list[Curb]:
+def read_geojson(path: Path, *, crs: Frame | None = None) -> list[Curb]:
     """Read what `write_geojson` wrote without an origin: curbs in metres.
 
+    Args:
+        path: The file.
+        crs: The frame that the curbs have to be in; None: any.
+
     Raises:
-        InputError: The file does not exist, is something else, or holds degrees.
+        InputError: The file does not exist, is something else, holds degrees, or curbs in another
+            frame.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        crs = document.get("heed:crs")
-        curbs = [] if crs is None else [_curb_of(feature) for feature in document["features"]]
+        found = document.get("heed:crs")
+        curbs = [] if found is None else [_curb_of(feature) for feature in document["features"]]
     except FileNotFoundError:
         raise InputError("does not exist", path=path) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -98,10 +103,12 @@ def read_geojson(path: Path) -> list[Curb]:
             path=path,
             remedy="give what predict wrote",
         ) from error
-    if crs is None:
+    if found is None:
         raise InputError(
             "holds degrees, curbs in metres are needed", path=path, remedy="leave out map_origin"
         )
+    if crs is not None and found != crs:
+        raise InputError(f"holds curbs in the frame of a {found}, not of a {crs}", path=path)
     return curbs
 
 

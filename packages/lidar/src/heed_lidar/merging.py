@@ -9,6 +9,8 @@ from jaxtyping import Float64, Int64
 from heed_lidar.curves import Curb, CurbFitting, Side, fit_curbs, length_of, resample
 
 _MAX_DEPTH = 12  # a street of a kilometre is split into pieces of 6 m at most
+_REACH_M = 1.5
+"""Along a merged line, over which its distance from the curves that it is made of is averaged."""
 
 
 def transform_curbs(curbs: Sequence[Curb], pose: Float64[np.ndarray, "4 4"]) -> list[Curb]:
@@ -30,22 +32,32 @@ def transform_curbs(curbs: Sequence[Curb], pose: Float64[np.ndarray, "4 4"]) -> 
 def merge_curbs(
     curbs: Sequence[Curb],
     *,
+    scans: Sequence[int] | None = None,
     eps_m: float = 1.0,
-    min_curbs: int = 1,
+    min_scans: int = 1,
     settings: CurbFitting | None = None,
 ) -> list[Curb]:
     """Join curbs of several scans that lie over each other.
 
-    The curves are sampled evenly, clustered again and fitted again. A merged curb sums up the
-    points of those that it was made of; step height and score are their means and the side is the
-    one of most, weighted by length.
+    The curves are sampled evenly, clustered again and fitted again; as one polynomial does not
+    follow a long bend, the line is then drawn to the mean of the curves around each vertex. A
+    merged curb runs as most of those that it was made of, in driving direction, and sums up their
+    points; step height and score are their means and the side is the one of most, weighted by
+    length.
 
     Args:
         curbs: In one frame, see `transform_curbs`.
+        scans: Number of the scan of each curb; None: each is of another scan.
         eps_m: Radius of the clustering.
-        min_curbs: Merged curbs made of fewer are dropped.
+        min_scans: Merged curbs that were seen in fewer are dropped.
         settings: Degree, offset and spacing of the fit; the rest of it is made for whole curves.
+
+    Raises:
+        ValueError: Not one scan per curb.
     """
+    of_scan = np.arange(len(curbs)) if scans is None else np.asarray(scans)
+    if len(of_scan) != len(curbs):
+        raise ValueError(f"scans must name one per curb, got {len(of_scan)} for {len(curbs)}")
     if not curbs:
         return []
     settings = replace(
@@ -59,13 +71,39 @@ def merge_curbs(
     samples = [resample(curb.polyline, min(settings.spacing_m, eps_m / 2)) for curb in curbs]
     source = np.repeat(np.arange(len(curbs)), [len(sample) for sample in samples])
     score = np.array([curb.score for curb in curbs])[source]
-    fit = fit_curbs(np.concatenate(samples), score, settings)
+    points = np.concatenate(samples)
+    fit = fit_curbs(points, score, settings)
     merged: list[Curb] = []
     for curb in fit.curbs:
-        parts = source[fit.cluster == curb.number]
-        if len(np.unique(parts)) >= min_curbs:
-            merged.append(_sum_up(replace(curb, number=len(merged)), curbs, parts))
+        own = fit.cluster == curb.number
+        seen = len(np.unique(of_scan[source[own]]))
+        if seen >= min_scans:
+            numbered = replace(curb, number=len(merged), scans=seen)
+            drawn = _drawn_to(numbered, points[own, :2], source[own])
+            merged.append(_sum_up(drawn, curbs, source[own]))
     return merged
+
+
+def _drawn_to(curb: Curb, xy: Float64[np.ndarray, "n 2"], source: Int64[np.ndarray, " n"]) -> Curb:
+    """Move each vertex across the line by the mean offset of the samples around it.
+
+    The line then runs as most of its samples, which follow each other within each source.
+    """
+    from scipy.spatial import KDTree  # type: ignore[import-untyped]
+
+    line = curb.polyline
+    along = np.gradient(line[:, :2], axis=0)
+    along /= np.linalg.norm(along, axis=1, keepdims=True)
+    across = np.stack([-along[:, 1], along[:, 0]], axis=1)
+    nearest = KDTree(line[:, :2]).query(xy)[1]
+    offsets = ((xy - line[nearest, :2]) * across[nearest]).sum(axis=1)
+    around = KDTree(xy).query_ball_point(line[:, :2], _REACH_M)
+    shifts = np.array([offsets[rows].mean() if rows else 0.0 for rows in around])
+    moved = np.column_stack([line[:, :2] + shifts[:, None] * across, line[:, 2]])
+    rest = offsets - shifts[nearest]
+    ahead = np.diff(nearest)[np.diff(source) == 0].sum() >= 0
+    line = moved if ahead else moved[::-1]
+    return replace(curb, polyline=line, rmse_m=float(np.sqrt(np.mean(rest**2))))
 
 
 def _sum_up(merged: Curb, curbs: Sequence[Curb], parts: Int64[np.ndarray, " n"]) -> Curb:
@@ -98,7 +136,7 @@ def smooth_curbs(
         frames: Curbs of each frame in its sensor's frame, the newest last.
         poses: Take homogeneous sensor points to the map, one per frame.
         eps_m: Radius of the clustering.
-        min_frames: Curbs that are made of fewer curves are dropped.
+        min_frames: Curbs that were seen in fewer frames are dropped.
 
     Raises:
         ValueError: Not one pose per frame.
@@ -113,4 +151,5 @@ def smooth_curbs(
         for curbs, pose in zip(frames, poses, strict=True)
         for curb in transform_curbs(curbs, home @ pose)
     ]
-    return merge_curbs(moved, eps_m=eps_m, min_curbs=min_frames)
+    scans = [number for number, curbs in enumerate(frames) for _ in curbs]
+    return merge_curbs(moved, scans=scans, eps_m=eps_m, min_scans=min_frames)

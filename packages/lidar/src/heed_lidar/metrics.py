@@ -33,6 +33,8 @@ _SAMPLES = 2000
 _LEVEL = 0.95
 _MATCH_M = 1.0
 _COVERED_M = 0.2
+_ROUNDING_M = 1e-5
+"""Files hold float32: two coordinates of 100 m may be 0.008 mm nearer or farther than measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,19 +174,20 @@ def _tolerance_counts(
     predicted: Bool[np.ndarray, " n"],
     settings: CurbScoring,
 ) -> _Row:
-    """Predicted points near a true one, true points near a predicted one."""
+    """Predicted points near a true one, true points near a predicted one, the limit included."""
     if not settings.tolerances_m:
         return {}
     points = xyz if settings.distance == "xyz" else xyz[:, :2]
-    limit = max(settings.tolerances_m)
+    limit = max(settings.tolerances_m) + _ROUNDING_M
     to_truth = within(points[predicted], points[true], limit)
     to_prediction = within(points[true], points[predicted], limit)
     row: _Row = {}
     hit = int((true & predicted).sum())
     for tolerance in settings.tolerances_m:
         # Other points at the very same place do not make a strict hit.
-        hits = int((to_truth <= tolerance).sum()) if tolerance else hit
-        found = int((to_prediction <= tolerance).sum()) if tolerance else hit
+        reach = tolerance + _ROUNDING_M
+        hits = int((to_truth <= reach).sum()) if tolerance else hit
+        found = int((to_prediction <= reach).sum()) if tolerance else hit
         row[f"curb hit {tolerance:g}"] = hits
         row[f"curb found {tolerance:g}"] = found
     return row
@@ -210,7 +213,7 @@ def _curve_counts(xy: Float64[np.ndarray, "n 2"], curbs: Sequence[Curb]) -> _Row
     return {
         "curve points": len(xy),
         "curve matched": int(matched.sum()),
-        "curve covered": int((nearest <= _COVERED_M).sum()),
+        "curve covered": int((nearest <= _COVERED_M + _ROUNDING_M).sum()),
         "curve offset": float(nearest[matched].sum()),
     }
 
