@@ -403,3 +403,13 @@ def test_every_backend_on_cuda(impl, kind, dtype) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_bias_beyond_half_precision_picks_its_key(impl: str, dtype: torch.dtype) -> None:
+    query, key, value = draw(1, 2, 2, 3, 5, 8, 8, dtype=dtype)
+    bias = torch.zeros(3, 5)
+    bias[:, 2] = 3.4e38
+    found = attend(query, key, value, bias=bias, impl=impl)
+    torch.testing.assert_close(found, value[:, :, 2:3].expand_as(found))

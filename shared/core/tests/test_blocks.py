@@ -331,6 +331,8 @@ def test_biases_reach_the_scores() -> None:
     close(module(x, bias=extra), plain(x, bias=bias(6, 6) + extra))
     module(x).sum().backward()
     assert bias.table.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="bias must be broadcastable"):
+        module(x, bias=extra[..., :-1])
 
 
 def test_rotary_cross_attention_uses_both_positions() -> None:

@@ -60,3 +60,11 @@ def test_every_class_is_compiled_and_exported_by_default_unless_excused() -> Non
     for name in ("compile", "export"):
         able = {kind(c.mechanism) for c in CLAUSES if c.name == name and c.excuse is None}
         assert {kind(c.mechanism) for c in EVERYDAY.values() if c.name == name} == able
+
+
+def test_every_module_that_holds_weights_shows_its_options() -> None:
+    for mechanism in MECHANISMS:
+        for module in mechanism.build(0.0).modules():
+            holds = any(True for _ in module.parameters(recurse=False))
+            if holds and not any(True for _ in module.children()):
+                assert module.extra_repr(), f"{type(module).__name__} of {mechanism.name}"

@@ -47,3 +47,12 @@ def test_constants_are_moved_and_not_saved() -> None:
     assert not bias.state_dict()
     bias.load_state_dict({})
     assert bias.slopes.dtype == torch.bfloat16
+
+
+def test_who_loads_weights_in_inference_mode_may_train_later() -> None:
+    for make, shape in MAKERS.values():
+        module = make()
+        state = module.state_dict()
+        with torch.inference_mode():
+            module.load_state_dict(state)
+        module(torch.randn(shape, requires_grad=True)).sum().backward()

@@ -7,14 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heed_core import observe
-from heed_core.attention.dynamic_mask import (
-    DynamicMaskAttention,
-    dynamic_mask_attention,
-    keep_blocks,
-    keep_most,
-)
+from heed_core.attention.dynamic_mask import DynamicMaskAttention, dynamic_mask_attention
 from heed_core.dispatch import UnsupportedBackend
 from heed_core.kernels.dynamic_blocks import TILE, dynamic_block_mask, kept_blocks
+from heed_core.key_selection import keep_blocks, keep_most
 
 
 def permission(n: int, m: int, real: Tensor, causal: bool) -> Tensor:

@@ -14,11 +14,9 @@ from heed_core.attention.dynamic_mask import (
     DynamicMaskAttention,
     dynamic_mask_attention,
     dynamic_scores,
-    keep_blocks,
-    keep_most,
-    keep_positive,
 )
 from heed_core.kernels.running_top import running_top
+from heed_core.key_selection import keep_blocks, keep_most, keep_positive
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
 
@@ -363,3 +361,16 @@ def test_blocks_in_pieces_are_blocks_at_once(
         dense = dynamic_mask_attention(query, key.contiguous(), value.contiguous(), scores, **given)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(dense, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_exponential_scores_that_overflow_leave_no_nan(dtype: torch.dtype) -> None:
+    attention = DynamicMaskAttention(8, heads=2, keep=3, qkv_bias=True).to(dtype)
+    with torch.no_grad():
+        attention.strength.fill_(2.0)
+        attention.score.bias.fill_(60.0)
+    x = torch.randn(2, 6, 8, dtype=dtype, requires_grad=True)
+    found = attention(x)
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert x.grad.isfinite().all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from heed_core.attention.bilevel import routed_attention
+from heed_core.attention.causal_long_short import CausalLongShortAttention
 from heed_core.attention.class_attention import class_attention
 from heed_core.attention.complex import ComplexAttention
 from heed_core.attention.connectivity import gathered_attention
@@ -14,17 +15,17 @@ from heed_core.attention.dynamic_mask import (
     DynamicMaskAttention,
     dynamic_mask_attention,
     dynamic_scores,
-    keep_most,
 )
 from heed_core.attention.gaussian import gaussian_weights
 from heed_core.attention.linear import LinearAttention, linear_attention
 from heed_core.attention.local import local_attention
-from heed_core.attention.long_short import CausalLongShortAttention, tiled_attention
+from heed_core.attention.long_short import tiled_attention
 from heed_core.attention.mixture_of_heads import MixtureOfHeads
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.attention.relative_conv import RelativeConvAttention, depthwise_conv
 from heed_core.attention.tensor import tensor_attention_poly
 from heed_core.head_routing import mixture_gates
+from heed_core.key_selection import keep_most
 
 pytestmark = pytest.mark.bad_input
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from heed_core.attention.bounded_memory import BoundedMemoryAttention, abc_from_cab
+from heed_core.attention.causal_long_short import CausalLongShortAttention
 from heed_core.attention.cosformer import CosformerAttention, cosformer_from_cab
 from heed_core.attention.diagonal_state import (
     DiagonalStateMixer,
@@ -15,11 +16,7 @@ from heed_core.attention.diagonal_state import (
     state_response,
 )
 from heed_core.attention.local import LocalAttention, local_from_cab
-from heed_core.attention.long_short import (
-    CausalLongShortAttention,
-    LongShortAttention,
-    long_short_from_cab,
-)
+from heed_core.attention.long_short import LongShortAttention, long_short_from_cab
 from heed_core.attention.nystrom import NystromAttention, nystrom_from_cab
 from heed_core.attention.performer import (
     PerformerAttention,

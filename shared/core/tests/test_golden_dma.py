@@ -14,9 +14,8 @@ from heed_core.attention.dynamic_mask import (
     dynamic_mask_attention,
     dynamic_mask_from_doge,
     dynamic_scores,
-    keep_blocks,
-    keep_most,
 )
+from heed_core.key_selection import keep_blocks, keep_most
 from heed_core.relative import RotaryPositions
 
 GOLDEN = Path(__file__).parent / "golden" / "dma" / "fixture.safetensors"

@@ -334,3 +334,16 @@ def test_padding_before_decoding_leaves_no_trace_in_the_cache(gated: bool) -> No
         found, alone = torch.cat(parts, dim=1), module(x[:1, 3:])
     torch.testing.assert_close(found[:1, 3:], alone, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found[1:], module(x[1:]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_tokens_of_zeros_do_not_burst_the_gradients_of_the_delta_rule(half: bool) -> None:
+    attention = DeltaRuleAttention(12, heads=3, gated=True)
+    x = torch.randn(2, 5, 12)
+    x[:, 2] = 0.0
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+        found = attention(x)
+    found.float().sum().backward()
+    assert x.grad.abs().max() < 1e3
+    assert all(p.grad.isfinite().all() for p in attention.parameters())

@@ -7,15 +7,14 @@ from torch import Tensor
 
 from heed_core import observe
 from heed_core.attention.bounded_memory import BoundedMemoryAttention
+from heed_core.attention.causal_long_short import (
+    CausalLongShortAttention,
+    causal_long_short_attention,
+)
 from heed_core.attention.cosformer import CosformerAttention
 from heed_core.attention.diagonal_state import DiagonalStateMixer, diagonal_state_mixing
 from heed_core.attention.local import LocalAttention, local_attention
-from heed_core.attention.long_short import (
-    CausalLongShortAttention,
-    LongShortAttention,
-    causal_long_short_attention,
-    long_short_attention,
-)
+from heed_core.attention.long_short import LongShortAttention, long_short_attention
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.attention.nystrom import NystromAttention
 from heed_core.attention.performer import (

@@ -215,3 +215,22 @@ def test_fourier_positions_equal_the_formula() -> None:
 def test_bad_arguments_are_named(call, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_fourier_codes_keep_their_coordinates_under_autocast() -> None:
+    module = FourierPositions(16, axes=2)
+    coordinates = torch.rand(20, 2) * 500
+    wanted = module(coordinates)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(coordinates)
+    torch.testing.assert_close(found.float(), wanted, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.bad_input
+def test_coordinates_without_a_code_are_named() -> None:
+    code = GaussianGramPositions(14, 32, zero_rows=2)
+    for wrong in (16, -1):
+        with pytest.raises(ValueError, match="coordinates must be from 0 to 15"):
+            code(torch.tensor([[wrong]]))
+    with pytest.raises(TypeError, match="coordinates must be int64"):
+        code(torch.tensor([[1.0]]))

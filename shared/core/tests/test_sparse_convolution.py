@@ -676,3 +676,11 @@ def test_gradients_of_functions_are_those_of_autograd() -> None:
     leaves = x.features.clone().requires_grad_(), layer.weight
     wanted = torch.autograd.grad(loss(*leaves), leaves)
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.Identity()])
+def test_another_norm_may_stand_in_the_place_of_the_batch_norm(norm: nn.Module) -> None:
+    rows = torch.randn(6, 4)
+    wanted = norm(F.leaky_relu(rows, 0.01))
+    with torch.no_grad():
+        torch.testing.assert_close(activate_norm_(norm, rows.clone()), wanted)

@@ -249,3 +249,11 @@ def test_wrong_arguments_are_named() -> None:
         TensorAttention(12, heads=3, method="poly", tolerance=0.1)
     with pytest.raises(ValueError, match="tolerance must be between 0 and 1"):
         TensorAttention(12, heads=3, method="auto", tolerance=2.0)
+
+
+def test_the_default_device_is_not_that_of_a_call() -> None:
+    attention = TensorAttention(12, heads=3, causal=True, method="poly", degree=2)
+    x = torch.randn(1, 4, 12)
+    wanted = attention(x)
+    with torch.device("meta"):
+        assert torch.equal(attention(x), wanted)

@@ -27,7 +27,7 @@ from heed_core.attention.multi_head import (
     build_norm,
     check_heads,
 )
-from heed_core.cache import CrossCache, LayerCache, StackCache
+from heed_core.cache import CrossCache, LayerCache, StackCache, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.relative import RotaryPositions
 
@@ -190,6 +190,7 @@ class EncoderBlock(_Block):
     ) -> None:
         super().__init__(config, rotary, relative_bias)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -237,6 +238,7 @@ class DecoderBlock(_Block):
         self.context_norm = build_norm(config.norm, config.dim, config.norm_eps)
         self.context_attention = _context_attention(config)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -319,6 +321,7 @@ class Encoder(nn.Module):
         )
         self.norm = _final_norm(config, final_norm)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -382,6 +385,7 @@ class Decoder(nn.Module):
         )
         self.norm = _final_norm(config, final_norm)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],

@@ -19,11 +19,50 @@ A cache holds no gradients: decode under `torch.no_grad()` or `torch.inference_m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def restores_cache(call: Callable[P, R]) -> Callable[P, R]:
+    """A call whose `cache` is as before where it raises.
+
+    Else its tokens would stay, and would be there twice once it is made again, corrected.
+    """
+
+    @wraps(call)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        cache = kwargs.get("cache")
+        if cache is None or torch.compiler.is_compiling():
+            return call(*args, **kwargs)
+        before = [(part, dict(vars(part))) for part in _parts(cache)]
+        try:
+            return call(*args, **kwargs)
+        except BaseException:  # also who interrupts it may go on
+            for part, held in before:  # nothing held is written to, but for places behind `length`
+                vars(part).update(held)
+            raise
+
+    return guarded
+
+
+def _parts(cache: object) -> Iterator[object]:
+    """A cache and the caches that it is made of."""
+    yield cache
+    if isinstance(cache, StackCache):
+        for layer in cache.layers:
+            yield from _parts(layer)
+    elif isinstance(cache, LayerCache):
+        yield cache.own
+        if cache.context is not None:
+            yield cache.context
 
 
 def _check_length(length: int, current: int) -> None:
@@ -58,6 +97,15 @@ def _check_rows(index: Tensor, batch: int) -> None:
         raise ValueError(
             f"index must be a 1-d integer tensor of rows below {batch}, got {index.dtype} of shape "
             f"{tuple(index.shape)}"
+        )
+
+
+def check_sequences(cache: KVCache | StateCache, batch: int) -> None:
+    """Raise a ValueError if a call has another number of sequences than its cache."""
+    if cache.batch != batch:
+        raise ValueError(
+            f"the cache holds {cache.batch} sequences and the call has {batch}; make the cache for "
+            "them, or reorder it"
         )
 
 
@@ -164,6 +212,56 @@ class KVCache:
         """A copy that shares no memory."""
         twin = copy.copy(self)
         twin._keys, twin._values = self._keys.clone(), self._values.clone()
+        return twin
+
+
+class ScoredKVCache(KVCache):
+    """Keys, values and the scores of the keys, which decoding then need not compute again.
+
+    Args:
+        batch: Sequences decoded together.
+        kv_heads: Key/value heads.
+        max_len: Tokens that fit.
+        head_dim: Channels of a key and a value.
+        dtype: Of keys and values; scores are float32 at least.
+        device: Where the memory is.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        max_len: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(batch, kv_heads, max_len, head_dim, dtype=dtype, device=device)
+        exact = torch.promote_types(self.keys.dtype, torch.float32)
+        self._scores = torch.zeros(batch, kv_heads, max_len, dtype=exact, device=device)
+
+    def append_scored(
+        self,
+        key: Float[Tensor, "b g n d"],
+        value: Float[Tensor, "b g n d"],
+        scores: Float[Tensor, "b g n"],
+    ) -> tuple[Float[Tensor, "b g m d"], Float[Tensor, "b g m d"], Float[Tensor, "b g m"]]:
+        """Add tokens; all keys, values and scores so far come back."""
+        before = self.length
+        keys, values = self.append(key, value)
+        self._scores[..., before : self.length] = scores
+        return keys, values, self._scores[..., : self.length]
+
+    def reorder(self, index: Int[Tensor, " rows"]) -> None:
+        """Put row `index[i]` at row i; another number of rows changes the batch."""
+        super().reorder(index)
+        self._scores = self._scores.index_select(0, index)
+
+    def clone(self) -> ScoredKVCache:
+        """A copy that shares no memory."""
+        twin = cast(ScoredKVCache, super().clone())
+        twin._scores = self._scores.clone()
         return twin
 
 

@@ -24,6 +24,8 @@ from typing import cast
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from heed_core.layers import matrix_and_bias
+
 
 @dataclass(frozen=True, kw_only=True)
 class Circuits:
@@ -62,7 +64,7 @@ def key_query_circuits(layer: nn.Module) -> Float[Tensor, "h k c"]:
 
 def output_value_circuits(layer: nn.Module) -> Float[Tensor, "h o k"]:
     """OV_h = O_h V_h of the heads of a layer that `kq_ov_circuits` reads, unchecked."""
-    out = cast(nn.Linear, layer.out).weight
+    out, _ = matrix_and_bias(cast(nn.Module, layer.out))
     columns = out.view(out.shape[0], _heads(layer), -1).transpose(0, 1)  # (h, o, d)
     return columns @ _by_head(layer, "value")
 
@@ -73,7 +75,7 @@ def _heads(layer: nn.Module) -> int:
 
 def _by_head(layer: nn.Module, part: str) -> Tensor:
     """The rows of a projection for each head of queries: (h, d, c)."""
-    weight, heads = cast(nn.Linear, getattr(layer, part)).weight, _heads(layer)
+    weight, heads = matrix_and_bias(getattr(layer, part))[0], _heads(layer)
     groups = heads if part == "query" else getattr(layer, "kv_heads", heads)
     rows = weight.view(groups, -1, weight.shape[1])
     return rows if groups == heads else rows.repeat_interleave(heads // groups, 0)

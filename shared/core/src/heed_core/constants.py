@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -42,10 +43,11 @@ class WithConstants(nn.Module):
         self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any, **options: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
-        for name, made in self.constants().items():
-            before = self.get_buffer(name)
-            device = before.device
-            if device.type == "meta":  # then weights may have been assigned
-                device = next((x.device for x in state_dict.values()), device)
-            dtype = before.dtype if before.is_floating_point() else made.dtype
-            self.register_buffer(name, made.to(device, dtype), persistent=False)
+        with torch.inference_mode(False):  # who loads weights in it may train later
+            for name, made in self.constants().items():
+                before = self.get_buffer(name)
+                device = before.device
+                if device.type == "meta":  # then weights may have been assigned
+                    device = next((x.device for x in state_dict.values()), device)
+                dtype = before.dtype if before.is_floating_point() else made.dtype
+                self.register_buffer(name, made.to(device, dtype), persistent=False)

@@ -90,6 +90,10 @@ class GlobalResponseNorm(nn.Module):
         gain = _as_map(self.gamma * share + 1, x)
         return gain * x + _as_map(self.beta[None], x)
 
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"{self.dim}, eps={self.eps}"
+
 
 class MapLayerNorm(nn.LayerNorm):
     """`LayerNorm` over the channels at each place of a map (b, c, *spatial)."""
@@ -121,6 +125,10 @@ class MapLayerScale(nn.Module):
         """Scale and shift."""
         _check_map(x, self.dim)
         return x * _as_map(self.weight[None], x) + _as_map(self.bias[None], x)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"{self.dim}"
 
 
 class DilatedReparamConv(nn.Module):

@@ -16,6 +16,8 @@ need its random numbers.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Real
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.cache import CrossCache, KVCache, WindowCache
 from heed_core.exchange import from_all, head_shares, same_for_all, sum_of_all
+from heed_core.layers import held_matrix_and_bias
 from heed_core.tokens import check_tokens
 
 
@@ -40,7 +43,8 @@ class HeadParallelAttention(nn.Module):
         group: The processes; all if not given.
 
     Raises:
-        ValueError: More processes than key/value heads, or an option that cannot be shared.
+        ValueError: More processes than key/value heads, an option that cannot be shared, or layers
+            that are not plain, such as adapters.
 
     Example:
         >>> attention = HeadParallelAttention(MultiHeadAttention(32, heads=4))  # doctest: +SKIP
@@ -54,6 +58,10 @@ class HeadParallelAttention(nn.Module):
         super().__init__()
         rank, world = dist.get_rank(group), dist.get_world_size(group)
         _check_shareable(whole, world)
+        held = {
+            name: held_matrix_and_bias(name, whole.get_submodule(name))
+            for name in ("query", "key", "value", "out")
+        }
         self.group, self.heads, self.kv_heads = group, whole.heads, whole.kv_heads
         self.shares = head_shares(whole.kv_heads, world)
         first, count = sum(self.shares[:rank]), self.shares[rank]
@@ -66,7 +74,7 @@ class HeadParallelAttention(nn.Module):
                 kv_heads=count,
                 head_dim=whole.head_dim,
                 context_dim=whole.context_dim,
-                qkv_bias=whole.query.bias is not None,
+                qkv_bias=held["query"][1] is not None,
                 out_bias=False,
                 causal=whole.causal,
                 window=whole.window,
@@ -74,17 +82,20 @@ class HeadParallelAttention(nn.Module):
                 rotary=whole.rotary,
                 impl=whole.attend.impl,
             )
-        self.own.to(whole.query.weight)
-        bias = whole.out.bias
+        outwards, bias = held["out"]
+        self.own.to(outwards)
         self.out_bias = None if bias is None else nn.Parameter(bias.detach().clone())
         width = whole.head_dim
         asking = slice(first * served * width, (first + count) * served * width)
         shared = slice(first * width, (first + count) * width)
         with torch.no_grad():
             for name, rows in (("query", asking), ("key", shared), ("value", shared)):
-                for kind, parameter in self.own.get_submodule(name).named_parameters():
-                    parameter.copy_(whole.get_submodule(name).get_parameter(kind)[rows])
-            self.own.out.weight.copy_(whole.out.weight[:, asking])
+                own = cast(nn.Linear, self.own.get_submodule(name))
+                weight, shift = held[name]
+                own.weight.copy_(weight[rows])
+                if shift is not None:
+                    own.bias.copy_(shift[rows])
+            self.own.out.weight.copy_(outwards[:, asking])
         self.train(whole.training)
 
     def forward(

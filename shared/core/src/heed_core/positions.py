@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
+from heed_core.precision import without_autocast
+from heed_core.tokens import check_indices
+
 Layout = Literal["interleaved", "half"]
 """How pairs of channels lie: (0, 1), (2, 3), ... or (0, d/2), (1, d/2 + 1), ..."""
 
@@ -254,6 +257,10 @@ class LearnedPositions(nn.Module):
             code = code.narrow(axis, offset, length)
         return x + code.to(x.dtype)
 
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"dim={self.table.shape[-1]}, size={self.size}, interpolate={self.interpolate}"
+
     def _resized(self, spatial: tuple[int, ...]) -> Tensor:
         if spatial == self.size:
             return self.table
@@ -392,13 +399,23 @@ class GaussianGramPositions(nn.Module):
         self.register_buffer("table", F.pad(codes, (0, 0, 0, zero_rows)))
 
     def forward(self, coordinates: Int[Tensor, "*batch axes"]) -> Float[Tensor, "*batch dim"]:
-        """Codes of coordinates in [0, n + zero_rows)."""
+        """Codes of coordinates in [0, n + zero_rows).
+
+        Raises:
+            ValueError: Another number of coordinates, or some outside.
+            TypeError: Coordinates that are no whole numbers.
+        """
         if coordinates.shape[-1] != self.axes:
             raise ValueError(
                 f"coordinates must end with {self.axes} numbers per token, got shape "
                 f"{tuple(coordinates.shape)}"
             )
+        check_indices("coordinates", coordinates, len(self.table), of="codes and zero rows")
         return F.embedding(coordinates, self.table).flatten(-2)[..., : self.dim]
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"rows={len(self.table)}, dim={self.dim}, axes={self.axes}"
 
 
 class FourierPositions(nn.Module):
@@ -453,9 +470,16 @@ class FourierPositions(nn.Module):
                 f"coordinates must end with {axes} numbers per token, got shape "
                 f"{tuple(coordinates.shape)}"
             )
-        angles = F.linear(coordinates, self.frequencies)
+        exact = torch.promote_types(coordinates.dtype, self.frequencies.dtype)
+        exact = torch.promote_types(exact, torch.float32)
+        with without_autocast(coordinates):  # half precision would move the coordinates
+            angles = F.linear(coordinates.to(exact), self.frequencies.to(exact))
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1) / math.sqrt(2 * half)
-        return cast(Tensor, self.perceptron(waves))
+        return cast(Tensor, self.perceptron(waves.to(self.frequencies.dtype)))
+
+    def extra_repr(self) -> str:
+        """Show the options that no sub-module shows."""
+        return f"axes={self.frequencies.shape[1]}, features={2 * self.frequencies.shape[0]}"
 
 
 def _spatial(x: Tensor, dim: int, axes: int | None = None) -> tuple[int, ...]:

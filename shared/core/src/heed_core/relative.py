@@ -262,6 +262,13 @@ class RelativeBias(nn.Module):
             index = away.clamp(-self.max_distance, most) + self.max_distance
         return self.table[index].movedim(-1, 0)
 
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return (
+            f"heads={self.table.shape[1]}, kind={self.kind!r}, max_distance={self.max_distance}, "
+            f"bidirectional={self.bidirectional}"
+        )
+
 
 def grid_offset_index(shape: Sequence[int]) -> Int[Tensor, "n n"]:
     """For each pair of cells of a grid, the row of their offset in a table of all offsets.
@@ -313,6 +320,10 @@ class GridRelativeBias(WithConstants):
             )
         return self.table[self.index].movedim(-1, 0)
 
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"heads={self.table.shape[1]}, shape={self.shape}"
+
 
 def alibi_slopes(heads: int) -> Float[Tensor, " heads"]:
     """Slopes of ALiBi: 2^(-8 i / heads) for a power of two.
@@ -349,3 +360,7 @@ class AlibiBias(WithConstants):
         """The bias of `queries` last tokens on `keys` tokens."""
         away = distances(queries, keys, device=self.slopes.device).abs()
         return -self.slopes[:, None, None] * away
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"heads={self.heads}"

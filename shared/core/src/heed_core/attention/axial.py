@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from heed_core.attend import attend
 from heed_core.attention.multi_head import check_heads
-from heed_core.cache import KVCache
+from heed_core.cache import KVCache, restores_cache
 from heed_core.dispatch import Impl
+from heed_core.layers import type_and_place
 from heed_core.sites import Attend
 from heed_core.tokens import check_real
 
@@ -135,6 +136,7 @@ class AxialAttention(nn.Module):
         self.attend = Attend(causal=causal, dropout=dropout, impl=impl)
         self.out = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b *spatial c"],
@@ -180,14 +182,14 @@ class AxialAttention(nn.Module):
         lines = batch
         for other, size in enumerate(spatial):
             lines *= 1 if other == axis else size
-        weight = self.key.weight
+        own, device = type_and_place(self.key)
         return KVCache(
             lines,
             self.heads,
             spatial[axis],
             self.head_dim,
-            dtype=weight.dtype if dtype is None else dtype,
-            device=weight.device,
+            dtype=own if dtype is None else dtype,
+            device=device,
         )
 
     def extra_repr(self) -> str:
@@ -299,6 +301,7 @@ class AxialBlock(nn.Module):
         self.contract = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
+    @restores_cache
     def forward(
         self, x: Float[Tensor, "b *spatial c"], *, cache: KVCache | None = None
     ) -> Float[Tensor, "b *spatial c"]:
@@ -418,8 +421,8 @@ class RowColumnDecoder(nn.Module):
                 if attention.axis == causal_axis
             ]
 
-        weight = cast(AxialBlock, self.inner[0]).expand.weight
-        empty = weight.new_zeros(batch, spatial[1], self.dim, dtype=dtype or weight.dtype)
+        own, device = type_and_place(cast(AxialBlock, self.inner[0]).expand)
+        empty = torch.zeros(batch, spatial[1], self.dim, dtype=dtype or own, device=device)
         return RowColumnState(
             columns=caches(self.outer, 0, spatial),
             rows=caches(self.inner, 1, (1, spatial[1])),

@@ -34,9 +34,10 @@ from heed_core.attention.projected import (
     check_positive,
     rename_projections,
 )
-from heed_core.cache import StateCache
+from heed_core.cache import StateCache, check_sequences, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.kernels.state_scan import state_scan
+from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
@@ -316,6 +317,7 @@ class BoundedMemoryAttention(ProjectedAttention):
             self.compress_values = Attend(scale=1.0, impl=impl)
         self.attend = Attend(dropout=dropout, impl=impl)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -343,6 +345,7 @@ class BoundedMemoryAttention(ProjectedAttention):
             return self.join(mixed, x)
         state = None
         if cache is not None:
+            check_sequences(cache, x.shape[0])
             state = tuple(Slots(cache[f"{n}_sums"], cache[f"{n}_top"]) for n in ("key", "value"))
         mixed, last = causal_abc_attention(
             query,
@@ -359,7 +362,8 @@ class BoundedMemoryAttention(ProjectedAttention):
 
     def new_cache(self, batch: int) -> StateCache:
         """An empty cache for decoding: the slots, however many tokens come."""
-        like = self.key.weight.new_zeros(batch, self.heads, 0, self.head_dim)
+        dtype, device = type_and_place(self.key)
+        like = torch.zeros(batch, self.heads, 0, self.head_dim, dtype=dtype, device=device)
         return StateCache(_named((empty_slots(like, self.slots), empty_slots(like, self.slots))))
 
     def extra_repr(self) -> str:

@@ -25,8 +25,9 @@ from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
-from heed_core.cache import KVCache
+from heed_core.cache import KVCache, restores_cache
 from heed_core.dispatch import Impl
+from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.relative import RotaryPositions
@@ -85,6 +86,7 @@ def adapt_phase(
     return adapted.to(x.dtype)
 
 
+@restores_cache
 def complex_attention(
     query: Float[Tensor, "b h n d"],
     key: Float[Tensor, "b h m d"],
@@ -210,6 +212,7 @@ class ComplexAttention(nn.Module):
         self.attend = Attend(causal=causal, scale=scale, dropout=dropout, impl=impl)
         self.out = nn.Linear(width, dim, bias=out_bias)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -257,9 +260,9 @@ class ComplexAttention(nn.Module):
             max_len: Tokens that it must hold.
             dtype: Of keys and values; that of the weights if not given.
         """
-        weight = self.key.weight
-        dtype = weight.dtype if dtype is None else dtype
-        return KVCache(batch, self.heads, max_len, self.head_dim, dtype=dtype, device=weight.device)
+        own, device = type_and_place(self.key)
+        dtype = own if dtype is None else dtype
+        return KVCache(batch, self.heads, max_len, self.head_dim, dtype=dtype, device=device)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         batch, length, _ = tokens.shape

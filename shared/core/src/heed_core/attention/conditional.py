@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from heed_core import masks
 from heed_core.attention.multi_head import check_heads
 from heed_core.dispatch import Impl
+from heed_core.layers import matrix_and_bias
 from heed_core.sites import Attend
 from heed_core.tokens import check_padding, check_tokens
 
@@ -62,7 +63,9 @@ class ConditionEmbedding(nn.Module):
         """The vectors of conditions 0 .. conditions - 1."""
         if self.mask is not None:
             return cast(Tensor, self.linear(self.mask[condition].relu()))
-        return self.linear.weight.T[condition] + self.linear.bias
+        weight, bias = matrix_and_bias(self.linear)
+        columns = weight.T[condition]
+        return columns if bias is None else columns + bias
 
 
 class ConditionalCrossAttention(nn.Module):

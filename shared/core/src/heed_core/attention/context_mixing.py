@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from heed_core.kernels.neighborhood import wants_triton, window_starts, window_sum
 from heed_core.kernels.triton_calls import KernelImpl
+from heed_core.layers import matrix_and_bias
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
 from heed_core.tokens import check_real, check_shape
@@ -242,8 +243,7 @@ class ContextMixing(nn.Module):
             query,
             key,
             self._groups(value, 2, self.heads),
-            self.mix.weight,
-            self.mix.bias,
+            *self._mix(),
             self.small_bias,
             self.large_bias,
             impl=self.impl,
@@ -258,9 +258,11 @@ class ContextMixing(nn.Module):
     ) -> tuple[Float[Tensor, "b g h w s2"], Float[Tensor, "b g h w k2"]]:
         """The kernels of every place, small and large, in float32 at least."""
         query, key = self._projected(x, context)
-        return context_kernels(
-            query, key, self.mix.weight, self.mix.bias, self.small_bias, self.large_bias
-        )
+        return context_kernels(query, key, *self._mix(), self.small_bias, self.large_bias)
+
+    def _mix(self) -> tuple[Tensor, Tensor]:
+        weight, bias = matrix_and_bias(self.mix)
+        return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
     def _groups(self, maps: Tensor, *cuts: int) -> Tensor:
         """(b, channels, h, w) -> (b, *cuts, h, w, channels of a group)."""

@@ -31,10 +31,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
-from heed_core.cache import StateCache
+from heed_core.cache import StateCache, restores_cache
 from heed_core.kernels.chunk_scan import chunk_scan
 from heed_core.kernels.state_scan import state_scan
 from heed_core.kernels.triton_calls import KernelImpl
+from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
     Form,
@@ -292,6 +293,7 @@ class DeltaRuleAttention(nn.Module):
         self.probe = Probe()
         self.out = nn.Linear(heads * value_dim, dim, bias=out_bias)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -330,14 +332,14 @@ class DeltaRuleAttention(nn.Module):
 
     def new_cache(self, batch: int) -> StateCache:
         """An empty cache for decoding: one state, however many tokens come."""
-        weight = self.key.weight
+        own, device = type_and_place(self.key)
         state = torch.zeros(
             batch,
             self.heads,
             self.head_dim,
             self.value_dim,
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-            device=weight.device,
+            dtype=torch.promote_types(own, torch.float32),
+            device=device,
         )
         return StateCache({"state": state})
 
@@ -346,7 +348,11 @@ class DeltaRuleAttention(nn.Module):
         return tokens.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
 
     def _direction(self, tokens: Tensor) -> Tensor:
-        return F.normalize(at_least_float32(self._heads(tokens)), dim=-1)
+        heads = at_least_float32(self._heads(tokens))
+        length = torch.linalg.vector_norm(heads, dim=-1, keepdim=True)
+        # nothing has no direction: divided by a small number its gradient would burst
+        direction: Tensor = heads / length.masked_fill(length == 0, 1.0).clamp(min=1e-12)
+        return direction
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         if self.gate is None or self.log_rate is None:

@@ -28,7 +28,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core.attention.projected import Pattern, check_positive
-from heed_core.cache import StateCache
+from heed_core.cache import StateCache, check_sequences, restores_cache
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.tokens import check_padding, check_real, check_shape, check_some, check_tokens
 
@@ -79,6 +79,7 @@ def causal_convolution(
     return found[..., :n]
 
 
+@restores_cache
 def diagonal_state_mixing(
     tokens: Float[Tensor, "b c n"],
     coefficients: Float[Tensor, "sets c m 2"],
@@ -130,6 +131,7 @@ def diagonal_state_mixing(
         if cache is None:
             found = _convolved(rows, state_response(*space, rows.shape[-1]), skip.shape[0], causal)
         else:
+            check_sequences(cache, rows.shape[0])
             found = _stepped(rows, cache, *space)
         found = found + at_least_float32(skip)[:, :, None] * rows[:, None]
     return found.to(tokens.dtype)
@@ -237,6 +239,7 @@ class DiagonalStateMixer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(channels * dim, dim)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],

@@ -21,6 +21,7 @@ The site is `attend`: weights (b, h, n, m), zero for keys that are not kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
@@ -31,13 +32,15 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import build_norm, check_heads
 from heed_core.backends.reference import permission
-from heed_core.cache import KVCache
+from heed_core.cache import ScoredKVCache, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.kernels.dynamic_blocks import LEAST_BLOCK as BLOCK
 from heed_core.kernels.dynamic_blocks import blockwise_attention
 from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.running_top import running_top
 from heed_core.kernels.triton_calls import KernelImpl
+from heed_core.key_selection import keep_blocks, keep_most, keep_positive
+from heed_core.layers import matrix_and_bias, type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.relative import RotaryPositions
@@ -72,7 +75,7 @@ def dynamic_scores(
         weight: W_u: every head's score sees the values of all heads.
         bias: b.
         strength: A.
-        form: As the paper, or without the exponential.
+        form: As the paper, or without the exponential, which is held below what overflows.
 
     Raises:
         ValueError: Weights that do not fit the values, an unknown form.
@@ -91,120 +94,10 @@ def dynamic_scores(
         # dense: torch compiles softplus wrongly where its gradient lies in another order
         raised = F.linear(rows, at_least_float32(weight), bias).transpose(1, 2).contiguous()
         scores = F.softplus(raised) * at_least_float32(strength)[:, None]
-        return scores.exp() if form == "exp" else scores
-
-
-def keep_most(
-    scores: Float[Tensor, "b g m"], allowed: Bool[Tensor, "*#mask"], keep: int
-) -> Bool[Tensor, "b g n m"]:
-    """The `keep` keys with the largest scores among those allowed, all if they are fewer.
-
-    Args:
-        scores: One per key.
-        allowed: True = may attend, broadcastable to (b, g, n, m), with n rows.
-        keep: Keys that a query keeps; of equal ones, the latest.
-
-    Raises:
-        ValueError: `keep` below 1.
-    """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    rows = scores.detach()[:, :, None]
-    masked = rows.masked_fill(~allowed, -torch.inf)
-    order = masked.flip(-1).argsort(dim=-1, descending=True, stable=True)
-    first = (torch.arange(masked.shape[-1], device=scores.device) < keep).expand(masked.shape)
-    kept = torch.zeros_like(masked, dtype=torch.bool)
-    return kept.scatter(-1, masked.shape[-1] - 1 - order, first) & allowed
-
-
-def keep_positive(
-    scores: Float[Tensor, "b g m"], allowed: Bool[Tensor, "*#mask"]
-) -> Bool[Tensor, "b g n m"]:
-    """The keys with a score above 0 among those allowed: the published kernels' other mask, "relu".
-
-    For scores of one's own: A softplus(u) has the sign of A for all keys of a head, exp(...) is
-    positive.
-
-    Args:
-        scores: One per key.
-        allowed: True = may attend, broadcastable to (b, g, n, m), with n rows.
-    """
-    return (scores.detach()[:, :, None] > 0) & allowed
-
-
-def keep_blocks(
-    kept: Bool[Tensor, "*batch m"], size: int, seen: Int[Tensor, "*#batch"] | None = None
-) -> Bool[Tensor, "*batch m"]:
-    """Whole blocks of keys, of which more than half were kept.
-
-    Args:
-        kept: Single keys.
-        size: Keys of a block; the last one may be shorter.
-        seen: How many keys a row can see, counted from the first: its last block has those alone.
-            Without, as in the published kernels, a causal row that sees less than half of its
-            last block drops it, and decoding, where later keys are not there yet, keeps it.
-
-    Raises:
-        ValueError: A size below 1.
-    """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
-    keys = kept.shape[-1]
-    padded = F.pad(kept, (0, -keys % size)).reshape(*kept.shape[:-1], -1, size)
-    first = torch.arange(0, keys, size, device=kept.device)
-    length = ((keys if seen is None else seen[..., None]) - first).clamp(min=0, max=size)
-    most = padded.sum(-1) * 2 > length
-    return most[..., None].expand(padded.shape).flatten(-2)[..., :keys]
-
-
-class ScoredKVCache(KVCache):
-    """Keys, values and the scores of the keys, which decoding then need not compute again.
-
-    Args:
-        batch: Sequences decoded together.
-        kv_heads: Key/value heads.
-        max_len: Tokens that fit.
-        head_dim: Channels of a key and a value.
-        dtype: Of keys and values; scores are float32 at least.
-        device: Where the memory is.
-    """
-
-    def __init__(
-        self,
-        batch: int,
-        kv_heads: int,
-        max_len: int,
-        head_dim: int,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(batch, kv_heads, max_len, head_dim, dtype=dtype, device=device)
-        exact = torch.promote_types(self.keys.dtype, torch.float32)
-        self._scores = torch.zeros(batch, kv_heads, max_len, dtype=exact, device=device)
-
-    def append_scored(
-        self,
-        key: Float[Tensor, "b g n d"],
-        value: Float[Tensor, "b g n d"],
-        scores: Float[Tensor, "b g n"],
-    ) -> tuple[Float[Tensor, "b g m d"], Float[Tensor, "b g m d"], Float[Tensor, "b g m"]]:
-        """Add tokens; all keys, values and scores so far come back."""
-        before = self.length
-        keys, values = self.append(key, value)
-        self._scores[..., before : self.length] = scores
-        return keys, values, self._scores[..., : self.length]
-
-    def reorder(self, index: Int[Tensor, " rows"]) -> None:
-        """Put row `index[i]` at row i; another number of rows changes the batch."""
-        super().reorder(index)
-        self._scores = self._scores.index_select(0, index)
-
-    def clone(self) -> ScoredKVCache:
-        """A copy that shares no memory."""
-        twin = cast(ScoredKVCache, super().clone())
-        twin._scores = self._scores.clone()
-        return twin
+        if form == "linear":
+            return scores
+        most = math.log(torch.finfo(scores.dtype).max) - 1.0
+        return scores.clamp(max=most).exp()
 
 
 class DynamicMaskAttention(nn.Module):
@@ -277,6 +170,7 @@ class DynamicMaskAttention(nn.Module):
         self.attend = Attend(dropout=dropout, impl=impl)
         self.out = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -306,9 +200,7 @@ class DynamicMaskAttention(nn.Module):
         places = positions if context is None else None
         key = self._rotated(self._heads(self.key(source), self.key_norm), places, offset)
         value = self._heads(self.value(source))
-        scores = dynamic_scores(
-            value, self.score.weight, self.score.bias, self.strength, form=self.form
-        )
+        scores = dynamic_scores(value, *matrix_and_bias(self.score), self.strength, form=self.form)
         if cache is not None:
             key, value, scores = cache.append_scored(key, value, scores)
         mixed = dynamic_mask_attention(
@@ -336,10 +228,10 @@ class DynamicMaskAttention(nn.Module):
             max_len: Tokens that it must hold.
             dtype: Of keys and values; that of the weights if not given.
         """
-        weight = self.key.weight
-        dtype = weight.dtype if dtype is None else dtype
+        own, device = type_and_place(self.key)
+        dtype = own if dtype is None else dtype
         return ScoredKVCache(
-            batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=weight.device
+            batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=device
         )
 
     def _heads(self, tokens: Tensor, norm: nn.Module | None = None) -> Tensor:

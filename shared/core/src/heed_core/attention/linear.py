@@ -28,11 +28,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
-from heed_core.cache import StateCache
+from heed_core.cache import StateCache, restores_cache
 from heed_core.constants import WithConstants
 from heed_core.kernels.chunk_scan import chunk_scan
 from heed_core.kernels.state_scan import state_scan
 from heed_core.kernels.triton_calls import KernelImpl
+from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
     Form,
@@ -292,6 +293,7 @@ class LinearAttention(WithConstants):
             return {}
         return {"fixed_decay": retention_decay(self.heads)[:, None]}
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -340,15 +342,15 @@ class LinearAttention(WithConstants):
 
     def new_cache(self, batch: int) -> StateCache:
         """An empty cache for decoding: one state, however many tokens come."""
-        weight = self.key.weight
+        own, device = type_and_place(self.key)
         width = self.head_dim + (1 if self.normalise else 0)
         state = torch.zeros(
             batch,
             self.heads,
             self.head_dim,
             width,
-            dtype=torch.promote_types(weight.dtype, torch.float32),
-            device=weight.device,
+            dtype=torch.promote_types(own, torch.float32),
+            device=device,
         )
         return StateCache({"state": state})
 

@@ -30,8 +30,9 @@ from heed_core.attention.projected import (
     check_positive,
     rename_projections,
 )
-from heed_core.cache import WindowCache
+from heed_core.cache import WindowCache, restores_cache
 from heed_core.dispatch import Impl
+from heed_core.layers import type_and_place
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
 from heed_core.tokens import check_padding
@@ -168,6 +169,7 @@ class LocalAttention(ProjectedAttention):
         self.window = window
         self.attend = Attend(dropout=dropout, impl=impl)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -207,10 +209,10 @@ class LocalAttention(ProjectedAttention):
             batch: Sequences decoded together.
             dtype: Of keys and values; that of the weights if not given.
         """
-        weight = self.key.weight
-        dtype = weight.dtype if dtype is None else dtype
+        own, device = type_and_place(self.key)
+        dtype = own if dtype is None else dtype
         return WindowCache(
-            batch, self.heads, self.window, self.head_dim, dtype=dtype, device=weight.device
+            batch, self.heads, self.window, self.head_dim, dtype=dtype, device=device
         )
 
 

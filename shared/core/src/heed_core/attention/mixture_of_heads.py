@@ -37,16 +37,20 @@ from torch import Tensor, nn
 
 from heed_core.attend import attend, check_arguments
 from heed_core.attention.multi_head import MultiHeadAttention, check_heads
-from heed_core.cache import KVCache
+from heed_core.cache import KVCache, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.head_routing import Gating, Routing, balance_loss, mixture_gates, norm_gates
 from heed_core.head_skipping import by_tokens, gate_heads, gather_tokens
+from heed_core.layers import held_matrix_and_bias, matrix_and_bias, type_and_place
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
 from heed_core.tokens import check_tokens, with_padding
 
 Router = Literal["learned", "norm"]
 """What chooses heads: three learned maps, or the lengths of the queries."""
+
+Linear = tuple[Tensor, Tensor | None]
+"""Matrix and bias."""
 
 SKIP_FROM, SKIP_CAUSAL_FROM = 512, 4096
 """Tokens from which heads are skipped unless told otherwise: below, gathering costs more."""
@@ -215,7 +219,8 @@ class MixtureOfHeads(nn.Module):
         Learned routers begin at zero, where every chosen head has the same gate.
 
         Raises:
-            ValueError: The attention has options that a mixture has not.
+            ValueError: The attention has options that a mixture has not, or layers that are not
+                plain, such as adapters.
         """
         plain = isinstance(attention.query_norm, nn.Identity) and attention.window is None
         if not plain or attention.relative_bias is not None or attention.attend.scale is not None:
@@ -223,6 +228,10 @@ class MixtureOfHeads(nn.Module):
                 "attention must have no qk_norm, window, relative_bias or scale: "
                 f"{attention}, got one"
             )
+        held = {
+            name: held_matrix_and_bias(name, attention.get_submodule(name))
+            for name in ("query", "key", "value", "out")
+        }
         mixture = cls(
             attention.dim,
             heads=attention.heads,
@@ -231,8 +240,8 @@ class MixtureOfHeads(nn.Module):
             kv_heads=attention.kv_heads,
             head_dim=attention.head_dim,
             context_dim=attention.context_dim,
-            qkv_bias=attention.query.bias is not None,
-            out_bias=attention.out.bias is not None,
+            qkv_bias=held["query"][1] is not None,
+            out_bias=held["out"][1] is not None,
             dropout=attention.attend.dropout,
             causal=attention.causal,
             rotary=attention.rotary,
@@ -241,13 +250,19 @@ class MixtureOfHeads(nn.Module):
             skip=skip,
             impl=attention.attend.impl,
         )
-        mixture.to(attention.query.weight)
-        mixture.load_state_dict(attention.state_dict(), strict=False)
+        with torch.no_grad():
+            for name, (weight, bias) in held.items():
+                mixture.to(weight)
+                own = cast(nn.Linear, mixture.get_submodule(name))
+                own.weight.copy_(weight)
+                if bias is not None:
+                    own.bias.copy_(bias)
         for layer in (mixture.route, mixture.share, mixture.kind):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
         return mixture
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -289,13 +304,19 @@ class MixtureOfHeads(nn.Module):
             query = self._rotated(self._heads(self.query(x)) if query is None else query, positions)
             turned = None
         given = (x, query, key, value, mask, turned, routing.gates)
-        if room is not None:
+        if not skips and room is None:
+            return Mixture(self._computing_all(*given), loss, routing.gates)
+        into = None if query is not None else matrix_and_bias(self.query)
+        maps = into, matrix_and_bias(self.out)  # what is put around them no branch can hold
+        if room is None:
+            output = self._skipping(*given, *maps)
+        else:
             fits = (routing.chosen.sum(1) <= room).all()
             output = torch.cond(
-                fits, lambda: self._skipping(*given, room), lambda: self._computing_all(*given)
+                fits,
+                lambda: self._skipping(*given, *maps, room),
+                lambda: self._computing_all(*given),
             )
-        else:
-            output = self._skipping(*given) if skips else self._computing_all(*given)
         return Mixture(output, loss, routing.gates)
 
     def new_cache(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> KVCache:
@@ -306,11 +327,9 @@ class MixtureOfHeads(nn.Module):
             max_len: Tokens that it must hold.
             dtype: Of keys and values; that of the weights if not given.
         """
-        weight = self.key.weight
-        dtype = weight.dtype if dtype is None else dtype
-        return KVCache(
-            batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=weight.device
-        )
+        own, device = type_and_place(self.key)
+        dtype = own if dtype is None else dtype
+        return KVCache(batch, self.kv_heads, max_len, self.head_dim, dtype=dtype, device=device)
 
     def _room(self, x: Tensor) -> int | None:
         """Tokens that a graph gathers for each routed head; None if it computes all heads."""
@@ -341,7 +360,8 @@ class MixtureOfHeads(nn.Module):
                 straight_through=self.straight_through,
             )
         route, share, kind = (
-            None if layer is None else layer.weight for layer in (self.route, self.share, self.kind)
+            None if layer is None else matrix_and_bias(layer)[0]
+            for layer in (self.route, self.share, self.kind)
         )
         return mixture_gates(
             x, route, share, kind, shared=self.shared, active=self.active, gating=self.gating
@@ -382,18 +402,20 @@ class MixtureOfHeads(nn.Module):
         mask: Tensor | None,
         positions: Tensor | None,
         gates: Tensor,
+        into: Linear | None,
+        out: Linear,
         room: int | None = None,
     ) -> Tensor:
         """Shared heads for all tokens, each routed head for those that chose it, `room` at most."""
-        output = self._shared_heads(x, query, key, value, mask, positions, gates)
+        output = self._shared_heads(x, query, key, value, mask, positions, gates, into, out)
         first = x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]  # of each sample
 
         def ask(head: int, index: Tensor) -> Tensor:
-            return self._queries(x, query, head, index, positions)
+            return self._queries(x, query, into, head, index, positions)
 
         def put(heads: list[int], index: Tensor, mixed: Tensor) -> None:
             for at, head in enumerate(heads):
-                back = F.linear(mixed[:, at], self.out.weight[:, self._channels(head)])
+                back = F.linear(mixed[:, at], out[0][:, self._channels(head)])
                 output.view(-1, self.dim).index_add_(
                     0, (index[:, at] + first).flatten(), back.flatten(0, 1)
                 )
@@ -405,13 +427,17 @@ class MixtureOfHeads(nn.Module):
         return output
 
     def _queries(
-        self, x: Tensor, query: Tensor | None, head: int, index: Tensor, positions: Tensor | None
+        self,
+        x: Tensor,
+        query: Tensor | None,
+        into: Linear | None,
+        head: int,
+        index: Tensor,
+        positions: Tensor | None,
     ) -> Tensor:
         """Those of one head for chosen tokens (b, rows, d), rotated."""
         if query is None:
-            rows, bias = self._channels(head), self.query.bias
-            weight = self.query.weight[rows]
-            one = F.linear(gather_tokens(x, index), weight, None if bias is None else bias[rows])
+            one = _some_rows(into, gather_tokens(x, index), self._channels(head))
         else:
             one = gather_tokens(query[:, head], index)
         places = None if positions is None else positions.expand(x.shape[0], -1).gather(1, index)
@@ -429,15 +455,17 @@ class MixtureOfHeads(nn.Module):
         mask: Tensor | None,
         positions: Tensor | None,
         gates: Tensor,
+        into: Linear | None,
+        out: Linear,
     ) -> Tensor:
         """What the shared heads give, and the bias of the output."""
+        outwards, shift = out
         if not self.shared:
             none = x.new_zeros(x.shape[0], x.shape[1], 0).to(key.dtype)
-            return F.linear(none, self.out.weight[:, :0], self.out.bias)
+            return F.linear(none, outwards[:, :0], shift)
         width = self.shared * self.head_dim
         if query is None:
-            bias = None if self.query.bias is None else self.query.bias[:width]
-            some = self._heads(F.linear(x, self.query.weight[:width], bias))
+            some = self._heads(_some_rows(into, x, slice(width)))
         else:
             some = query[:, : self.shared]
         serves = self.heads // self.kv_heads
@@ -450,7 +478,7 @@ class MixtureOfHeads(nn.Module):
             mask = mask[..., : self.shared, :, :]
         mixed: Tensor = self.attend(self._rotated(some, positions), key, value, mask=mask)
         gated = gate_heads(mixed, gates[..., : self.shared].transpose(1, 2))
-        return F.linear(gated.transpose(1, 2).flatten(2), self.out.weight[:, :width], self.out.bias)
+        return F.linear(gated.transpose(1, 2).flatten(2), outwards[:, :width], shift)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         batch, length, width = tokens.shape
@@ -516,6 +544,13 @@ def mixture_from_llama(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name!r} is no weight of Llama's attention")
         result[f"{names[module]}.{kind}"] = tensor
     return result
+
+
+def _some_rows(layer: Linear | None, tokens: Tensor, rows: slice) -> Tensor:
+    """Some channels of what a linear layer gives."""
+    assert layer is not None
+    weight, bias = layer
+    return F.linear(tokens, weight[rows], None if bias is None else bias[rows])
 
 
 def _without_padding(routing: Routing, real: Tensor, shared: int) -> Routing:

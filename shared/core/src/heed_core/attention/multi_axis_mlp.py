@@ -54,6 +54,12 @@ def axis_linear(
     return F.linear(x.mT, weight, bias).mT
 
 
+def _along_places(mix: nn.Module, x: Tensor) -> Tensor:
+    """`axis_linear` by a layer, which is called."""
+    mixed: Tensor = mix(x.mT)
+    return mixed.mT
+
+
 def spatial_gate(u: Float[Tensor, "*shape"], v: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """U * (v + 1): the identity in u where v is zero."""
     return u * (v + 1)
@@ -94,7 +100,7 @@ class AxisGatedMlp(nn.Module):
         check_grid(x, self.dim, axes=len(self.size))
         hidden = _gelu(self.expand(self.norm(x)))
         u, v = partition(hidden, self.size, mode=self.mode).chunk(2, dim=-1)
-        v = axis_linear(self.gate_norm(v), self.mix.weight, self.mix.bias)
+        v = _along_places(self.mix, self.gate_norm(v))
         gated = unpartition(spatial_gate(u, v), self.size, x.shape[1:-1], mode=self.mode)
         return x + cast(Tensor, self.dropout(self.contract(gated)))
 
@@ -185,8 +191,8 @@ class MultiAxisGate(nn.Module):
         v = self._mixed(v, self.block_mix, self.block_size, "block")
         return cast(Tensor, self.dropout(self.contract(torch.cat([u, v], dim=-1))))
 
-    def _mixed(self, x: Tensor, mix: nn.Linear, size: tuple[int, ...], mode: Mode) -> Tensor:
-        groups = axis_linear(partition(x, size, mode=mode), mix.weight, mix.bias)
+    def _mixed(self, x: Tensor, mix: nn.Module, size: tuple[int, ...], mode: Mode) -> Tensor:
+        groups = _along_places(mix, partition(x, size, mode=mode))
         return unpartition(groups, size, x.shape[1:-1], mode=mode)
 
 

@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 
-from heed_core.cache import CrossCache, KVCache, WindowCache
+from heed_core.cache import CrossCache, KVCache, WindowCache, restores_cache
 from heed_core.dispatch import Impl
+from heed_core.layers import type_and_place
 from heed_core.relative import RotaryPositions, distances
 from heed_core.sites import Attend
-from heed_core.tokens import check_mask, check_padding, check_real, check_tokens
+from heed_core.tokens import check_broadcast, check_mask, check_padding, check_real, check_tokens
 
 Norm = Literal["layer", "rms"]
 """LayerNorm, or RMSNorm (no mean, no shift)."""
@@ -102,6 +103,7 @@ class MultiHeadAttention(nn.Module):
         self.attend = Attend(causal=causal, scale=scale, dropout=dropout, impl=impl)
         self.out = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -163,6 +165,8 @@ class MultiHeadAttention(nn.Module):
         mask = self._permission(mask, padding_mask, query, key)
         if self.relative_bias is not None:
             relative = self.relative_bias(query.shape[2], key.shape[2])
+            if bias is not None:
+                check_broadcast("bias", bias, (*query.shape[:3], key.shape[2]))
             bias = relative if bias is None else relative + bias
         mixed: Tensor = self.attend(query, key, values, mask=mask, bias=bias)
         if shared:
@@ -180,7 +184,7 @@ class MultiHeadAttention(nn.Module):
             dtype: Of keys and values; that of the weights if not given (under autocast, give
                 autocast's).
         """
-        weight = self.key.weight
+        own, device = type_and_place(self.key)
         make = KVCache if self.window is None else WindowCache
         size = max_len if self.window is None else self.window
         return make(
@@ -188,8 +192,8 @@ class MultiHeadAttention(nn.Module):
             self.kv_heads,
             size,
             self.head_dim,
-            dtype=weight.dtype if dtype is None else dtype,
-            device=weight.device,
+            dtype=own if dtype is None else dtype,
+            device=device,
         )
 
     def _heads(self, tokens: Tensor, norm: nn.Module | None = None) -> Tensor:

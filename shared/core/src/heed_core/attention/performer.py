@@ -36,7 +36,8 @@ from heed_core.attention.projected import (
     check_positive,
     rename_projections,
 )
-from heed_core.cache import StateCache
+from heed_core.cache import StateCache, restores_cache
+from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Probe
@@ -291,6 +292,7 @@ class PerformerAttention(ProjectedAttention):
         self.register_buffer("projection", orthogonal_features(heads, features, self.head_dim))
         self.probe = Probe()
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -343,7 +345,7 @@ class PerformerAttention(ProjectedAttention):
 
     def new_cache(self, batch: int) -> StateCache:
         """An empty cache for decoding: sums of fixed size, however many tokens come."""
-        dtype = torch.promote_types(self.key.weight.dtype, torch.float32)
+        dtype = torch.promote_types(type_and_place(self.key)[0], torch.float32)
         zeros = self.projection.new_zeros(batch, self.heads, 1, self.head_dim + 1, dtype=dtype)
         return StateCache(
             {

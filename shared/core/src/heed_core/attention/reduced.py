@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from heed_core.constants import WithConstants
 from heed_core.dispatch import Impl
+from heed_core.layers import held_matrix_and_bias
 from heed_core.sites import Attend
 from heed_core.tokens import check_tokens
 
@@ -111,7 +112,7 @@ class ReducedAttention(nn.Module):
         output. A query that may attend to nothing gives 0, where `out` would have added its bias.
 
         Raises:
-            ValueError: There are several heads.
+            ValueError: There are several heads, or layers that are not plain, such as adapters.
         """
         if self.heads > 1:
             raise ValueError(
@@ -139,18 +140,19 @@ class ReducedAttention(nn.Module):
         """W and b of a layer with one head: scores are scale * (x_i W + b) x_j^T, up to a row."""
         if self.heads > 1:
             raise ValueError(f"{self.heads} heads have no common matrix of scores")
-        into_query, shift = self.query.weight, self.query.bias
+        into_query, shift = _held("query", self.query)
         if self.qk in ("collapsed", "symmetric-full"):
             return into_query.T, shift
-        into_key = into_query if self.key is None else self.key.weight
+        into_key = into_query if self.key is None else _held("key", self.key)[0]
         return into_query.T @ into_key, None if shift is None else shift @ into_key
 
     def _value_matrix(self) -> tuple[Tensor, Tensor | None]:
         assert self.value is not None
-        values, shift = self.value.weight.T, self.value.bias
+        weight, shift = _held("value", self.value)
+        values = weight.T
         if self.out is None:
             return values, shift
-        merged = values @ self.out.weight.T
+        merged = values @ _held("out", self.out)[0].T
         return merged, None if shift is None else cast(Tensor, self.out(shift))
 
     def _keys(self, x: Tensor, query: Tensor) -> Tensor:
@@ -203,11 +205,11 @@ def collapse_stack(layers: Sequence[ReducedAttention]) -> SharedValueStack:
     moves into the scores of the next: W_QK -> P W_QK P^T with P = W_VO,1 ... W_VO,l.
 
     Raises:
-        ValueError: A layer has several heads or a bias, which moves into nothing.
+        ValueError: A layer has several heads or a bias, which moves into nothing, or is not plain.
     """
-    if not layers or any(layer.query.bias is not None for layer in layers):
+    if not layers or any(_held("query", layer.query)[1] is not None for layer in layers):
         raise ValueError("layers must be at least one, without biases")
-    merged, moved = [], torch.eye(layers[0].dim).to(layers[0].query.weight)
+    merged, moved = [], torch.eye(layers[0].dim).to(_held("query", layers[0].query)[0])
     for layer in layers:
         scores, _ = layer.score_matrix()
         small = ReducedAttention(layer.dim, qk="collapsed", vo="none", causal=layer.attend.causal)
@@ -249,6 +251,16 @@ class _Triangle(WithConstants):
         """Rows times the matrix."""
         y = x @ self.weight.T
         return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"dim={self.dim}, kind={self.kind!r}, bias={self.bias is not None}"
+
+
+def _held(name: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if isinstance(layer, _Triangle):
+        return layer.weight, layer.bias
+    return held_matrix_and_bias(name, layer)
 
 
 def _check_options(dim: int, heads: int, qk: QueryKey, vo: ValueOut) -> None:

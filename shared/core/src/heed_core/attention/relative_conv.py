@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from heed_core.attend import default_scale
 from heed_core.attention.multi_head import check_heads
-from heed_core.cache import KVCache
+from heed_core.cache import KVCache, check_sequences, restores_cache
 from heed_core.dispatch import Impl
+from heed_core.layers import type_and_place
 from heed_core.recurrence import check_recurrence
 from heed_core.relative import distances
 from heed_core.sites import Attend
@@ -180,6 +181,7 @@ class ConvKVCache(KVCache):
         return twin
 
 
+@restores_cache
 def relative_conv_attention(
     query: Float[Tensor, "b h t d"],
     key: Float[Tensor, "b h m d"],
@@ -231,6 +233,7 @@ def relative_conv_attention(
     rows = [_cleared(x, padding_mask) for x in (query, key, value)]
     before: tuple[Tensor | None, ...] = (None, None, None)
     if cache is not None:
+        check_sequences(cache, key.shape[0])
         before = cache.shift(torch.stack(rows, dim=1)).unbind(1)
     query, key, value = (
         depthwise_conv(row, *pair, before=seen, causal=causal)
@@ -275,6 +278,11 @@ class DepthwiseConv(nn.Module):
     ) -> Float[Tensor, "b h n d"]:
         """Convolve tokens after those `before`."""
         return depthwise_conv(x, *self.taps, before=before, causal=self.causal)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        width, kernel = self.weight.shape
+        return f"width={width}, kernel={kernel}, causal={self.causal}"
 
 
 class RelativeConvAttention(nn.Module):
@@ -336,6 +344,7 @@ class RelativeConvAttention(nn.Module):
         self.attend = Attend(causal=causal, dropout=dropout, impl=impl)
         self.out = nn.Linear(width, dim, bias=out_bias)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -393,7 +402,7 @@ class RelativeConvAttention(nn.Module):
             rollback: Tokens that `crop` can take back, besides all of them.
             dtype: Of keys and values; that of the weights if not given.
         """
-        weight = self.key.weight
+        own, device = type_and_place(self.key)
         return ConvKVCache(
             batch,
             self.heads,
@@ -401,8 +410,8 @@ class RelativeConvAttention(nn.Module):
             self.head_dim,
             tail=self.kernel - 1,
             rollback=rollback,
-            dtype=weight.dtype if dtype is None else dtype,
-            device=weight.device,
+            dtype=own if dtype is None else dtype,
+            device=device,
         )
 
     def _heads(self, tokens: Tensor) -> Tensor:

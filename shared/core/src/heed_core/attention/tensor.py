@@ -119,7 +119,9 @@ def poly_features(x: Float[Tensor, "*batch d"], degree: int) -> Float[Tensor, "*
     return torch.cat(features, dim=-1)
 
 
-def poly_weights(width: int, degree: int, scale: float) -> Float[Tensor, " rho"]:
+def poly_weights(
+    width: int, degree: int, scale: float, *, device: torch.device | None = None
+) -> Float[Tensor, " rho"]:
     """Factors scale^|a| / prod(a_c!) of the monomials of `poly_features`, float64."""
     last = [(1.0, 0, 0)]  # per monomial: factor, its last channel and how often that one is in it
     weights = [1.0]
@@ -131,7 +133,7 @@ def poly_weights(width: int, degree: int, scale: float) -> Float[Tensor, " rho"]
                 following.append((factor * scale / repeats, channel, repeats))
         last = following
         weights += [factor for factor, _, _ in last]
-    return torch.tensor(weights, dtype=torch.float64)
+    return torch.tensor(weights, dtype=torch.float64, device=device)
 
 
 def taylor_error(largest: float, degree: int) -> float:
@@ -226,7 +228,7 @@ def tensor_attention_poly(
         _check_entries(query, key1, key2, scale, degree)
     with without_autocast(query):
         q, k1, k2, v1, v2 = (at_least_float32(x) for x in (query, key1, key2, value1, value2))
-        weights = poly_weights(q.shape[3], degree, scale).to(q)
+        weights = poly_weights(q.shape[3], degree, scale, device=q.device).to(q)
         asked = poly_features(q, degree) * weights
         first, second = poly_features(k1, degree), poly_features(k2, degree)
         first, second = _without_padding(first, real1), _without_padding(second, real2)

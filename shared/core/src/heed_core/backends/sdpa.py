@@ -95,7 +95,8 @@ def _additive(mask: Tensor | None, bias: Tensor | None, query: Tensor) -> Tensor
     if bias is None:
         added = mask
     else:
-        bias = bias.to(query.dtype)
+        if bias.dtype != query.dtype:  # what overflows would be +inf, and the row NaN
+            bias = bias.clamp(max=torch.finfo(query.dtype).max).to(query.dtype)
         added = bias if mask is None else torch.where(mask, bias, -torch.inf)
     if added is None or added.ndim == 4:
         return added

@@ -15,21 +15,20 @@ from heed_core.sparse.tensor import SparseTensor
 NEGATIVE_SLOPE = 0.01
 
 
-def norm_rows(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+def norm_rows(norm: nn.Module, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Batch normalisation; fewer than two rows, which have no variance, are not learnt from.
 
     In training too they are normalised by the running statistics, which stay as they are: the
     coarsest level of a small scan may be one cell. A norm that several processes share, which is no
     `BatchNorm1d`, is always called: the others wait for it.
     """
-    alone = isinstance(norm, nn.BatchNorm1d) and not torch.compiler.is_compiling()
-    if alone and rows.shape[0] < 2:
+    if isinstance(norm, nn.BatchNorm1d) and not torch.compiler.is_compiling() and rows.shape[0] < 2:
         return F.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     normed: Tensor = norm(rows)
     return normed
 
 
-def activate_norm_(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+def activate_norm_(norm: nn.Module, rows: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """LeakyReLU(0.01), then batch normalisation; `rows` are overwritten.
 
     Where nothing is to be learnt from them no new rows are made: for large clouds the system takes
@@ -37,6 +36,8 @@ def activate_norm_(norm: nn.BatchNorm1d, rows: Float[Tensor, "n c"]) -> Float[Te
     all modules, is called.
     """
     rows = F.leaky_relu_(rows, NEGATIVE_SLOPE)
+    if not isinstance(norm, nn.BatchNorm1d | nn.SyncBatchNorm):  # another put in its place
+        return norm_rows(norm, rows)
     learning = norm.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
     mean, variance = norm.running_mean, norm.running_var
     if learning or _hooked(norm) or not norm.affine or mean is None or variance is None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from heed_core import masks
 from heed_core.attention.bounded_memory import BoundedMemoryAttention
+from heed_core.attention.causal_long_short import CausalLongShortAttention
 from heed_core.attention.cosformer import CosformerAttention
 from heed_core.attention.diagonal_state import DiagonalStateMixer
 from heed_core.attention.local import LocalAttention
-from heed_core.attention.long_short import CausalLongShortAttention, LongShortAttention
+from heed_core.attention.long_short import LongShortAttention
 from heed_core.attention.nystrom import NystromAttention
 from heed_core.attention.performer import PerformerAttention
 from heed_core.attention.prob_sparse import ProbSparseAttention
