@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -94,6 +95,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
             train("--data", data, "--out", run, *COMMON, *extra)
     train("--resume", run)
     assert_same_run(uninterrupted, run)
+
+
+def test_the_time_before_a_resumed_epoch_is_none_of_training(data, tmp_path, monkeypatch):
+    """A clock that stands still, long after the machine was started."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_after_save(patch, 1)
+        with pytest.raises(Killed):
+            train("--data", data, "--out", run, *COMMON, "--trainer.checkpoint-every", 2)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: 5000.0))
+    train("--resume", run)
+    assert json.loads((run / "metrics.json").read_text())["training_s"] == 0
 
 
 def test_a_run_without_checkpoint_starts_again(uninterrupted, data, tmp_path, monkeypatch):

@@ -406,8 +406,12 @@ class Pace(L.Callback):
         self.seconds = 0.0
         self._since = 0.0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count, also where a resumed training goes on within an epoch."""
+        self._since = time.monotonic()
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin to count."""
+        """Begin anew behind the validation of the epoch before."""
         self._since = time.monotonic()
 
     def on_train_batch_end(
