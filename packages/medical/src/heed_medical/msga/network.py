@@ -454,9 +454,12 @@ class Msga(nn.Module):
 
 
 def _margin(side: int) -> tuple[int, int]:
-    # no branch on the side: a program exported for one size must serve every other
-    whole = (side + STRIDE - 1) // STRIDE * STRIDE
-    target: int = torch.sym_max(whole, SMALLEST_SIDE)  # type: ignore[no-untyped-call]
+    # No branch on the side: a program exported for one size must serve every other. The factor is
+    # put in last, so that torch can divide symbolic sides by it: to export takes half the time.
+    strides: int = torch.sym_max(  # type: ignore[no-untyped-call]
+        (side + STRIDE - 1) // STRIDE, SMALLEST_SIDE // STRIDE
+    )
+    target = STRIDE * strides
     before = (target - side) // 2
     return before, target - side - before
 
