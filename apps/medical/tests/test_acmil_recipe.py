@@ -56,6 +56,21 @@ def test_predictions_are_probabilities_attention_and_geojson(run: Path, data: Pa
     assert sorted(Path(name).suffix for name in found["files"]) == [".csv", ".json"]
 
 
+def test_the_exported_program_takes_features_as_they_lie_in_files(data: Path, tmp_path: Path):
+    """Also where they are standardised before the network sees them."""
+    run, file = tmp_path / "run", data / "h5_files" / "s9.h5"
+    call(APP, "train", "acmil", "--data", data, "--out", run, "--data.standardise", *QUICK)
+    call(APP, "predict", run, file, "--out", tmp_path)
+    told = json.loads((tmp_path / "s9.json").read_text())["probabilities"]
+    call(APP, "export", run, "--out", tmp_path / "a.pt2")
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    with h5py.File(file) as opened:
+        logits, attention = program(torch.from_numpy(opened["features"][()])[None])
+    assert logits[0].softmax(0).tolist() == pytest.approx(list(told.values()), abs=1e-5)
+    written = np.loadtxt(tmp_path / "s9.csv", delimiter=",", skiprows=1, usecols=3)
+    np.testing.assert_allclose(attention[0].detach().numpy(), written, rtol=1e-4)
+
+
 def test_slides_of_one_name_are_told_apart(run: Path, data: Path, tmp_path: Path):
     for folder, name in (("d1", "s9"), ("d2", "s10")):
         (tmp_path / folder).mkdir()

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from heed_medical_cli import APP
 from heed_medical_cli.attention_maps import attention_maps, spread
 from heed_medical_cli.msga import RECIPE, MsgaSettings, MsgaTraining
 from heed_medical_cli.pictures import draw_attention, draw_scores
+from heed_runtime.run import Run
+from heed_runtime.testing.contract import call, refusal
 from heed_runtime.testing.processes import KILLED, kill_when, start, start_ranks, wait
 
 SMALL = MsgaSettings(model=MsgaConfig(backbone="resnet18", width=8, scales=(1, 2)))
@@ -49,6 +52,21 @@ def test_the_data_settle_classes_channels_and_size(planned: MsgaSettings):
     assert planned.data.size == (32, 32)
     assert planned.model.zoom == 2
     assert planned.model.width == 8
+
+
+def test_data_in_another_layout_than_the_training_are_scored(
+    planned: MsgaSettings, data: Path, tmp_path: Path
+):
+    run = Run.create(tmp_path / "run", system="msga", settings=planned, command=[])
+    run.save_model(RECIPE.model(planned))
+    for path in (path for path in data.rglob("*") if path.is_file()):
+        name = path.relative_to(data).as_posix().replace("_0000.nii", ".nii")
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "data" / name)
+    words = ("evaluate", tmp_path / "run", "--data", tmp_path / "data", "--device", "cpu")
+    said = "is not in the layout nnunet, it seems to be in the layout msd; add --data.layout msd"
+    assert said in refusal(APP, *words)
+    assert call(APP, *words, "--data.layout", "msd")["n"] > 0
 
 
 def test_a_run_is_rebuilt_without_the_weights_it_started_from(tmp_path: Path):

@@ -148,6 +148,9 @@ def test_split_files_of_acmil_and_clam(tmp_path: Path):
     for split, names in parts.items():
         assert [file.name for file in find_bags(tmp_path, data, split)] == names
     assert "1 slides are in no split (s19)" in list_bags(tmp_path, data).warnings[0]
+    text = (tmp_path / "splits.json").read_text()
+    (tmp_path / "splits.json").write_text(text, encoding="utf-8-sig")  # as editors on Windows do
+    assert [file.name for file in find_bags(tmp_path, data, "val")] == parts["val"]
     (tmp_path / "splits.json").unlink()
     columns = [[*names, *[""] * (12 - len(names))] for names in parts.values()]
     rows = [[str(i), *row] for i, row in enumerate(zip(*columns, strict=True))]
@@ -298,6 +301,19 @@ def test_check_lists_every_problem(tmp_path: Path):
     assert find_bags(tmp_path, skipping, "train")
 
 
+def test_labels_that_look_like_one_class_are_refused(tmp_path: Path):
+    rows = [f"s{number},{label}\n" for number, label in enumerate(("0", "1", "0.0", "1.0"))]
+    for number in range(4):
+        np.save(tmp_path / f"s{number}.npy", FEATURES["s00"])
+    (tmp_path / "labels.csv").write_text("slide_id,label\n" + "".join(rows))
+    said = "has the labels '0' and '0.0', which look like one class; write them alike"
+    with pytest.raises(InputError, match=said):
+        plan_data(BagData(), tmp_path)
+    assert any(said in line for line in check_data(BagData(), tmp_path).problems)
+    merged = BagData(classes=("no=0,0.0", "yes=1,1.0"))
+    assert all(file.label in merged.class_of_label for file in list_bags(tmp_path, merged).files)
+
+
 def test_check_warns_of_a_label_that_only_some_splits_have(tmp_path: Path):
     clam(tmp_path)
     labels = tmp_path / "labels.csv"
@@ -379,9 +395,22 @@ def test_a_table_that_gives_no_labels_is_described(text: str, said: str, tmp_pat
     with pytest.raises(InputError, match=f"holds features and no labels; {said}") as caught:
         list_bags(tmp_path, BagData())
     assert "split.csv" not in str(caught.value)
-    said = said.removeprefix("labels.csv ")
-    with pytest.raises(InputError, match=rf"labels\.csv: has no column '.*'; it {said}"):
+    said = said.removeprefix("labels.csv ").replace("has the columns", "its columns are")
+    with pytest.raises(InputError, match=rf"labels\.csv: has no column '.*'; (it )?{said}"):
         list_bags(tmp_path, BagData(labels="labels.csv"))
+
+
+def test_a_blank_in_json_lines_is_a_blank(tmp_path: Path):
+    """Null is neither a label nor a patient, and blank lines are no rows."""
+    for name, features in FEATURES.items():
+        np.save(tmp_path / f"{name}.npy", features)
+    lines = [{"slide_id": name, "label": n % 2, "patient": None} for n, name in enumerate(FEATURES)]
+    table = tmp_path / "labels.jsonl"
+    table.write_text("\n\n".join(json.dumps(line) for line in lines) + "\n\n")
+    assert {file.patient for file in list_bags(tmp_path, BagData()).files} == {None}
+    table.write_text(table.read_text().replace('"label": 1', '"label": null'))
+    with pytest.raises(InputError, match=r"labels\.jsonl, row 3: has no label"):
+        list_bags(tmp_path, BagData())
 
 
 def test_labels_of_other_slides_are_not_called_missing(tmp_path: Path):
@@ -491,7 +520,7 @@ def test_what_is_missing_is_named(tmp_path: Path):
     np.save(tmp_path / "s00.npy", FEATURES["s00"])
     with pytest.raises(InputError, match="holds features and no labels"):
         list_bags(tmp_path, BagData())
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="does not exist"):
         list_bags(tmp_path, BagData(labels="other.csv"))
     (tmp_path / "labels.csv").write_text("slide_id,label\ns00,a\n")
     with pytest.raises(InputError, match="one class only"):

@@ -87,3 +87,26 @@ def test_equal_names_get_their_folders_or_a_number(
 ):
     found = unique_names([Path(path).name for path in paths], [tmp_path / path for path in paths])
     assert found == [name.format(tmp_path.name) for name in names]
+
+
+@pytest.mark.parametrize("finder", ["pictures", "studies"])
+def test_inputs_of_one_name_are_told_apart_by_their_folders(finder: str, tmp_path: Path):
+    for name in ("a/images/x.png", "a/images/x-2.png", "b/images/x.png", "b/images/x.jpg"):
+        put(tmp_path / name)
+    paths = [tmp_path / "a" / "images", tmp_path / "b" / "images"]
+    if finder == "pictures":
+        names = [found.name for found in pictures.find_inputs(paths)]
+        assert names == ["x-2", "x", "x_jpg", "x_png"]
+        (tmp_path / "b/images/x.jpg").unlink()
+        names = [found.name for found in pictures.find_inputs(paths)]
+    else:
+        (tmp_path / "b/images/x.jpg").unlink()
+        names = [found.name for found in more.find_inputs(paths, MoreData())]
+    assert names == ["x-2", "a/images/x", "b/images/x"]
+
+
+def test_rows_of_one_name_are_numbered_around_other_names(tmp_path: Path):
+    rows = [f"{name},{name}.png,,train" for name in ("x", "x-2", "x", "x", "x-2")]
+    (tmp_path / "m.csv").write_text("\n".join(["name,xray_path,report,split", *rows]) + "\n")
+    names = [study.name for study in more.find_studies(tmp_path / "m.csv", MoreData())]
+    assert names == ["x", "x-2", "x-3", "x-4", "x-2-2"]

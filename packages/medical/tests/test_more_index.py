@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from heed_core.errors import InputError
-from heed_medical.more.retrieval import EmbeddingIndex, index_of
+from heed_medical.more.network import More, small_config
+from heed_medical.more.retrieval import EmbeddingIndex, fingerprint, index_of
 
 ROWS = np.eye(3, 4, dtype=np.float32)
 Write = Callable[[Path], None]
@@ -76,3 +78,32 @@ def test_an_index_comes_back_as_it_was(tmp_path: Path):
     loaded = EmbeddingIndex.load(tmp_path / "index.safetensors")
     assert loaded.names == {"ecg": ["a", "b", "c"]}
     np.testing.assert_array_equal(loaded.vectors["ecg"], ROWS)
+
+
+def test_an_index_of_another_model_is_refused(tmp_path: Path):
+    config = small_config()
+    model, other = (More(replace(config, modalities=("xray", "ecg"))) for _ in range(2))
+    path = tmp_path / "index.safetensors"
+    rows = [("a", {"ecg": np.eye(1, config.projection, dtype=np.float32)[0]})]
+    index_of(rows, model=fingerprint(model)).save(path)
+    EmbeddingIndex.load(path).refuse_other(model, path)
+    with pytest.raises(InputError, match="of another model, which cannot be compared; embed"):
+        EmbeddingIndex.load(path).refuse_other(other, path)
+    index_of(rows).save(path)  # as it was written before, or of vectors from elsewhere
+    EmbeddingIndex.load(path).refuse_other(other, path)
+    with pytest.raises(InputError, match="vectors of another width"):
+        index_of([("a", {"ecg": ROWS[0]})]).refuse_other(model, path)
+
+
+@pytest.mark.parametrize("copies", [2, 30])
+def test_equal_vectors_are_found_in_their_order(copies: int, monkeypatch: pytest.MonkeyPatch):
+    """Also where more are equal than are asked for; faiss takes any of them."""
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(10, 8)).astype(np.float32)
+    rows = np.tile(one / np.linalg.norm(one, axis=1, keepdims=True), (copies, 1))
+    index = EmbeddingIndex(vectors={"ecg": rows}, names={"ecg": [str(i) for i in range(len(rows))]})
+    monkeypatch.setattr("heed_medical.more.retrieval.LARGE", 10)
+    _, found = index.search(rows[:3], "ecg", 5)
+    first = np.arange(3)[:, None] + 10 * np.arange(min(copies, 5))
+    assert np.array_equal(found[:, : first.shape[1]], first)

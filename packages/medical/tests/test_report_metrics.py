@@ -91,7 +91,7 @@ def test_an_empty_hypothesis_scores_zero_and_warns_of_nothing():
     assert bleu([["a b"]], [""]).corpus.max() < 1e-6
 
 
-@pytest.mark.parametrize("metric", [bleu, rouge_l, cider])
+@pytest.mark.parametrize("metric", [bleu, rouge_l, cider, meteor_es])
 def test_texts_that_do_not_pair_are_refused(metric):
     with pytest.raises(ValueError, match="as many"):
         metric([["a"]], ["a", "b"])

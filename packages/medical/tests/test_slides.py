@@ -286,6 +286,13 @@ def test_scores_of_slides():
     assert np.isnan(roc_auc(np.array([0.1, 0.2]), np.array([True, True])))
 
 
+def test_of_two_classes_the_second_gives_the_area():
+    """Where the first one's probabilities round to 1, its area would count ties."""
+    second = np.array([1e-9, 3e-9, 2e-9, 4e-9], dtype=np.float32)
+    probabilities = np.stack([1 - second, second], axis=1)
+    assert classification_scores(probabilities, np.array([0, 1, 0, 1]))["auc"] == 1.0
+
+
 def test_concentration_of_attention():
     weights = np.array([0.1, 0.6, 0.3])
     np.testing.assert_allclose(concentration(weights), [0.6, 0.9, 1.0])

@@ -169,7 +169,7 @@ class AcmilModule(L.LightningModule):
             label = torch.tensor([case.label], device=logits.device)
             loss = F.cross_entropy(logits, label)
             self.log("val/loss", loss, on_epoch=True, batch_size=1, sync_dist=True)
-            self._validated.append((tuple(logits.softmax(1)[0].tolist()), case.label))
+            self._validated.append((tuple(logits.double().softmax(1)[0].tolist()), case.label))
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores over all bags of all processes; their sum selects the weights."""
@@ -208,7 +208,7 @@ class AcmilModule(L.LightningModule):
         attention = output.weights[0].mean(dim=0)  # (t, n)
         return BagPrediction(
             name=case.name,
-            probabilities=tuple(output.logits[0].float().softmax(0).tolist()),
+            probabilities=tuple(output.logits[0].double().softmax(0).tolist()),
             attention=attention.detach().float().cpu().numpy(),
             coords=case.coords,
             patch_size=case.patch_size,
@@ -388,7 +388,7 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
         width = settings.model.in_dim
         shapes = ((1, 300, width), (1, 77, width))
         return Exportable(
-            model=ScoresAndAttention(model).eval(),
+            model=ScoresAndAttention(model, settings.data).eval(),
             examples=[(torch.randn(shape),) for shape in shapes],
             dynamic_shapes=({1: auto},),
             input_names=("features",),
@@ -448,16 +448,26 @@ def _skipped(data: BagData, root: Path) -> tuple[str, ...]:
 
 
 class ScoresAndAttention(nn.Module):
-    """What is exported: class scores (b, k) and the mean attention (b, n)."""
+    """What is exported: class scores (b, k) and the mean attention (b, n) of features as in files.
 
-    def __init__(self, model: BagClassifier) -> None:
+    Where the training standardised the channels, so does the program.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, model: BagClassifier, data: BagData) -> None:
         super().__init__()
         self.model = model
+        for name, values in (("mean", data.feature_mean), ("std", data.feature_std)):
+            self.register_buffer(name, torch.tensor(values) if values else None)
 
     def forward(
         self, features: Float[Tensor, "b n d"]
     ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b n"]]:
         """Scores and attention."""
+        if self.mean is not None and self.std is not None:
+            features = (features - self.mean) / self.std
         output = self.model.outputs(features)
         return output.logits, output.weights.mean(dim=(1, 2))
 

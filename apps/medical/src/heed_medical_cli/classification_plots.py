@@ -146,7 +146,7 @@ def draw_maps(
         shown = enlarge(attention, size)
         most = max(float(np.abs(shown - neutral).max()), 1e-3)
         colours = colormaps["RdBu_r"]((shown - neutral) / (2 * most) + 0.5)
-        text = f"scale {scale}: blue {neutral - most:.2f}, red {neutral + most:.2f}"
+        text = f"scale {scale}: blue {neutral - most:.3f}, red {neutral + most:.3f}"
         panels.append(_panel(grey, colours, text))
     colours = colormaps["inferno"](enlarge(maps.evidence, size))
     panels.append(_panel(grey, colours, "evidence (Grad-CAM)"))

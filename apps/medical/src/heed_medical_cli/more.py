@@ -310,11 +310,10 @@ class MoreModule(L.LightningModule):
             return []
         if self._index is None:
             self._index = EmbeddingIndex.load(data.index)
+            self._index.refuse_other(self.model, data.index)
         found = []
         for query, vector in vectors.items():
             for modality, names in self._index.names.items():
-                if self._index.vectors[modality].shape[1] != len(vector):
-                    raise InputError("has vectors of another width than the model", path=data.index)
                 cosines, rows = self._index.search(vector[None], modality, data.neighbours)
                 found += [
                     Neighbour(query=query, modality=modality, name=names[row], cosine=float(cosine))

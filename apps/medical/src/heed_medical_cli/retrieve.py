@@ -19,7 +19,7 @@ import tyro
 from heed_core.errors import InputError
 from heed_medical.more.network import MODALITIES, More
 from heed_medical.more.prediction import StudyPrediction
-from heed_medical.more.retrieval import EmbeddingIndex, index_of
+from heed_medical.more.retrieval import EmbeddingIndex, fingerprint, index_of
 from heed_medical.more.studies import introduced
 from heed_medical_cli.more_embeddings import (
     embed,
@@ -109,13 +109,12 @@ def run(app: App, options: Options, settings: Any) -> Result:
 def _index(trained: Trained, options: Options) -> tuple[EmbeddingIndex, Sequence[str]]:
     if is_index(options.among):
         index = EmbeddingIndex.load(options.among)
-        width = trained.settings.model.projection
-        if any(vectors.shape[1] != width for vectors in index.vectors.values()):
-            raise InputError("has vectors of another width than the model", path=options.among)
+        index.refuse_other(cast(More, trained.model), options.among)
         return index, ()
     studies = trained.recipe.inputs(trained.settings, [options.among])
     found, skipped = embed(trained, studies, options.terminal, "index")
-    return index_of([(one.name, one.embeddings) for one in found]), skipped
+    made_by = fingerprint(cast(More, trained.model))
+    return index_of([(one.name, one.embeddings) for one in found], model=made_by), skipped
 
 
 def _queries(

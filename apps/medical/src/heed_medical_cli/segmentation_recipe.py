@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ class SegmentationRecipe(
     Recipe[SettingsT, SegmentationCase, SegmentationPrediction], Generic[SettingsT]
 ):
     """Reads, writes and scores masks; `settings.data` is a `SegmentationData`."""
+
+    changeable: ClassVar[tuple[str, ...]] = ("data.on_error", "data.layout")
 
     def check(self, settings: SettingsT, root: Path) -> Check:
         """Read every case."""

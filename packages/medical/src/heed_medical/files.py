@@ -18,6 +18,8 @@ def unique_names(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
         groups.setdefault(name, []).append(index)
     found = list(names)
     for name, members in groups.items():
+        if len(members) == 1:
+            continue
         above = [paths[index].parent.resolve().parts[1:] for index in members]
         depth = 0
         while len({_last(parts, depth) for parts in above}) < len(set(above)):

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_medical.bags.bag import BagFile
 from heed_medical.bags.data import BagSet
 from heed_medical.bags.listing import list_bags
 from heed_medical.bags.settings import BagData
 from heed_medical.bags.splits import patients_in_several_splits
+from heed_medical.classification.labels import refuse_look_alikes
 from heed_medical.splits import SPLITS
 
 CountRow = Mapping[str, str | int | float | None]
@@ -37,11 +39,7 @@ def check_data(data: BagData, root: Path) -> DataCheck:
         return DataCheck(counts=(), problems=(str(error),), warnings=())
     problems, warnings = list(listing.problems), list(listing.warnings)
     if not data.classes:
-        trained = {file.label for file in listing.files if file.split == "train"}
-        problems += [
-            f"{root}: no bag with the label {label} is in the training split"
-            for label in sorted({str(f.label) for f in listing.files if f.label not in trained})
-        ]
+        problems += _label_problems(root, listing.files)
         data = replace(data, classes=tuple(sorted({str(f.label) for f in listing.files})))
     bags = BagSet(listing.files, replace(data, cache_mb=0))
     sizes: dict[str, int] = {}
@@ -90,6 +88,20 @@ def check_data(data: BagData, root: Path) -> DataCheck:
             }
         )
     return DataCheck(counts=counts, problems=problems, warnings=warnings)
+
+
+def _label_problems(root: Path, files: Sequence[BagFile]) -> list[str]:
+    """Labels without a training bag, and labels that look like one class."""
+    trained = {file.label for file in files if file.split == "train"}
+    lines = [
+        f"{root}: no bag with the label {label} is in the training split"
+        for label in sorted({str(f.label) for f in files if f.label not in trained})
+    ]
+    try:
+        refuse_look_alikes({str(file.label) for file in files}, root)
+    except InputError as error:
+        lines.append(str(error))
+    return lines
 
 
 def _other_widths(root: Path, widths: Mapping[str, int]) -> list[str]:

@@ -16,6 +16,7 @@ from heed_medical.bags.bag import Bag, BagFile
 from heed_medical.bags.files import read_bag
 from heed_medical.bags.listing import class_of, find_bags, list_bags
 from heed_medical.bags.settings import BagData
+from heed_medical.classification.labels import refuse_look_alikes
 
 
 @dataclass
@@ -107,10 +108,12 @@ def plan_data(data: BagData, root: Path) -> BagData:
     """Settle classes, channels and scaling from the data.
 
     Raises:
-        InputError: There are no bags, only one class, or a class without a training bag.
+        InputError: There are no bags, only one class, a class without a training bag, or labels
+            that look like one class.
     """
     if not data.classes:
         labels = {str(file.label) for file in list_bags(root, data).files}
+        refuse_look_alikes(labels, root)
         if len(labels) < 2:
             raise InputError(
                 f"holds bags of one class only: {', '.join(sorted(labels))}",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from heed_medical.bags.files import H5_SUFFIXES, SUFFIXES, read_table, slide_gro
 from heed_medical.bags.settings import BagData
 from heed_medical.bags.splits import assign_splits, few_shot, names_without_bag, strip_suffix
 from heed_medical.files import unique_names
+from heed_medical.pictures.records import read_rows
 from heed_medical.splits import SPLITS, Split
 
 SLIDE_COLUMNS = ("slide_id", "slide", "bag", "name", "image", "file", "path", "id")
@@ -346,17 +345,19 @@ def read_labels(path: Path) -> list[LabelRow]:
     Raises:
         InputError: It cannot be read, lacks a column, or lists a slide twice.
     """
-    is_json = path.suffix == ".jsonl"
-    rows = _json_rows(path) if is_json else _csv_rows(path)
+    table = read_rows(path)
+    rows = [
+        (f"row {number}", {key.lower(): value for key, value in row.items()})
+        for number, row in zip(table.numbers, table.rows, strict=True)
+    ]
     if not rows:
         raise InputError("lists no slide", path=path, remedy="give a row for each")
     head = rows[0][1]
     slide = next((name for name in SLIDE_COLUMNS if name in head), None)
     if slide is None or "label" not in head:
         missing = "label" if slide else "slide_id"
-        has = f"it has {', '.join(head)}" if is_json else f"it {_header_in_words(path)}"
         raise InputError(
-            f"has no {'key' if is_json else 'column'} {missing!r}; {has}",
+            f"has no column {missing!r}; {table.header}",
             path=path,
             remedy="give the columns slide_id and label",
         )
@@ -392,52 +393,6 @@ def _label_row(
         patient=(row.get(patient) or None) if patient else None,
         split=known[split],
     )
-
-
-def _csv_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
-    if not path.is_file():
-        raise InputError("no such file", path=path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = reason_of(error)
-        raise InputError(
-            f"is not a csv file ({reason})", path=path, remedy="save it as csv in UTF-8"
-        ) from None
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise InputError(
-                "has another number of fields than the header", path=path, place=f"row {number}"
-            )
-    return [
-        (f"row {number}", {key.strip().lower(): value.strip() for key, value in row.items()})
-        for number, row in enumerate(rows, start=2)
-    ]
-
-
-def _json_rows(path: Path) -> list[tuple[str, dict[str, str]]]:
-    if not path.is_file():
-        raise InputError("no such file", path=path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = reason_of(error)
-        raise InputError(
-            f"cannot be read as text ({reason})", path=path, remedy="save it in UTF-8"
-        ) from None
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            loaded: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"is not JSON ({error.msg})", path=path, place=f"line {number}"
-            ) from None
-        if not isinstance(loaded, dict):
-            raise InputError("is not an object", path=path, place=f"line {number}")
-        rows.append((f"line {number}", {str(k): str(v) for k, v in loaded.items()}))
-    return rows
 
 
 def _join(root: Path, table: Path, found: _Found) -> None:

@@ -40,7 +40,9 @@ def classification_scores(
         if true.any() or said.any():
             f1s.append(2 * hits / (true.sum() + said.sum()))
         aucs.append(roc_auc(probabilities[:, number], true))
-    known = [auc for auc in aucs if not np.isnan(auc)]
+    # Of two classes the first ties where its scores round to 1, the second still tells cases apart.
+    counted = aucs[1:] if len(aucs) == 2 else aucs
+    known = [auc for auc in counted if not np.isnan(auc)]
     return {
         "accuracy": float((predicted == labels).mean()),
         "balanced_accuracy": float(np.mean(recalls)),

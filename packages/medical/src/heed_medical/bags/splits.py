@@ -143,7 +143,7 @@ def _split_file(root: Path, data: BagData) -> Path | None:
 
 def _json_names(path: Path) -> dict[Split, list[str]]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"is not a JSON file ({error})", path=path) from None
     keys = {f"{split}{end}": split for split in SPLITS for end in ("", "_names")}

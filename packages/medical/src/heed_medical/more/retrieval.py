@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from jaxtyping import Bool, Float32, Int64
 
 from heed_core.errors import InputError, MissingExtra
 from heed_core.folders import files_under
-from heed_medical.more.network import MODALITIES
+from heed_medical.more.network import MODALITIES, More
 
 LARGE = 20_000
 """Rows from which faiss searches, where it is installed."""
 _BLOCK = 1024
-_NAMES = "names"
+_NAMES, _MODEL = "names", "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,24 @@ class EmbeddingIndex:
     vectors: Mapping[str, Float32[np.ndarray, "n p"]]
     names: Mapping[str, Sequence[str]]
     """By modality, of each row."""
+    model: str = ""
+    """The `fingerprint` of the model that made them; empty: not known."""
+
+    def refuse_other(self, model: More, path: Path) -> None:
+        """Refuse to compare with the embeddings of another model.
+
+        Raises:
+            InputError: `model` did not make the index, which came from `path`.
+        """
+        width = model.config.projection
+        if any(vectors.shape[1] != width for vectors in self.vectors.values()):
+            raise InputError("has vectors of another width than the model", path=path)
+        if self.model and self.model != fingerprint(model):
+            raise InputError(
+                "holds embeddings of another model, which cannot be compared",
+                path=path,
+                remedy="embed the studies again with this run",
+            )
 
     def save(self, path: Path) -> None:
         """Write one `.safetensors`."""
@@ -35,7 +54,7 @@ class EmbeddingIndex:
 
         names = json.dumps({key: list(value) for key, value in self.names.items()})
         arrays = {name: np.ascontiguousarray(rows) for name, rows in self.vectors.items()}
-        save_file(arrays, path, metadata={_NAMES: names})
+        save_file(arrays, path, metadata={_NAMES: names, _MODEL: self.model})
 
     @classmethod
     def load(cls, path: Path) -> EmbeddingIndex:
@@ -52,7 +71,8 @@ class EmbeddingIndex:
 
         try:
             with safe_open(path, "numpy") as file:
-                names = dict(json.loads((file.metadata() or {})[_NAMES]))
+                told = file.metadata() or {}
+                names = dict(json.loads(told[_NAMES]))
                 vectors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"is no index of embeddings ({error})", path=path) from None
@@ -64,7 +84,7 @@ class EmbeddingIndex:
                     f"{len(names.get(key, ()))} names)",
                     path=path,
                 )
-        return cls(vectors=vectors, names=names)
+        return cls(vectors=vectors, names=names, model=told.get(_MODEL, ""))
 
     @classmethod
     def _of_folder(cls, folder: Path) -> EmbeddingIndex:
@@ -128,10 +148,19 @@ def _check(array: np.ndarray, key: str, path: Path, *, axes: int) -> None:
         raise InputError(f"has embeddings of {key!r} that are not finite", path=path)
 
 
+def fingerprint(model: More) -> str:
+    """SHA-256 of the projectors: it differs where embeddings cannot be compared."""
+    digest = hashlib.sha256()
+    for name, values in sorted(model.projectors.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(values.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def index_of(
-    studies: Sequence[tuple[str, Mapping[str, Float32[np.ndarray, " p"]]]],
+    studies: Sequence[tuple[str, Mapping[str, Float32[np.ndarray, " p"]]]], *, model: str = ""
 ) -> EmbeddingIndex:
-    """The index of studies: the name of each, and its embeddings by modality."""
+    """The index of studies: the name of each, its embeddings by modality, and who made them."""
     rows: dict[str, list[np.ndarray]] = {}
     names: dict[str, list[str]] = {}
     for name, embeddings in studies:
@@ -139,7 +168,7 @@ def index_of(
             rows.setdefault(modality, []).append(vector)
             names.setdefault(modality, []).append(name)
     return EmbeddingIndex(
-        vectors={key: np.stack(found) for key, found in rows.items()}, names=names
+        vectors={key: np.stack(found) for key, found in rows.items()}, names=names, model=model
     )
 
 
@@ -150,8 +179,15 @@ def _faiss_search(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.nda
         raise MissingExtra("faiss", "heed-medical[retrieval]") from None
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(np.ascontiguousarray(rows, dtype=np.float32))
-    found: tuple[np.ndarray, np.ndarray] = index.search(np.ascontiguousarray(queries), k)
-    return found
+    asked = np.ascontiguousarray(queries)
+    wide = k
+    while True:  # faiss gives equal ones in any order: look on until all of them are there
+        wide = min(2 * wide + 1, len(rows))
+        cosines, found = index.search(asked, wide)
+        if wide == len(rows) or (cosines[:, -1] < cosines[:, k - 1]).all():
+            break
+    order = np.lexsort((found, -cosines), axis=1)[:, :k]
+    return np.take_along_axis(cosines, order, axis=1), np.take_along_axis(found, order, axis=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from heed_core.folders import files_under
 from heed_medical.ecg.ptbxl import DATABASE, SUPERCLASSES, ptbxl_records
 from heed_medical.ecg.reading import read_ecg
 from heed_medical.ecg.signals import prepare_ecg
+from heed_medical.files import unique_names
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.more.network import MODALITIES, MoreConfig
 from heed_medical.more.prompts import with_prompt_file
@@ -223,19 +223,25 @@ def find_inputs(paths: Sequence[Path], data: MoreData) -> list[StudyFile]:
         InputError: A path that is none of these, or a folder that holds none.
     """
     found: list[StudyFile] = []
+    places: list[Path] = []
     for path in paths:
         if not path.exists():
             raise InputError("does not exist", path=path)
         if _is_list(path):
-            found += find_studies(path, replace(data, manifest=None))
+            listed = find_studies(path, replace(data, manifest=None))
+            found += listed
+            places += [path] * len(listed)
         elif path.is_dir():
             inside = [p for p in files_under(path) if _kind(p)]
             if not inside:
                 raise InputError("holds no pictures, ECG records or texts", path=path)
             found += [_alone(p, p.relative_to(path)) for p in inside]
+            places += inside
         else:
             found.append(_alone(path, Path(path.name)))
-    return _unique(found)
+            places.append(path)
+    names = unique_names([study.name for study in found], places)
+    return [replace(study, name=name) for study, name in zip(found, names, strict=True)]
 
 
 def broken_inputs(paths: Sequence[Path], data: MoreData) -> tuple[str, ...]:
@@ -352,12 +358,16 @@ def _stem(path: str) -> str:
 
 def _unique(studies: Sequence[StudyFile]) -> list[StudyFile]:
     """Number names that come again, as where one X-ray belongs to several ECGs."""
-    seen: dict[str, int] = defaultdict(int)
+    taken = {study.name for study in studies}
+    seen: set[str] = set()
     found = []
     for study in studies:
-        seen[study.name] += 1
-        again = seen[study.name]
-        found.append(study if again == 1 else replace(study, name=f"{study.name}-{again}"))
+        name, again = study.name, 1
+        while name in seen or (again > 1 and name in taken):
+            again += 1
+            name = f"{study.name}-{again}"
+        seen.add(name)
+        found.append(study if again == 1 else replace(study, name=name))
     return found
 
 

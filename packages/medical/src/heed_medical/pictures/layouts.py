@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from heed_core.errors import InputError
 from heed_core.folders import files_under
+from heed_medical.files import unique_names
+from heed_medical.other_layout import other_layout
 from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.listers import (
     LISTERS,
@@ -54,11 +57,17 @@ def list_pictures(root: Path, data: PictureData) -> Listing:
     """
     layout = layout_of(root, data)
     _refuse_unused(layout, data)
-    found = LISTERS[layout](root, data)
+    elsewhere = partial(other_layout, root, data.layout, lambda: _seen(root, data))
+    try:
+        found = LISTERS[layout](root, data)
+    except InputError as error:
+        raise (elsewhere() or error) from None
     pictures, wrong = _existing(found.pictures)
+    names = _names_apart([(picture.name, picture.path) for picture in pictures])
+    pictures = [replace(p, name=name) for p, name in zip(pictures, names, strict=True)]
     problems = found.problems + wrong
     if not pictures:
-        raise InputError(
+        raise elsewhere() or InputError(
             f"holds no labelled picture in the layout {layout}"
             + (f" ({len(problems)} problems, the first: {problems[0]})" if problems else ""),
             path=root,
@@ -104,6 +113,11 @@ def layout_of(root: Path, data: PictureData) -> Layout:
     raise InputError(
         f"holds no data set in a known layout{other_table(root)}", path=root, remedy=_KNOWN
     )
+
+
+def _seen(root: Path, data: PictureData) -> Layout:
+    """The layout by what lies in the folder alone."""
+    return layout_of(root, replace(data, layout="auto", table=""))
 
 
 def _refuse_unused(layout: str, data: PictureData) -> None:
@@ -265,21 +279,15 @@ def find_inputs(paths: Sequence[Path]) -> list[PictureFile]:
     if not found:
         listed = ", ".join(str(p) for p in paths[:3])
         raise InputError("holds no picture that can be read", path=listed, remedy=_READABLE)
-    twice = {name for name, count in Counter(found.values()).items() if count > 1}
-    taken: set[str] = set()
-    pictures = []
-    for path, name in found.items():
-        candidates = [name] if name not in twice else [_long_name(path)]
-        unique = next(n for n in [*candidates, *_numbered(candidates[-1])] if n not in taken)
-        taken.add(unique)
-        pictures.append(PictureFile(name=unique, path=path))
-    return pictures
+    names = _names_apart([(name, path) for path, name in found.items()])
+    return [PictureFile(name=name, path=path) for path, name in zip(found, names, strict=True)]
 
 
-def _long_name(path: Path) -> str:
-    suffix = path.suffix.lower().removeprefix(".")
-    return f"{path.resolve().parent.name}/{path.stem}_{suffix}"
-
-
-def _numbered(name: str) -> list[str]:
-    return [f"{name}_{number}" for number in range(2, 10_000)]
+def _names_apart(pictures: Sequence[tuple[str, Path]]) -> list[str]:
+    """Different names for different files; those that differ in their suffix alone hold it."""
+    counts = Counter((name, path.parent) for name, path in pictures)
+    names = [
+        f"{name}_{path.suffix.lower().removeprefix('.')}" if counts[name, path.parent] > 1 else name
+        for name, path in pictures
+    ]
+    return unique_names(names, [path for _, path in pictures])

@@ -146,9 +146,10 @@ def _conditions(table: Rows, data: PictureData) -> Mapping[str, set[str]]:
 
 
 def _stem(text: str) -> str:
+    """The name of a picture: its file as a list names it, without suffix, inside a folder."""
     path = Path(text)
     stem = path.with_suffix("") if path.suffix.lower() in (*PICTURE_SUFFIXES, ".dcm") else path
-    return str(stem).lstrip("/").replace("..", "")
+    return "/".join(part for part in stem.parts if part not in ("/", ".."))
 
 
 def list_covidx(root: Path, data: PictureData) -> Found:

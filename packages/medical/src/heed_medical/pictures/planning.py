@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_medical.classification.labels import refuse_look_alikes
 from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.layouts import list_pictures
 from heed_medical.pictures.records import PictureFile
@@ -31,7 +32,8 @@ def plan_pictures(data: DataT, root: Path) -> DataT:
     """Fill the open fields (layout, classes) from the training pictures.
 
     Raises:
-        InputError: No training pictures; one class alone; too many; a class without a picture.
+        InputError: No training pictures; one class alone; too many; a class without a picture;
+            labels that look like one class.
     """
     listing = list_pictures(root, data)
     if listing.problems and data.on_error == "stop":
@@ -43,6 +45,8 @@ def plan_pictures(data: DataT, root: Path) -> DataT:
     found = {str(label) for label in counts}
     if not found:
         raise InputError("has no training pictures", path=root, remedy="add some to the split")
+    if not data.classes:
+        refuse_look_alikes(found, root)
     classes = data.classes or order_classes(found)
     if len(classes) < 2:
         raise InputError(

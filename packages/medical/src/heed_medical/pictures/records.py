@@ -44,11 +44,12 @@ class Rows:
     path: Path
     columns: Sequence[str]
     rows: Sequence[Mapping[str, str]]
+    numbers: Sequence[int]
+    """Of each row in the file, from 1 on; the header and blank lines count."""
 
     def numbered(self) -> Iterator[tuple[str, Mapping[str, str]]]:
         """The place of each row, for messages, and the row."""
-        first = 1 if self.path.suffix.lower() in _JSON_LINES else 2
-        for number, row in enumerate(self.rows, start=first):
+        for number, row in zip(self.numbers, self.rows, strict=True):
             yield f"{self.path}, row {number}", row
 
     def column(self, names: Sequence[str]) -> str | None:
@@ -74,15 +75,17 @@ class Rows:
     @property
     def header(self) -> str:
         """Its columns, for messages."""
-        return _semicolons(self.columns) or f"its columns are {', '.join(self.columns)}"
+        return _no_commas(self.columns) or f"its columns are {', '.join(self.columns)}"
 
 
 _JSON_LINES = {".jsonl", ".ndjson"}
 
 
-def _semicolons(columns: Sequence[str]) -> str | None:
-    if len(columns) == 1 and ";" in columns[0]:
-        return f"it seems to be separated by semicolons ({columns[0]}): save it with commas"
+def _no_commas(columns: Sequence[str]) -> str | None:
+    """What to do with a header whose only column holds another separator."""
+    for sign, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(columns) == 1 and sign in columns[0]:
+            return f"it seems to be separated by {name} ({columns[0]}): save it with commas"
     return None
 
 
@@ -121,25 +124,29 @@ def read_rows(path: Path) -> Rows:
     if path.suffix.lower() in _JSON_LINES:
         return _json_rows(path, text)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        rows = list(reader)
+        found = list(enumerate(csv.reader(io.StringIO(text, newline="")), start=1))
     except csv.Error as error:
         raise InputError(f"is not a csv file ({error})", path=path) from None
-    columns = [name.strip() for name in reader.fieldnames or ()]
+    lines = [(number, [field.strip() for field in fields]) for number, fields in found if fields]
+    columns = lines[0][1] if lines else []
     if not columns:
         raise InputError("is empty", path=path, remedy="a header and a row per picture are needed")
     if twice := [name for name, count in Counter(columns).items() if name and count > 1]:
         raise InputError(f"has the column {twice[0]!r} twice", path=path, remedy="rename one")
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
+    for number, fields in lines[1:]:
+        if len(fields) != len(columns):
             raise InputError(
                 "has another number of fields than the header",
                 path=path,
                 place=f"row {number}",
-                remedy=_semicolons(columns) or "put a field that holds commas in quotes",
+                remedy=_no_commas(columns) or "put a field that holds commas in quotes",
             )
-    stripped = [{k.strip(): v.strip() for k, v in row.items()} for row in rows]
-    return Rows(path=path, columns=columns, rows=stripped)
+    return Rows(
+        path=path,
+        columns=columns,
+        rows=[dict(zip(columns, fields, strict=True)) for _, fields in lines[1:]],
+        numbers=[number for number, _ in lines[1:]],
+    )
 
 
 def _text(path: Path) -> str:
@@ -151,8 +158,9 @@ def _text(path: Path) -> str:
 
 def _json_rows(path: Path, text: str) -> Rows:
     rows: list[Mapping[str, str]] = []
+    numbers: list[int] = []
     columns: dict[str, None] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # texts may hold other line breaks
         if not line.strip():
             continue
         try:
@@ -164,8 +172,9 @@ def _json_rows(path: Path, text: str) -> Rows:
         if not isinstance(entry, dict):
             raise InputError("is not a JSON object", path=path, place=f"row {number}")
         rows.append({str(k): "" if v is None else str(v).strip() for k, v in entry.items()})
+        numbers.append(number)
         columns |= dict.fromkeys(rows[-1])
     if not rows:
         raise InputError("is empty", path=path, remedy="a JSON object per picture is needed")
     complete = [{name: row.get(name, "") for name in columns} for row in rows]
-    return Rows(path=path, columns=tuple(columns), rows=complete)
+    return Rows(path=path, columns=tuple(columns), rows=complete, numbers=numbers)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ from heed_core.errors import InputError
 from heed_core.folders import files_under
 from heed_medical.dicom import is_dicom
 from heed_medical.images import file_kind
+from heed_medical.other_layout import other_layout
 from heed_medical.pictures.records import read_rows
 from heed_medical.reports.settings import Layout, ReportData
 from heed_medical.splits import SPLITS
@@ -59,7 +61,11 @@ def list_studies(root: Path, data: ReportData) -> Listing:
     if not root.is_dir():
         raise InputError("no such folder", path=root, remedy="give the folder of the data set")
     layout = _detect(root, data) if data.layout == "auto" else data.layout
-    listing = _LISTERS[layout](root, data)
+    elsewhere = partial(other_layout, root, data.layout, lambda: _detect(root, data))
+    try:
+        listing = _LISTERS[layout](root, data)
+    except InputError as error:
+        raise (elsewhere() or error) from None
     seen: dict[str, int] = {}
     for study in listing.studies:
         seen[study.name] = seen.get(study.name, 0) + 1
@@ -67,7 +73,7 @@ def list_studies(root: Path, data: ReportData) -> Listing:
         raise InputError(f"holds the study {twice!r} twice", path=root, remedy="rename one")
     if not listing.studies:
         first = listing.problems[0] if listing.problems else f"{root}: holds no study"
-        raise InputError(first)
+        raise elsewhere() or InputError(first)
     return replace(listing, studies=_with_splits(listing.studies, data))
 
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from heed_core.errors import InputError
-from heed_medical.reports.metrics import Scores
+from heed_medical.reports.metrics import Scores, check_pairs
 from heed_medical.reports.stems import stem
 
 _ALPHA, _BETA, _GAMMA = 0.85, 0.2, 0.6
@@ -28,6 +28,7 @@ def meteor_es(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) ->
     is the mean. Words are matched in order of the hypothesis, each to the free place that best
     continues the chunk, exact ones first.
     """
+    check_pairs(references, hypotheses)
     pairs = np.array(
         [
             max(_meteor(text.split(), hypothesis.split()) for text in texts)

@@ -37,7 +37,12 @@ class BleuScores:
     pairs: Float64[np.ndarray, "n 4"]
 
 
-def _check(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
+def check_pairs(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> None:
+    """Refuse what cannot be scored.
+
+    Raises:
+        ValueError: No hypothesis, other numbers of them than lists of references, or an empty list.
+    """
     if len(references) != len(hypotheses) or not hypotheses:
         raise ValueError(
             f"there must be as many lists of references as hypotheses, and one or more, got "
@@ -62,7 +67,7 @@ def bleu(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Bleu
     closest to the hypothesis (the shorter of two). Identical texts score a little below 1, texts
     without a common 4-gram a little above 0, because of the constants of the COCO evaluation.
     """
-    _check(references, hypotheses)
+    check_pairs(references, hypotheses)
     correct = np.zeros((len(hypotheses), ORDERS))
     guessed = np.zeros((len(hypotheses), ORDERS))
     lengths = np.zeros((len(hypotheses), 2))  # of hypothesis and reference
@@ -95,7 +100,7 @@ def rouge_l(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> S
 
     Precision and recall are each the best over the references.
     """
-    _check(references, hypotheses)
+    check_pairs(references, hypotheses)
     found = []
     for texts, hypothesis in zip(references, hypotheses, strict=True):
         words = hypothesis.split(" ")
@@ -127,7 +132,7 @@ def cider(references: Sequence[Sequence[str]], hypotheses: Sequence[str]) -> Sco
     Document frequencies are those of the references given here, so the score of a pair depends on
     the set. Lengths are counted in bigrams. Ten is the best.
     """
-    _check(references, hypotheses)
+    check_pairs(references, hypotheses)
     counted = [[_ngrams(text.split()) for text in texts] for texts in references]
     documents: Ngrams = Counter()
     for each in counted:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from heed_core.errors import InputError
@@ -10,6 +11,7 @@ from heed_core.folders import files_under
 from heed_medical.dicom import is_dicom, list_series
 from heed_medical.files import unique_names
 from heed_medical.images import file_kind, file_stem
+from heed_medical.other_layout import other_layout
 from heed_medical.segmentation.cases import CaseFiles
 from heed_medical.segmentation.listers import (
     BRATS_MASKS,
@@ -59,9 +61,13 @@ def list_cases(root: Path, settings: SegmentationData) -> Listing:
         what = "is a file, a folder was expected" if root.exists() else "does not exist"
         raise InputError(what, path=root, remedy="give the folder of a data set")
     layout = detect_layout(root) if settings.layout == "auto" else settings.layout
-    cases, problems = LISTERS[layout](root, settings)
+    elsewhere = partial(other_layout, root, settings.layout, lambda: _seen(root, settings))
+    try:
+        cases, problems = LISTERS[layout](root, settings)
+    except InputError as error:
+        raise (elsewhere() or error) from None
     if not cases:
-        raise InputError(
+        raise elsewhere() or InputError(
             f"holds no labelled case in the layout {layout}"
             + (f" ({len(problems)} problems, the first: {problems[0]})" if problems else ""),
             path=root,
@@ -76,6 +82,12 @@ def list_cases(root: Path, settings: SegmentationData) -> Listing:
         label_names=names,
         ignore=ignore,
     )
+
+
+def _seen(root: Path, settings: SegmentationData) -> Layout:
+    """The layout by what lies in the folder, if it holds a case in it."""
+    layout = detect_layout(root)
+    return layout if LISTERS[layout](root, settings)[0] else settings.layout
 
 
 def find_cases(root: Path, settings: SegmentationData, split: str) -> list[CaseFiles]:
