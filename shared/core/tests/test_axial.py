@@ -153,6 +153,18 @@ def test_decoding_cell_by_cell_equals_one_forward(depths: tuple[int, int]) -> No
 
 
 @pytest.mark.bad_input
+@torch.no_grad()
+def test_a_refused_row_leaves_the_state_as_it_was() -> None:
+    module, x = decoder(), torch.randn(3, 5, 8, dtype=torch.float64)
+    state = module.new_state(3, (4, 5))
+    module.begin_row(None, x, state)
+    for previous, context, told in ((x, x[:, :4], "context"), (x[:2], x, "previous")):
+        with pytest.raises(ValueError, match=rf"{told} must be \(3, 5, 8\)"):
+            module.begin_row(previous, context, state)
+    assert [cache.length for cache in state.columns] == [0] * len(state.columns)
+
+
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     ("call", "match"),
     [

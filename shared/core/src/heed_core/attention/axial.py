@@ -29,7 +29,7 @@ from heed_core.cache import KVCache, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.layers import type_and_place
 from heed_core.sites import Attend
-from heed_core.tokens import check_real
+from heed_core.tokens import check_real, check_shape
 
 Combine = Literal["sum", "sequence"]
 """How the axes of `MultiAxisAxialAttention` come together."""
@@ -442,7 +442,13 @@ class RowColumnDecoder(nn.Module):
             previous: The embedded cells of the row above; None for the first row.
             context: Of the new row.
             state: Changed in place.
+
+        Raises:
+            ValueError: Another shape than that of the state, which stays as it is.
         """
+        for name, row in (("context", context), ("previous", previous)):
+            if row is not None:
+                check_shape(name, row, tuple(state.context.shape), "batch, columns, channels")
         above = torch.zeros_like(context)
         if previous is not None:
             above = (previous + state.context)[:, None]
