@@ -181,7 +181,7 @@ def unknown_labels(pictures: Sequence[PictureFile], data: PictureData) -> list[s
         return []
     return [
         f"{p.place or p.path}: has the label {p.label!r}, which is not one of the classes "
-        f"{', '.join(data.classes)}; correct it or name the class"
+        f"{', '.join(data.classes)}; correct it, or train with it in --data.classes"
         for p in pictures
         if p.label not in data.classes
     ]

@@ -165,7 +165,7 @@ class LabelTable:
                 f"{', ...' * (unknown.size > 5)} ({count} voxels) outside the list: "
                 f"{self.allowed()}",
                 path=path,
-                remedy="correct the mask, or name the classes with --data.labels or --data.ignore",
+                remedy="correct the mask, or name it by --data.labels or --data.ignore in training",
             )
         return codes[np.searchsorted(found, values)]
 
