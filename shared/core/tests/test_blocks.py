@@ -469,3 +469,17 @@ def test_a_norm_is_torchs_with_and_without_gradients(dtype: torch.dtype) -> None
         torch.testing.assert_close(norm(x), wanted)
         assert torch.equal(x, before)
         torch.testing.assert_close(norm(torch.zeros_like(x)), torch.zeros_like(x))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tokens_of_another_type_than_the_weights_are_named(dtype: torch.dtype) -> None:
+    encoder = Encoder(BlockConfig(dim=8, heads=2), depth=1).float()
+    x = torch.randn(2, 5, 8)
+    told = f"x must have the type of the weights, torch.float32, got {dtype}"
+    with pytest.raises(TypeError, match=told):
+        encoder(x.to(dtype))
+    with pytest.raises(ValueError, match=r"x must be \(batch, tokens, 8\), got \(2, 5, 7\)"):
+        encoder(x[..., :7])
+    with torch.autocast("cpu", torch.bfloat16):  # converts
+        assert encoder(x.bfloat16()).isfinite().all()

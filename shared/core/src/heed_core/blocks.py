@@ -30,6 +30,7 @@ from heed_core.attention.multi_head import (
 from heed_core.cache import CrossCache, LayerCache, StackCache, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.relative import RotaryPositions
+from heed_core.tokens import check_tokens
 
 __all__ = [
     "Activation",
@@ -166,6 +167,11 @@ class _Block(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
+    def _check(self, x: Tensor) -> None:
+        """Before the first norm, whose complaint would name no argument."""
+        layer = self.feed.expand if isinstance(self.feed, FeedForward) else None
+        check_tokens("x", x, self.config.dim, layer=layer)
+
     def _residual(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if self.config.norm_first:
             return x + cast(Tensor, self.dropout(branch(norm(x))))
@@ -202,6 +208,7 @@ class EncoderBlock(_Block):
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Transform tokens; arguments as of `MultiHeadAttention`."""
+        self._check(x)
 
         def attention(tokens: Tensor) -> Tensor:
             mixed: Tensor = self.attention(
@@ -263,6 +270,7 @@ class DecoderBlock(_Block):
             positions: Of the tokens, for `rotary`.
             cache: Of this block, see `Decoder.new_cache`.
         """
+        self._check(x)
 
         def own(tokens: Tensor) -> Tensor:
             mixed: Tensor = self.attention(

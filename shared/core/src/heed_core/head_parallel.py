@@ -125,7 +125,7 @@ class HeadParallelAttention(nn.Module):
         Raises:
             ValueError: Shapes that do not fit, or that differ between processes: on all of them.
         """
-        check_tokens("x", x, self.own.dim)
+        check_tokens("x", x, self.own.dim, layer=self.own.query)
         self._check_alike(x, context)
         x = same_for_all(x, self.group)
         context = None if context is None else same_for_all(context, self.group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_real(**tensors: Tensor | None) -> None:
@@ -12,6 +12,29 @@ def check_real(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Raise a TypeError that names tensors of another type than the weights, `dtype`.
+
+    Under autocast, which converts, nothing is wrong.
+    """
+    for name, x in tensors.items():
+        if x is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"{name} must have the type of the weights, {dtype}, got {x.dtype}; convert it, or "
+                "the module, with `.to`"
+            )
+
+
+def check_type(layer: nn.Module, **tensors: Tensor | None) -> None:
+    """The same for the weights of a layer such as `nn.Linear`.
+
+    What a layer takes that was wrapped, quantised or put in the place of torch's is not known.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is not None and weight.is_floating_point() and not layer._forward_pre_hooks:
+        check_dtype(weight.dtype, **tensors)
 
 
 def check_some(**tensors: Tensor | None) -> None:
@@ -38,19 +61,24 @@ def check_shape(name: str, x: Tensor, shape: tuple[int | None, ...], axes: str) 
         raise ValueError(f"{name} must be ({wanted}) ({axes}), got {tuple(x.shape)}")
 
 
-def check_tokens(name: str, x: Tensor, dim: int, *, batch: int | None = None) -> None:
-    """Raise a ValueError for tokens of another shape, a TypeError for what is no real number.
+def check_tokens(
+    name: str, x: Tensor, dim: int, *, batch: int | None = None, layer: nn.Module | None = None
+) -> None:
+    """Raise a ValueError for tokens of another shape, a TypeError for those of another type.
 
     Args:
         name: Of the argument.
         x: Must be (batch, tokens, dim).
         dim: Channels.
         batch: Samples; any number if not given.
+        layer: Whose type they must have, see `check_type`; any real numbers if not given.
     """
     if x.dim() != 3 or x.shape[2] != dim or (batch is not None and x.shape[0] != batch):
         samples = "batch" if batch is None else f"batch {batch}"
         raise ValueError(f"{name} must be ({samples}, tokens, {dim}), got {tuple(x.shape)}")
     check_real(**{name: x})
+    if layer is not None:
+        check_type(layer, **{name: x})
 
 
 def check_padding(

@@ -29,7 +29,7 @@ from heed_core.cache import KVCache, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.layers import type_and_place
 from heed_core.sites import Attend
-from heed_core.tokens import check_real, check_shape
+from heed_core.tokens import check_real, check_shape, check_type
 
 Combine = Literal["sum", "sequence"]
 """How the axes of `MultiAxisAxialAttention` come together."""
@@ -151,7 +151,7 @@ class AxialAttention(nn.Module):
             mask: True = the cell may be attended to.
             cache: Of a causal attention, from `new_cache`: `x` holds the next cells of each line.
         """
-        check_grid(x, self.dim)
+        check_grid(x, self.dim, layer=self.query)
         axis = checked_axis(self.axis, x.dim() - 2)
         if mask is not None:
             check_cell_mask(mask, x)
@@ -400,6 +400,7 @@ class RowColumnDecoder(nn.Module):
                 f"context must have the shape {tuple(x.shape)} of x, got {tuple(context.shape)}"
             )
         check_real(context=context)
+        check_type(cast(AxialBlock, self.inner[0]).expand, x=x, context=context)
         above = x + context
         for block in self.outer:
             above = block(above)
@@ -516,14 +517,25 @@ def checked_axis(axis: int, axes: int) -> int:
     return axis % axes
 
 
-def check_grid(x: Tensor, dim: int, *, axes: int | None = None) -> None:
-    """Raise unless x is floating-point (batch, *spatial, dim), with a number of axes if given."""
+def check_grid(
+    x: Tensor, dim: int, *, axes: int | None = None, layer: nn.Module | None = None
+) -> None:
+    """Raise unless x is floating-point (batch, *spatial, dim), with a number of axes if given.
+
+    Args:
+        x: What was given.
+        dim: Channels.
+        axes: How many spatial ones; any number if not given.
+        layer: Whose type x must have, see `check_type`.
+    """
     wanted = 3 if axes is None else axes + 2
     wrong_rank = x.dim() < wanted if axes is None else x.dim() != wanted
     if wrong_rank or x.shape[-1] != dim:
         spatial = "*spatial" if axes is None else f"{axes} spatial axes"
         raise ValueError(f"x must be (batch, {spatial}, {dim}), got {tuple(x.shape)}")
     check_real(x=x)
+    if layer is not None:
+        check_type(layer, x=x)
 
 
 def check_cell_mask(mask: Tensor, x: Tensor) -> None:

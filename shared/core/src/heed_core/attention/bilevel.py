@@ -286,7 +286,7 @@ class BilevelAttention(nn.Module):
         self, x: Float[Tensor, "b *spatial c"], *, mask: Bool[Tensor, " b *spatial"] | None = None
     ) -> Float[Tensor, "b *spatial c"]:
         """Attend along the routes; `mask` is True where a cell may be attended to."""
-        check_grid(x, self.dim, axes=len(self.regions))
+        check_grid(x, self.dim, axes=len(self.regions), layer=self.query)
         if mask is not None:
             check_cell_mask(mask, x)
         spatial = x.shape[1:-1]
@@ -381,7 +381,7 @@ class LepeAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Attend from every cell to every cell."""
-        check_grid(x, self.dim, axes=self.spatial_axes)
+        check_grid(x, self.dim, axes=self.spatial_axes, layer=self.query)
         check_some(x=x)
         tokens = x.flatten(1, -2)
         value = self.value(x)

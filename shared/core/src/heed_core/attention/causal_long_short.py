@@ -343,7 +343,7 @@ class CausalLongShortAttention(nn.Module):
             padding_mask: True = real token; with a cache also for those in it.
             cache: From `new_cache`, for decoding.
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         check_some(x=x)
         key, value, scores = (
             self._heads(layer(x)) for layer in (self.key, self.value, self.summarise)

@@ -138,7 +138,7 @@ class ClassAttentionBlock(nn.Module):
         Raises:
             ValueError: Another shape, or no token.
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.attention.query)
         check_some(x=x)
         first = x[:, :1]
         tokens = self.norm(x)

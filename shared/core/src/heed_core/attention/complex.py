@@ -271,7 +271,7 @@ class ComplexAttention(nn.Module):
     def _check_call(
         self, x: Tensor, context: Tensor | None, positions: Tensor | None, cache: KVCache | None
     ) -> None:
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if positions is not None and self.rotary is None:
             raise ValueError("positions have no effect: this attention was built with base=None")
         if (context is None) != (self.context_dim is None):
@@ -279,7 +279,7 @@ class ComplexAttention(nn.Module):
                 f"context must be given if and only if context_dim is, which is {self.context_dim}"
             )
         if context is not None:
-            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
         if cache is not None and not self.causal:
             raise ValueError("cache serves causal=True only")
 

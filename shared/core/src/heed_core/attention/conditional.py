@@ -140,7 +140,7 @@ class ConditionalCrossAttention(nn.Module):
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
 
     def _conditions(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         count = self.condition.conditions
         if condition is None:
             return torch.arange(count, device=x.device).expand(x.shape[0], -1)

@@ -34,7 +34,7 @@ from heed_core.attention.projected import check_positive
 from heed_core.dispatch import Impl
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Attend
-from heed_core.tokens import check_indices, check_real, check_shape
+from heed_core.tokens import check_indices, check_real, check_shape, check_type
 
 GATHER_FROM = 1024
 """Tokens from which `path="auto"` gathers keys."""
@@ -524,6 +524,7 @@ class ConnectivityAttention(nn.Module):
                 f"per token, got {tuple(x.shape)}"
             )
         check_real(x=x)
+        check_type(self.query, x=x)
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)

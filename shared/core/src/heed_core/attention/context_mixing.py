@@ -31,7 +31,7 @@ from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.layers import matrix_and_bias
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
-from heed_core.tokens import check_real, check_shape
+from heed_core.tokens import check_real, check_shape, check_type
 
 
 def neighborhood_av(
@@ -289,6 +289,7 @@ class ContextMixing(nn.Module):
                 f"context must be (batch, {self.context_dim}, H, W), got {tuple(context.shape)}"
             )
         check_real(x=x, context=context, value=value)
+        check_type(self.query, x=x, context=context, value=value)
         if 0 in x.shape[2:] or 0 in context.shape[2:]:
             raise ValueError(
                 f"x and context must have cells, got {tuple(x.shape)} and {tuple(context.shape)}"

@@ -309,7 +309,7 @@ class DeltaRuleAttention(nn.Module):
                 they stand.
             cache: From `new_cache`, for decoding.
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if padding_mask is not None:
             check_padding(padding_mask, *x.shape[:2])
             x = x.masked_fill(~padding_mask[..., None], 0.0)  # whatever they hold, also NaN

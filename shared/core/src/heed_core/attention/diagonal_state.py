@@ -254,7 +254,7 @@ class DiagonalStateMixer(nn.Module):
             padding_mask: True = real token; others enter as zeros.
             cache: From `new_cache`, for decoding; `causal` only.
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.out)
         check_some(x=x)
         found = diagonal_state_mixing(
             x.mT,

@@ -253,13 +253,13 @@ class DynamicMaskAttention(nn.Module):
         positions: Tensor | None,
         cache: ScoredKVCache | None,
     ) -> None:
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if positions is not None and self.rotary is None:
             raise ValueError("positions have no effect: this attention was built without rotary")
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
             if self.causal:
                 raise ValueError("context has no order with the tokens that ask: causal=True")
         if cache is not None and not self.causal:

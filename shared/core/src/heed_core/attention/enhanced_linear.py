@@ -129,7 +129,7 @@ class EnhancedLinearAttention(nn.Module):
         self, x: Float[Tensor, "b n c"], *, padding_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n c"]:
         """Attend from every token to every token; `padding_mask` is True for real ones."""
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
@@ -231,7 +231,7 @@ class EnhancedLinearBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Transform a grid."""
-        check_grid(x, self.dim, axes=self.spatial_axes)
+        check_grid(x, self.dim, axes=self.spatial_axes, layer=self.expand)
         check_some(x=x)
         x = x + self.positions(x.movedim(-1, 1)).movedim(1, -1)
         mixed = self.attention(self.attention_norm(x).flatten(1, -2))

@@ -106,8 +106,8 @@ class FullWidthAttention(nn.Module):
         return F.linear(mixed.transpose(1, 2).flatten(2), outwards)
 
     def _check_call(self, x: Tensor, context: Tensor) -> None:
-        check_tokens("x", x, self.dim)
-        check_tokens("context", context, self.context_dim, batch=x.shape[0])
+        check_tokens("x", x, self.dim, layer=self.query)
+        check_tokens("context", context, self.context_dim, batch=x.shape[0], layer=self.key)
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""

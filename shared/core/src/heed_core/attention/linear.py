@@ -372,11 +372,11 @@ class LinearAttention(WithConstants):
         return self.fixed_decay[None] if self.decay == "retention" else None
 
     def _check_call(self, x: Tensor, context: Tensor | None, cache: StateCache | None) -> None:
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
             if self.causal:
                 raise ValueError("context has no order with the tokens that ask: causal=True")
         if cache is not None and not self.causal:

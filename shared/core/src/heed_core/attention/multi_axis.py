@@ -190,7 +190,7 @@ class PartitionAttention(nn.Module):
         self, x: Float[Tensor, "b *spatial c"], *, mask: Bool[Tensor, " b *spatial"] | None = None
     ) -> Float[Tensor, "b *spatial c"]:
         """Attend within each group; `mask` is True where a cell may be attended to."""
-        check_grid(x, self.dim, axes=len(self.size))
+        check_grid(x, self.dim, axes=len(self.size), layer=self.query)
         groups = partition(x, self.size, mode=self.mode)
         tokens = groups.flatten(0, 1)
         allowed = None
@@ -253,7 +253,7 @@ class PartitionBlock(nn.Module):
         self, x: Float[Tensor, "b *spatial c"], *, mask: Bool[Tensor, " b *spatial"] | None = None
     ) -> Float[Tensor, "b *spatial c"]:
         """Transform a grid; `mask` as in `PartitionAttention`."""
-        check_grid(x, self.attention.dim, axes=len(self.attention.size))
+        check_grid(x, self.attention.dim, axes=len(self.attention.size), layer=self.expand)
         x = x + self.dropout(self.attention(self.attention_norm(x), mask=mask))
         hidden = F.gelu(self.expand(self.feed_norm(x)), approximate="tanh")
         return x + cast(Tensor, self.dropout(self.contract(hidden)))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from heed_core.attention.axial import check_grid
 from heed_core.attention.multi_axis import Mode, partition, unpartition
-from heed_core.tokens import check_real
+from heed_core.tokens import check_real, check_type
 
 _EPS = 1e-6
 
@@ -97,7 +97,7 @@ class AxisGatedMlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Transform a grid."""
-        check_grid(x, self.dim, axes=len(self.size))
+        check_grid(x, self.dim, axes=len(self.size), layer=self.expand)
         hidden = _gelu(self.expand(self.norm(x)))
         u, v = partition(hidden, self.size, mode=self.mode).chunk(2, dim=-1)
         v = _along_places(self.mix, self.gate_norm(v))
@@ -143,7 +143,7 @@ class MultiAxisMlp(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Transform a grid."""
-        check_grid(x, self.dim, axes=self.spatial_axes)
+        check_grid(x, self.dim, axes=self.spatial_axes, layer=self.expand)
         u, v = _gelu(self.expand(self.norm(x))).chunk(2, dim=-1)
         joined = torch.cat([self.grid(u), self.block(v)], dim=-1)
         return x + cast(Tensor, self.dropout(self.contract(joined)))
@@ -185,7 +185,7 @@ class MultiAxisGate(nn.Module):
 
     def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
         """Weights for every cell and channel."""
-        check_grid(x, self.dim, axes=len(self.block_size))
+        check_grid(x, self.dim, axes=len(self.block_size), layer=self.expand)
         u, v = _gelu(self.expand(self.norm(x))).chunk(2, dim=-1)
         u = self._mixed(u, self.grid_mix, self.grid_size, "grid")
         v = self._mixed(v, self.block_mix, self.block_size, "block")
@@ -254,13 +254,14 @@ class CrossGating(nn.Module):
             x: One grid.
             y: The other, of the same size; with `upsample` of half the size.
         """
-        check_grid(x, self.x_dim, axes=self.spatial_axes)
+        check_grid(x, self.x_dim, axes=self.spatial_axes, layer=self.x_in)
         if y.dim() != x.dim() or y.shape[-1] != self.y_dim or y.shape[0] != x.shape[0]:
             raise ValueError(
                 f"y must be (batch {x.shape[0]}, {self.spatial_axes} spatial axes, {self.y_dim}), "
                 f"got {tuple(y.shape)}"
             )
         check_real(y=y)
+        check_type(self.y_in, y=y)
         if self.up is not None:
             y = self.up(y.movedim(-1, 1)).movedim(1, -1)
         if y.shape[1:-1] != x.shape[1:-1]:

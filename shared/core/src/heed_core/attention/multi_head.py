@@ -22,7 +22,14 @@ from heed_core.dispatch import Impl
 from heed_core.layers import type_and_place
 from heed_core.relative import RotaryPositions, distances
 from heed_core.sites import Attend
-from heed_core.tokens import check_broadcast, check_mask, check_padding, check_real, check_tokens
+from heed_core.tokens import (
+    check_broadcast,
+    check_mask,
+    check_padding,
+    check_real,
+    check_tokens,
+    check_type,
+)
 
 Norm = Literal["layer", "rms"]
 """LayerNorm, or RMSNorm (no mean, no shift)."""
@@ -235,12 +242,12 @@ class MultiHeadAttention(nn.Module):
         value: Tensor | None,
         cache: KVCache | WindowCache | CrossCache | None,
     ) -> None:
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         stored = isinstance(cache, CrossCache) and cache.filled
         if context is None and self.context_dim is not None and not stored:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
         source = x if context is None else context
         if value is not None and value.shape != source.shape:
             raise ValueError(
@@ -248,6 +255,7 @@ class MultiHeadAttention(nn.Module):
                 f"{tuple(value.shape)}"
             )
         check_real(value=value)
+        check_type(self.value, value=value)
         if isinstance(cache, CrossCache):
             if context is None and not stored:
                 raise ValueError("a CrossCache needs a context at the first call")

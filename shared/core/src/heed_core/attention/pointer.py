@@ -116,7 +116,7 @@ class PointerHead(nn.Module):
             memory_mask: True = the token is there; others get -inf.
             keys: What `project` made of the memory, instead of it: many steps share it.
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if (memory is None) == (keys is None):
             raise ValueError("give either memory or keys")
         keys = self.project(cast(Tensor, memory)) if keys is None else keys
@@ -135,7 +135,7 @@ class PointerHead(nn.Module):
 
     def project(self, memory: Float[Tensor, "b m k"]) -> Float[Tensor, "b h m d"]:
         """The keys of memory tokens."""
-        check_tokens("memory", memory, self.memory_dim)
+        check_tokens("memory", memory, self.memory_dim, layer=self.key)
         return self._heads(self.key(memory))
 
     def _heads(self, tokens: Tensor) -> Tensor:

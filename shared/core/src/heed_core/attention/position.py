@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from heed_core.attend import attend
 from heed_core.dispatch import Impl
 from heed_core.sites import Attend
-from heed_core.tokens import check_real
+from heed_core.tokens import check_real, check_type
 
 
 def position_attention(
@@ -91,6 +91,7 @@ class PositionAttention(nn.Module):
         if x.dim() < 3 or x.shape[1] != self.dim:
             raise ValueError(f"x must be (batch, {self.dim}, *spatial), got {tuple(x.shape)}")
         check_real(x=x)
+        check_type(self.query, x=x)
         tokens = x.flatten(2).transpose(1, 2)[:, None]  # (b, 1, N, c)
         mixed: Tensor = self.attend(self.query(tokens), self.key(tokens), self.value(tokens))
         return self.gamma * mixed[:, 0].transpose(1, 2).reshape(x.shape) + x

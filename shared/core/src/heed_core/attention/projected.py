@@ -96,12 +96,12 @@ class ProjectedAttention(nn.Module):
             cached: Whether a cache is given.
             past: Tokens in the cache that the padding mask also covers.
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
             self._serves("cross")
-            check_tokens("context", context, self.key.in_features, batch=x.shape[0])
+            check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
             if self.causal:
                 raise ValueError("context has no order with the tokens that ask: causal=True")
         if cached and not self.causal:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.blocks import FeedForward
 from heed_core.dispatch import Impl
-from heed_core.tokens import check_real, check_tokens
+from heed_core.tokens import check_real, check_tokens, check_type
 
 
 def factorised_pool(
@@ -111,8 +111,9 @@ class CrossAttentionReadout(nn.Module):
             start: What each query holds before it attends; 0 by default, so that the weight (not
                 the shift) of `query_norm` has no effect.
         """
-        check_tokens("tokens", tokens, self.dim)
+        check_tokens("tokens", tokens, self.dim, layer=self.attention.query)
         check_real(positions=positions, start=start)
+        check_type(self.attention.query, positions=positions, start=start)
         if positions is not None and positions.shape[-2:] != tokens.shape[1:]:
             raise ValueError(
                 f"positions must be (tokens, channels) {tuple(tokens.shape[1:])}, with or without "

@@ -36,7 +36,7 @@ from heed_core.constants import WithConstants
 from heed_core.dispatch import Impl
 from heed_core.layers import held_matrix_and_bias
 from heed_core.sites import Attend
-from heed_core.tokens import check_tokens
+from heed_core.tokens import check_dtype, check_tokens
 
 QueryKey = Literal["separate", "collapsed", "symmetric", "cholesky", "symmetric-full"]
 ValueOut = Literal["separate", "collapsed", "none"]
@@ -95,7 +95,7 @@ class ReducedAttention(nn.Module):
             x: Tokens.
             mask: True = may attend, broadcastable to (b, heads, n, n).
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         query = self.query(x)
         key = self._keys(x, query)
         value = x if self.value is None else self.value(x)
@@ -249,6 +249,7 @@ class _Triangle(WithConstants):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows times the matrix."""
+        check_dtype(self.packed.dtype, x=x)
         y = x @ self.weight.T
         return y if self.bias is None else y + self.bias
 

@@ -419,9 +419,9 @@ class RelativeConvAttention(nn.Module):
         return tokens.view(batch, length, self.heads, self.head_dim).transpose(1, 2)
 
     def _check_call(self, x: Tensor, memory: Tensor | None, cache: ConvKVCache | None) -> None:
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if memory is not None:
-            check_tokens("memory", memory, self.dim, batch=x.shape[0])
+            check_tokens("memory", memory, self.dim, batch=x.shape[0], layer=self.key)
         if (memory is not None or cache is not None) and not self.causal:
             raise ValueError("memory and cache serve causal=True only")
         if memory is not None and cache is not None:

@@ -319,7 +319,7 @@ class TensorAttention(nn.Module):
             x: Tokens.
             padding_mask: True = real token.
         """
-        check_tokens("x", x, self.dim)
+        check_tokens("x", x, self.dim, layer=self.query)
         if padding_mask is not None:
             check_padding(padding_mask, *x.shape[:2], of="tokens")
         layers = (self.query, self.key1, self.key2, self.value1, self.value2)

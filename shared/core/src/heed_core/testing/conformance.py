@@ -453,6 +453,9 @@ def _wrong_type(mechanism: Mechanism) -> None:
         said = _complaint(module, {**inputs, name: torch.ones_like(x, dtype=other)})
         assert name in said, f"no error that names {name!r} in {other}, but: {said or 'none'}"
         assert str(other) in said, f"the error does not say {other}: {said}"
+        if x.is_floating_point():  # served, or refused by name
+            said = _complaint(module, {**inputs, name: x.double()})
+            assert not said or name in said, f"no error that names {name!r} in float64: {said}"
 
 
 def _small(mechanism: Mechanism) -> None:
