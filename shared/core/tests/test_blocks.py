@@ -1,5 +1,6 @@
 """Multi-head attention, blocks, stacks: equal to torch's, to loops, to themselves step by step."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -483,3 +484,16 @@ def test_tokens_of_another_type_than_the_weights_are_named(dtype: torch.dtype) -
         encoder(x[..., :7])
     with torch.autocast("cpu", torch.bfloat16):  # converts
         assert encoder(x.bfloat16()).isfinite().all()
+    with pytest.raises(TypeError, match=told):
+        copy.deepcopy(encoder).to("meta")(x.to("meta", dtype))
+
+
+@pytest.mark.compile
+def test_a_compiled_block_takes_what_autocast_converts() -> None:
+    encoder = Encoder(BlockConfig(dim=8, heads=2), depth=1)
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 8).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), encoder(x))
+    with pytest.raises(TypeError, match=r"x must have the type of the weights, torch\.float32"):
+        torch.compile(encoder, backend="aot_eager")(x)

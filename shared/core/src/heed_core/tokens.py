@@ -20,7 +20,9 @@ def check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
     Under autocast, which converts, nothing is wrong.
     """
     for name, x in tensors.items():
-        if x is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        if x is None or x.dtype == dtype:
+            continue
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"{name} must have the type of the weights, {dtype}, got {x.dtype}; convert it, or "
                 "the module, with `.to`"
