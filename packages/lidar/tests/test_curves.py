@@ -330,8 +330,7 @@ def test_two_pieces_of_one_scan_are_not_two_scans():
     pieces = fit(raised(np.column_stack([x, np.full(160, 5.0)])), CurbFitting(eps_m=0.27)).curbs
     assert len(pieces) == 2
     assert [curb.scans for curb in merge_curbs(pieces, scans=[3, 3])] == [1]
-    assert merge_curbs(pieces, scans=[3, 3], min_scans=2) == []
-    assert [curb.scans for curb in merge_curbs(pieces, min_scans=2)] == [2]
+    assert [curb.scans for curb in merge_curbs(pieces)] == [2]
     assert smooth_curbs([[], pieces], [np.eye(4)] * 2) == []
     with pytest.raises(ValueError, match="one per curb"):
         merge_curbs(pieces, scans=[3])

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from heed_core.checkpoints import fill, read_state
+from heed_core.checkpoints import fill, read_state, state_digest
 from heed_core.errors import InputError
 
 
@@ -89,3 +90,13 @@ def test_names_and_shapes_must_agree_or_nothing_changes(change, said: str):
     with pytest.raises(InputError, match=said):
         fill(target, found, renamed, path="w.pth")
     assert all(torch.equal(target.state_dict()[name], before[name]) for name in before)
+
+
+def test_equal_weights_have_one_digest() -> None:
+    module = nn.BatchNorm1d(3)  # its counter has no axes
+    digest = state_digest(module.state_dict())
+    assert state_digest(copy.deepcopy(module).state_dict()) == digest
+    assert state_digest(dict(reversed(module.state_dict().items()))) == digest
+    for name, tensor in module.state_dict().items():
+        assert state_digest({**module.state_dict(), name: tensor + 1}) != digest
+        assert state_digest({**module.state_dict(), f"{name}s": tensor}) != digest

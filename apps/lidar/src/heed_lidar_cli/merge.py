@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,7 +23,7 @@ from heed_core.folders import files_under
 from heed_lidar.curves import Curb
 from heed_lidar.geodesy import Origin
 from heed_lidar.map_files import read_geojson, write_csv, write_dxf, write_geojson, write_osm
-from heed_lidar.merging import merge_curbs, smooth_curbs, transform_curbs
+from heed_lidar.merging import merge_curbs, seen_often, smooth_curbs, transform_curbs
 from heed_lidar.poses import find_poses, moves_along_z, read_calib, read_poses
 from heed_runtime.files import atomic_folder, refuse_existing
 from heed_runtime.options import CommonOptions, Flag, OptionalPath, OptionalText, OutPath
@@ -91,8 +91,7 @@ def run(app: App, options: Options) -> Result:
             scans += [number] * len(curbs)
             progress.advance()
     every = merge_curbs(moved, scans=scans, eps_m=options.eps_m)
-    seen = [curb for curb in every if curb.scans >= options.min_scans]
-    joined = [replace(curb, number=number) for number, curb in enumerate(seen)]
+    joined = seen_often(every, options.min_scans)
     origin = None if options.map_origin is None else Origin.parse(options.map_origin)
     with atomic_folder(options.out, overwrite=options.overwrite) as folder:
         _write(folder, joined, options.write, origin)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import numpy as np
 import tyro
 
+from heed_core.checkpoints import state_digest
 from heed_core.errors import InputError
 from heed_medical.more.network import MODALITIES, More
 from heed_medical.more.prediction import StudyPrediction
-from heed_medical.more.retrieval import EmbeddingIndex, fingerprint, index_of
+from heed_medical.more.retrieval import EmbeddingIndex, index_of
 from heed_medical.more.studies import introduced
 from heed_medical_cli.more_embeddings import (
     embed,
@@ -113,7 +114,7 @@ def _index(trained: Trained, options: Options) -> tuple[EmbeddingIndex, Sequence
         return index, ()
     studies = trained.recipe.inputs(trained.settings, [options.among])
     found, skipped = embed(trained, studies, options.terminal, "index")
-    made_by = fingerprint(cast(More, trained.model))
+    made_by = state_digest(trained.model.state_dict())
     return index_of([(one.name, one.embeddings) for one in found], model=made_by), skipped
 
 

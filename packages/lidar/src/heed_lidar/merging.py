@@ -34,7 +34,6 @@ def merge_curbs(
     *,
     scans: Sequence[int] | None = None,
     eps_m: float = 1.0,
-    min_scans: int = 1,
     settings: CurbFitting | None = None,
 ) -> list[Curb]:
     """Join curbs of several scans that lie over each other.
@@ -49,7 +48,6 @@ def merge_curbs(
         curbs: In one frame, see `transform_curbs`.
         scans: Number of the scan of each curb; None: each is of another scan.
         eps_m: Radius of the clustering.
-        min_scans: Merged curbs that were seen in fewer are dropped.
         settings: Degree, offset and spacing of the fit; the rest of it is made for whole curves.
 
     Raises:
@@ -77,11 +75,15 @@ def merge_curbs(
     for curb in fit.curbs:
         own = fit.cluster == curb.number
         seen = len(np.unique(of_scan[source[own]]))
-        if seen >= min_scans:
-            numbered = replace(curb, number=len(merged), scans=seen)
-            drawn = _drawn_to(numbered, points[own, :2], source[own])
-            merged.append(_sum_up(drawn, curbs, source[own]))
+        drawn = _drawn_to(replace(curb, scans=seen), points[own, :2], source[own])
+        merged.append(_sum_up(drawn, curbs, source[own]))
     return merged
+
+
+def seen_often(curbs: Sequence[Curb], least: int) -> list[Curb]:
+    """Merged curbs that were seen in so many scans at least, numbered anew."""
+    often = [curb for curb in curbs if curb.scans >= least]
+    return [replace(curb, number=number) for number, curb in enumerate(often)]
 
 
 def _drawn_to(curb: Curb, xy: Float64[np.ndarray, "n 2"], source: Int64[np.ndarray, " n"]) -> Curb:
@@ -152,4 +154,4 @@ def smooth_curbs(
         for curb in transform_curbs(curbs, home @ pose)
     ]
     scans = [number for number, curbs in enumerate(frames) for _ in curbs]
-    return merge_curbs(moved, scans=scans, eps_m=eps_m, min_scans=min_frames)
+    return seen_often(merge_curbs(moved, scans=scans, eps_m=eps_m), min_frames)

@@ -7,6 +7,7 @@ under one of the usual keys ("state_dict", "model", ...), with or without the "m
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +24,16 @@ State = dict[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net")
 MOST_NAMES_SHOWN = 20
 BATCH_COUNTER = "num_batches_tracked"  # of no effect in inference, absent from old checkpoints
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal, of names and values: equal for equal weights, wherever they are."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        rows = tensor.detach().cpu().contiguous().flatten()
+        digest.update(rows.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_state(path: Path | str) -> State:

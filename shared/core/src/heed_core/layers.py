@@ -79,4 +79,5 @@ def type_and_place(layer: nn.Module) -> tuple[torch.dtype, torch.device]:
 def _plain(layer: nn.Linear) -> bool:
     """Whether nothing but the weights decides what a call gives."""
     hooked = len(layer._forward_hooks) > 0 or len(layer._forward_pre_hooks) > 0
-    return type(layer).forward is nn.Linear.forward and not hooked
+    replaced = "forward" in vars(layer) or type(layer).forward is not nn.Linear.forward
+    return not hooked and not replaced

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from zipfile import BadZipFile
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from heed_core.checkpoints import state_digest
 from heed_core.errors import InputError, MissingExtra
 from heed_core.folders import files_under
 from heed_medical.more.network import MODALITIES, More
@@ -30,7 +30,7 @@ class EmbeddingIndex:
     names: Mapping[str, Sequence[str]]
     """By modality, of each row."""
     model: str = ""
-    """The `fingerprint` of the model that made them; empty: not known."""
+    """The `state_digest` of the model that made them; empty: not known."""
 
     def refuse_other(self, model: More, path: Path) -> None:
         """Refuse to compare with the embeddings of another model.
@@ -41,7 +41,7 @@ class EmbeddingIndex:
         width = model.config.projection
         if any(vectors.shape[1] != width for vectors in self.vectors.values()):
             raise InputError("has vectors of another width than the model", path=path)
-        if self.model and self.model != fingerprint(model):
+        if self.model and self.model != state_digest(model.state_dict()):
             raise InputError(
                 "holds embeddings of another model, which cannot be compared",
                 path=path,
@@ -146,15 +146,6 @@ def _check(array: np.ndarray, key: str, path: Path, *, axes: int) -> None:
         )
     if not np.isfinite(array).all():
         raise InputError(f"has embeddings of {key!r} that are not finite", path=path)
-
-
-def fingerprint(model: More) -> str:
-    """SHA-256 of the projectors: it differs where embeddings cannot be compared."""
-    digest = hashlib.sha256()
-    for name, values in sorted(model.projectors.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(values.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def index_of(

@@ -20,7 +20,6 @@ no sites.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from heed_core.checkpoints import read_state
+from heed_core.checkpoints import read_state, state_digest
 from heed_core.errors import InputError, MissingExtra, reason_of
 
 Name = Literal[
@@ -104,14 +103,10 @@ class Backbone(nn.Module):
     @property
     def identity(self) -> dict[str, str | int]:
         """What tells its features from those of another network: name, layer, hash of weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         found: dict[str, str | int] = {"name": self.config.name, "layer": self.config.layer}
         if self.config.name == "pixels":
             return {**found, "patch": self.config.patch, "scaled": "imagenet"}
-        return {**found, "weights": digest.hexdigest()[:16]}
+        return {**found, "weights": state_digest(self.network.state_dict())[:16]}
 
     def prepare(self, path: Path) -> Float[Tensor, "3 h w"]:
         """Read an image and scale it.

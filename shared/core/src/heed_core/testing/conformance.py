@@ -17,7 +17,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from heed_core.attachments import AttendCall
 from heed_core.backends import reference as written_out
 from heed_core.sites import attach_points, observe, sites, steer
+from heed_core.testing.low_rank import adapt
 
 Inputs = dict[str, Tensor]
 """Arguments of a module's forward, by name."""
@@ -471,37 +471,19 @@ def _small(mechanism: Mechanism) -> None:
             assert not bool(x.isnan().any()), f"{name} has NaN for batch {batch}, size {size}"
 
 
-class _Adapted(nn.Module):
-    """What adapters put in the place of a linear layer: it, and a product of two small matrices."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base, self.in_features = base, base.in_features
-        self.down = nn.Parameter(torch.randn(2, base.in_features, dtype=base.weight.dtype))
-        self.up = nn.Parameter(torch.randn(base.out_features, 2, dtype=base.weight.dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.base(x) + x @ self.down.T @ self.up.T
-        return found
-
-
 def _adapters(mechanism: Mechanism) -> None:
     """What stands in the place of a linear layer counts, and is trained."""
     module, inputs = _module(mechanism, torch.float64), _inputs(mechanism, torch.float64)
     for name, layer in list(module.named_modules()):
         if not isinstance(layer, nn.Linear):
             continue
-        adapted, merged = copy.deepcopy(module), copy.deepcopy(module)
-        parent, _, last = name.rpartition(".")
-        adapter = _Adapted(layer)
-        setattr(adapted.get_submodule(parent), last, adapter)
-        with torch.no_grad():
-            cast(nn.Linear, merged.get_submodule(name)).weight.add_(adapter.up @ adapter.down)
+        adapted = copy.deepcopy(module)
+        merged = adapt(adapted, name)
         found = adapted(**inputs)
-        torch.testing.assert_close(found, merged(**inputs), rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(found, merged(**inputs), rtol=1e-9, atol=1e-9)
         found.square().sum().backward()
-        trained = adapter.up.grad is not None or not isinstance(layer.weight, nn.Parameter)
-        assert trained, f"an adapter of {name} is not trained"
+        trained = adapted.get_parameter(f"{name}.up").grad is not None
+        assert trained or not isinstance(layer.weight, nn.Parameter), f"{name} is not trained"
 
 
 CLAUSES: dict[str, Callable[[Mechanism], None]] = {
