@@ -21,7 +21,7 @@ from heed_lidar.curbnet import CurbNet, CurbNetConfig
 from heed_lidar.cylinder3d import Cylinder3dConfig
 from heed_lidar.cylinder3d.weights import official_name
 from heed_lidar.cylindrical import CylindricalGrid
-from heed_lidar.labels import read_labels
+from heed_lidar.labels import CURB_RAW, read_labels
 from heed_lidar.layouts import find_scans
 from heed_lidar.scans import load_scan
 from heed_lidar.scenes.files import SceneSet, write_scenes
@@ -620,7 +620,24 @@ def test_bench_names_its_contenders_and_stages(monkeypatch: pytest.MonkeyPatch):
     )
     stages = [row["stage"] for row in found["stages"]]
     assert stages == ["voxels", "point features", "rulebooks", "convolutions", "curb lines"]
+    assert all(row["calls_per_s"] > 0 for row in found["stages"])
     assert call("bench", "classical", *words)["rows"][0]["ms"] > 0
+
+
+def test_a_fifth_of_the_curb_points_of_the_benchmark_are_none(monkeypatch: pytest.MonkeyPatch):
+    from heed_lidar_cli import benchmarks
+
+    monkeypatch.setattr(benchmarks, "SENSOR", SENSOR)
+    benchmarks.street.cache_clear()
+    try:
+        scan = benchmarks.street()
+    finally:
+        benchmarks.street.cache_clear()
+    xyz, score = benchmarks.curb_points(scan, seed=0)
+    true = {tuple(point) for point in scan.xyz[scan.raw == CURB_RAW]}
+    false = [tuple(point) not in true for point in xyz]
+    assert np.mean(false) == pytest.approx(0.2, abs=0.01)
+    assert len(np.unique(xyz, axis=0)) == len(xyz) == len(score)
 
 
 def test_the_products_of_the_benchmark_are_all_products_of_the_network(

@@ -1,10 +1,13 @@
 """Folders as streams: memory that does not grow with them, and what a kill leaves."""
 
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +112,85 @@ def test_a_kill_leaves_whole_files_and_a_stream_that_can_be_resumed(tmp_path: Pa
     for path in left:
         assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
     assert wait(start(APP, [*words, str(out), "--resume"], log=tmp_path / "log")) == 0
+    assert not list(out.glob(".tmp-*"))
     for path in (tmp_path / "whole").glob("[0-9]*"):
         assert path.read_bytes() == (out / path.name).read_bytes()
     raw = np.fromfile(out / "000000.label", dtype="<u4")
     assert len(raw) == (made / "scans20" / "000000.bin").stat().st_size // 16
+
+
+def record(path: Path, kind: str, clouds: list[np.ndarray]) -> Path:
+    """A recording of two sensors, of which the one on `/top` sees these clouds, 0.1 s apart.
+
+    Returns:
+        The ROS 1 bag, or the MCAP file in a folder of ROS 2.
+    """
+    pytest.importorskip("rosbags", reason="rosbags is not installed")
+    from rosbags import rosbag1, rosbag2
+    from rosbags.typesys import Stores, get_typestore
+
+    store = get_typestore(Stores.ROS1_NOETIC if kind == "bag" else Stores.ROS2_HUMBLE)
+    types, name = store.types, "sensor_msgs/msg/PointCloud2"
+    if kind == "bag":
+        writer, extra, pack = rosbag1.Writer(path), {"seq": 0}, store.serialize_ros1
+    else:
+        mcap = rosbag2.StoragePlugin.MCAP
+        writer = rosbag2.Writer(path, version=9, storage_plugin=mcap)
+        extra, pack = {}, store.serialize_cdr
+    fields = [
+        types["sensor_msgs/msg/PointField"](name=column, offset=4 * k, datatype=7, count=1)
+        for k, column in enumerate(("x", "y", "z", "intensity"))
+    ]
+    with writer:
+        links = {t: writer.add_connection(t, name, typestore=store) for t in ("/rear", "/top")}
+        for number, points in enumerate(clouds):
+            time_ns = 10**8 * number
+            stamp = types["builtin_interfaces/msg/Time"](sec=7, nanosec=time_ns)
+            for topic, link in links.items():
+                seen = points if topic == "/top" else points[:9]
+                header = types["std_msgs/msg/Header"](stamp=stamp, frame_id=topic[1:], **extra)
+                message = types[name](
+                    header=header, height=1, width=len(seen), fields=fields, is_bigendian=False,
+                    point_step=16, row_step=16 * len(seen), data=seen.reshape(-1).view(np.uint8),
+                    is_dense=True,
+                )  # fmt: skip
+                writer.write(link, time_ns, pack(message, name))
+    return path if kind == "bag" else next(path.glob("*.mcap"))
+
+
+def said(*words: object) -> dict:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = APP.call([*(str(word) for word in words), "--json", "--quiet"])
+    assert code == 0, err.getvalue()
+    return json.loads(out.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["bag", "mcap"])
+def test_a_recording_is_predicted_scan_by_scan_and_resumed(tmp_path: Path, kind: str):
+    sensor = Sensor(beams=24, azimuth_step_deg=1.0, field_of_view_deg=180.0)
+    write_scenes(tmp_path / "data", SceneSet(sequences={"00": 3, "02": 1}, sensor=sensor))
+    few = ("--training.min-rings", "2", "--training.height-stds-m", "0.01")
+    said("train", "classical", "--data", tmp_path / "data", "--out", tmp_path / "run", *few)
+    scans = sorted((tmp_path / "data/sequences/00/velodyne").glob("*.bin"))
+    clouds = [np.fromfile(path, "<f4").reshape(-1, 4) for path in scans]
+    drive = record(tmp_path / ("drive.bag" if kind == "bag" else "drive"), kind, clouds)
+    out = tmp_path / "out"
+    words = ("predict", tmp_path / "run", drive, "--out", out, "--data.write", "label", "geojson")
+    with redirect_stderr(io.StringIO()) as err:
+        assert APP.call([str(word) for word in words]) == 2
+    assert "2 topics with point clouds: /rear, /top; choose one with --data.topic" in err.getvalue()
+    found = said(*words, "--data.topic", "/top")
+    names = [f"{drive.stem}/{number:06d}" for number in range(3)]
+    assert [row["case"] for row in found["predictions"]] == names
+    for number, name in enumerate(names):
+        assert (out / f"{name}.label").stat().st_size == 4 * len(clouds[number])
+        document = json.loads((out / f"{name}_curbs.local.geojson").read_text())
+        told = [feature["properties"] for feature in document["features"]]
+        assert {(p["stamp"], p["frame_id"]) for p in told} == {(7 + 10**8 * number * 1e-9, "top")}
+    whole = (out / f"{names[1]}.label").read_bytes()
+    (out / f"{names[1]}.label").unlink()
+    again = said(*words, "--data.topic", "/top", "--resume")
+    assert [row["case"] for row in again["predictions"]] == names[1:2]
+    assert again["earlier"] == 2
+    assert (out / f"{names[1]}.label").read_bytes() == whole

@@ -9,6 +9,7 @@ import pytest
 
 from heed_lidar.classical import TESTS, ClassicalConfig, detect_curbs, examine, fit_ground
 from heed_lidar.clouds.cloud import PointCloud
+from heed_lidar.clouds.reading import read_cloud
 from heed_lidar.rings import ring_numbers, rings_by_elevation, rings_by_order
 
 HEIGHT = 1.73
@@ -223,3 +224,29 @@ def test_curbs_of_a_real_street(name):
         ]
         assert sum(lengths) > 30
     assert sum(curb.length_m for curb in found.fit.curbs) < 110
+
+
+REAL = sorted(
+    path
+    for folder in (SCANS, DATA / "lidar-clouds")
+    for path in (folder.glob("*") if folder.is_dir() else ())
+    if path.suffix in {".bin", ".pcd", ".ply"}
+)
+
+
+@pytest.mark.parametrize("path", REAL or [None], ids=[path.name for path in REAL] or ["none"])
+def test_any_real_cloud_is_gone_through(path):
+    """Of streets, rooms and objects, of sensors with rings and without: no fault, sound results."""
+    if path is None:
+        pytest.skip(f"no real clouds under {DATA}: set HEED_DATA")
+    cloud = read_cloud(path)
+    found = detect_curbs(cloud, ClassicalConfig())
+    assert found.curb.shape == found.score.shape == (len(cloud),)
+    assert np.isfinite(found.score).all()
+    assert ((found.score > 0) | ~found.curb).all()
+    numbers = {curb.number for curb in found.fit.curbs}
+    assert len(numbers) == len(found.fit.curbs)
+    for curb in found.fit.curbs:
+        assert np.isfinite(curb.polyline).all()
+        assert (curb.polyline >= cloud.xyz.min(axis=0) - 1).all()
+        assert (curb.polyline <= cloud.xyz.max(axis=0) + 1).all()

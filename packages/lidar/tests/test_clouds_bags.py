@@ -160,6 +160,7 @@ def test_recordings_hold_scans_by_number(recording):
         assert len(cloud) == 3 + frame
         assert cloud.xyz[0].tolist() == [1, 101, 201]
         assert cloud.stamp == pytest.approx(7 + frame / 10)
+        assert cloud.select(np.ones(len(cloud), dtype=bool)).frame_id == "s"
     held.close()
     with pytest.raises(InputError, match="has 4 scans, no scan 4"):
         read_cloud(recording, frame=4)

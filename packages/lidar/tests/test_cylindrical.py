@@ -42,6 +42,27 @@ def test_index(xyz, expected):
     assert index_of(*xyz) == expected
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "cells", "expected"),
+    [
+        (-3.0, 1.0, 32, [95, 179, 9]),  # 1.27 m / (4 m / 31) = 9.84
+        (-3.0, 1.0, 64, [95, 179, 20]),  # 1.27 m / (4 m / 63) = 20.0025
+        (-5.0, 3.0, 32, [95, 179, 12]),  # nuScenes: 3.27 m / (8 m / 31) = 12.67
+        (-1.73, 1.0, 32, [95, 179, 0]),
+        (-4.0, -1.73, 32, [95, 179, 31]),
+    ],
+)
+def test_index_with_other_bounds_of_z(low, high, cells, expected):
+    grid = CylindricalGrid(
+        shape=(480, 360, cells), low=(0.0, -math.pi, low), high=(50.0, math.pi, high)
+    )
+    assert grid.cell[2] == pytest.approx((high - low) / (cells - 1))
+    assert index_of(10.0, 0.0, -1.73, grid=grid) == expected
+    features, index = voxelise(np.array([[10.0, 0.0, -1.73]]), None, grid)
+    centre = low + (index[0, 2] + 0.5) * (high - low) / (cells - 1)
+    assert features[0, 2] == pytest.approx(-1.73 - centre, abs=1e-6)
+
+
 @pytest.mark.parametrize("precision", [np.float32, np.float64])
 def test_index_equals_the_published_one(precision):
     golden = load_file(GOLDEN)

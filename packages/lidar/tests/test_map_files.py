@@ -74,7 +74,8 @@ def test_coordinates_of_a_map_are_not_put_on_the_earth(tmp_path):
 
 
 def test_geojson_re_projects_within_a_centimetre(tmp_path):
-    path = write_geojson(CURBS, tmp_path / "a.geojson", origin=ORIGIN, frame="000042", stamp=12.5)
+    told = {"frame": "000042", "stamp": 12.5, "frame_id": "velodyne"}
+    path = write_geojson(CURBS, tmp_path / "a.geojson", origin=ORIGIN, **told)
     assert path == tmp_path / "a.geojson"
     document = read_json(path)
     check_geojson(document)
@@ -88,7 +89,7 @@ def test_geojson_re_projects_within_a_centimetre(tmp_path):
         assert np.abs(local - expected).max() < 0.001
     assert document["features"][1]["properties"] == {
         "id": 1, "side": "right", "length_m": 44.5, "rmse_m": 0.031, "n_points": 512,
-        "step_height_m": 0.15, "score": 0.875, "frame": "000042", "stamp": 12.5,
+        "step_height_m": 0.15, "score": 0.875, **told,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from heed_core import observe
 from heed_core.attention.column import ColumnAttention, column_attention
 from heed_core.attention.multi_scale_column import MSCA
-from heed_core.sparse import SparseTensor
+from heed_core.sparse import SparseTensor, SubMConv3d, use_backend
 from heed_core.testing.oracle import error_budget
 
 GOLDEN = Path(__file__).parent / "golden" / "curbnet_msca" / "fixture.safetensors"
@@ -259,6 +259,53 @@ def test_the_height_of_a_cell_changes_the_weights_of_its_whole_column() -> None:
     assert weights[0].shape == (2, 8)
     assert (weights[0][0] - weights[1][0]).abs().max() > 1e-3
     assert torch.equal(weights[0][1], weights[1][1])
+
+
+class CellGate(torch.nn.Module):
+    """The same attention with 1x1x1 convolutions in the place of those of a whole column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze = SubMConv3d(6, 8, 1)
+        self.decode = torch.nn.Linear(8, 8)
+
+    def forward(self, x: SparseTensor) -> torch.Tensor:
+        """The weights of each cell."""
+        return self.decode(F.leaky_relu(self.squeeze(x).features, 0.01)).softmax(dim=1)
+
+
+def test_a_gate_of_single_cells_does_not_see_the_height() -> None:
+    """What tells it from `ColumnAttention`, whose weights change in the test above."""
+    coords = torch.tensor([[0, 1, 1, 2], [0, 1, 1, 6], [0, 3, 1, 2]])
+    x = SparseTensor(torch.randn(3, 6, dtype=torch.float64), coords, SHAPE, 1)
+    gate = fresh(CellGate())
+    assert torch.equal(gate(x), gate(moved_cell(x, 1, 3)))
+    features = x.features.clone()
+    features[1] += 1.0
+    changed = (gate(x) != gate(x.with_features(features))).any(dim=1)
+    assert changed.tolist() == [False, True, False]  # and not the other cell of its column
+
+
+@pytest.mark.parametrize("scale_mode", ["dilation", "stride"])
+def test_a_column_of_64_cells_on_every_back_end(scale_mode) -> None:
+    """Twice the volume that spconv's fast kernels take; its native algorithm has no limit."""
+    pytest.importorskip("spconv")
+    x = cloud((5, 6, 64), 2, share=0.05)
+    x.features.requires_grad_()
+    model = fresh(MSCA(6, 8, column=64, scale_mode=scale_mode))
+    found = {}
+    for backend in ("reference", "torch", "spconv"):
+        use_backend(model, backend)
+        y = model(x).features
+        (slope,) = torch.autograd.grad(y.sin().sum(), x.features)
+        found[backend] = y, slope
+    assert len(torch.unique(x.coords[:, 3])) > 40
+    for backend in ("torch", "spconv"):
+        for ours, wanted in zip(found[backend], found["reference"], strict=True):
+            torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
+    if scale_mode == "dilation":
+        exact = read(dense_msca(model, x), x)
+        torch.testing.assert_close(found["spconv"][0], exact, rtol=1e-9, atol=1e-9)
 
 
 def influence_in_phi(model: Callable[[SparseTensor], torch.Tensor]) -> int:

@@ -98,28 +98,35 @@ def test_submanifold_equals_the_dense_convolution(kernel, dilation: int, backend
 
 
 STRIDED = [
-    ((3, 3, 3), 2, 1),
-    ((3, 3, 3), (2, 2, 1), 1),
-    ((3, 3, 3), 1, 1),
-    ((1, 1, 5), (1, 1, 5), 0),
-    ((2, 2, 2), 2, 0),
-    ((3, 1, 3), (5, 1, 5), (1, 0, 1)),
-    ((1, 3, 3), (1, 3, 2), (0, 1, 1)),
+    ((3, 3, 3), 2, 1, 1),
+    ((3, 3, 3), (2, 2, 1), 1, 1),
+    ((3, 3, 3), 1, 1, 1),
+    ((1, 1, 5), (1, 1, 5), 0, 1),
+    ((2, 2, 2), 2, 0, 1),
+    ((3, 1, 3), (5, 1, 5), (1, 0, 1), 1),
+    ((1, 3, 3), (1, 3, 2), (0, 1, 1), 1),
+    ((3, 3, 3), 2, 2, 2),
+    ((3, 3, 3), (2, 1, 3), 3, 3),
+    ((3, 3, 3), 2, 5, 5),
+    *(((3, 3, 1), (2, 2, 1), (d, d, 0), (d, d, 1)) for d in (1, 2, 3, 5)),
+    *(((1, 1, 3), (1, 1, 2), (0, 0, d), (1, 1, d)) for d in (1, 2, 3, 5)),
 ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("kernel", "stride", "padding"), STRIDED)
-def test_strided_and_inverse_equal_the_dense_ones(kernel, stride, padding, backend: str) -> None:
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), STRIDED)
+def test_strided_and_inverse_equal_the_dense_ones(
+    kernel, stride, padding, dilation, backend: str
+) -> None:
+    how = {"stride": stride, "padding": padding, "dilation": dilation}
     for shape, batch in zip(SHAPES, (3, 1), strict=True):
         x = cloud(shape, batch)
-        down = SparseConv3d(4, 5, kernel, stride=stride, padding=padding, bias=True)
+        down = SparseConv3d(4, 5, kernel, **how, bias=True)
         up = SparseInverseConv3d(5, 3, of=down, bias=True)
         for layer in (down, up):
             layer.double().backend = backend
         y = down(x)
-        window = (down.window.stride, down.window.padding)
-        expected = F.conv3d(x.dense(), dense_weight(down), None, *window)
+        expected = F.conv3d(x.dense(), dense_weight(down), None, **how)
         unbiased = y.with_features(y.features - down.bias)
         torch.testing.assert_close(unbiased.dense(), expected, rtol=0, atol=1e-10)
         z = up(unbiased)
@@ -127,6 +134,22 @@ def test_strided_and_inverse_equal_the_dense_ones(kernel, stride, padding, backe
         assert z.level == x.level
         expected = read(dense_inverse(unbiased, shape, up), x.coords) + up.bias
         torch.testing.assert_close(z.features, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_that_are_not_contiguous_give_the_same(backend: str) -> None:
+    x = cloud((5, 6, 4), channels=8)
+    down = SparseConv3d(4, 5, 3, stride=2, padding=1)
+    net = nn.Sequential(SubMConv3d(4, 4, 3), down, SparseInverseConv3d(5, 3, of=down)).double()
+    use_backend(net, backend)
+    every_other = x.with_features(x.features[:, ::2])
+    turned = x.with_features(x.features[:, ::2].T.contiguous().T)
+    plain = x.with_features(x.features[:, ::2].contiguous())
+    assert plain.features.is_contiguous()
+    for given in (every_other, turned):
+        assert not given.features.is_contiguous()
+        found, wanted = net(given).features, net(plain).features
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def test_the_dense_inverse_of_these_tests_is_the_transposed_convolution() -> None:
@@ -404,11 +427,18 @@ def test_autocast_of_the_cpu_runs_in_float32(backend: str) -> None:
     assert half.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_to_its_budget(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        (torch.float16, "torch"),
+        (torch.bfloat16, "torch"),
+        pytest.param(torch.float16, "spconv", marks=needs_spconv),
+    ],
+)
+def test_half_precision_keeps_to_its_budget(dtype: torch.dtype, backend: str) -> None:
     exact = cloud((6, 6, 6), 1, 16)
     exact = exact.with_features(exact.features.to(dtype).double())
-    layer = SubMConv3d(16, 16, 3).to(dtype)
+    layer = SubMConv3d(16, 16, 3, backend=backend).to(dtype)
     wide = copy.deepcopy(layer).double()
     wanted = wide(exact).features
     found = layer(exact.with_features(exact.features.to(dtype))).features

@@ -1,7 +1,10 @@
 """Predicting many cases: reading ahead, going on after a stop, what was skipped, other settings."""
 
+import functools
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 
@@ -10,7 +13,7 @@ import pytest
 from heed_core.errors import InputError
 from heed_runtime.data import Loaded, ReadAhead
 from heed_runtime.errors import UsageError
-from heed_runtime.outputs import JOURNAL, Outputs
+from heed_runtime.outputs import JOURNAL, LOCK, STAGING, Outputs
 from heed_runtime.recipe import Exportable
 from heed_runtime.run import Run
 from heed_runtime.testing import APP, contract
@@ -166,6 +169,51 @@ def test_files_that_a_kill_left_behind_are_replaced_and_no_others(tmp_path):
     assert (tmp_path / "out" / "c.txt").read_text() == "mine"
 
 
+def staged(folder):
+    return {path.name for path in folder.glob(".tmp-*") if path.suffix != LOCK}
+
+
+def killed_while_writing(folder):
+    """A process that dies within `put`; the folder that it wrote in is left."""
+    before = staged(folder) if folder.is_dir() else set()
+    child = os.fork()
+    if not child:
+        with Outputs(folder, overwrite=False, maker="m") as outputs:
+            outputs.put("a", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (left,) = staged(folder) - before
+    return left
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_a_kill_left_is_removed_and_nothing_of_others(tmp_path, how):
+    out = tmp_path / "out"
+    first, second = killed_while_writing(out), killed_while_writing(out)
+    (out / ".tmp-mine").mkdir()
+    (tmp_path / "data").mkdir()
+    (out / f"{STAGING}link").symlink_to(tmp_path / "data")
+    (out / f"{STAGING}link{LOCK}").touch()
+    with Outputs(out, overwrite=False, maker="m") as living:
+        there = staged(out)
+        assert {first, second} < there  # without a wish to go on or to overwrite all is left
+        given = {"overwrite": how == "overwrite", "resume": how == "resume"}
+        with Outputs(out, maker="m", **given) as other:
+            assert len(staged(out) & there) == len(there) - 2
+            assert staged(out) - there
+            for outputs, name in ((living, "a"), (other, "b")):
+                write = functools.partial(write_one, name)
+                assert outputs.put(name, write) == [out / name]
+    assert staged(out) == {".tmp-mine", f"{STAGING}link"}
+    assert not list(out.glob(f"*{LOCK}"))
+    assert (tmp_path / "data").is_dir()
+
+
+def write_one(name, folder):
+    (folder / name).write_text(name)
+    return [folder / name]
+
+
 def test_skipped_cases_are_listed_at_once(run, data, tmp_path):
     inputs = shutil.copytree(data / "test", tmp_path / "inputs")
     (inputs / "001.csv").write_text("broken")
@@ -225,6 +273,7 @@ def test_bench_shows_the_stages_and_the_modes_that_are_asked_for(monkeypatch):
     assert {row["mode"] for row in found["rows"]} == {"inference"}
     assert [row["stage"] for row in found["stages"]] == ["read", "compute"]
     assert sum(row["share"] for row in found["stages"]) == pytest.approx(1)
+    assert all(row["ms"] * row["calls_per_s"] == pytest.approx(1e3) for row in found["stages"])
     call(APP, *words, "inference", "inference", code=2)
 
 

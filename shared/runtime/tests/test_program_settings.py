@@ -195,6 +195,7 @@ def test_merge_keeps_what_is_not_named() -> None:
         ({"clip": 0.0}, "clip must be above 0"),
         ({"clip": float("nan")}, "clip must be above 0"),
         ({"extra": {"max_epochs": 3}}, "extra must not set 'max_epochs': use max_epochs"),
+        ({"extra": {"val_check_interval": 9}}, "'val_check_interval': weights are chosen"),
         ({"extra": {"callbacks": "x"}}, "extra must not set 'callbacks'"),
     ],
 )

@@ -22,10 +22,13 @@ APP = App(
         "merge": Verb(module="heed_lidar_cli.merge", arguments="PREDICTIONS --poses F --out DIR"),
         "view": Verb(module="heed_lidar_cli.view", arguments="INPUT... --out DIR"),
     },
-    diagnoses={"sparse back-ends": "heed_lidar_cli.diagnoses:sparse_backends"},
+    diagnoses={
+        "sparse back-ends": "heed_lidar_cli.diagnoses:sparse_backends",
+        "renderers": "heed_lidar_cli.diagnoses:renderers",
+    },
     libraries={
         "laspy": "las and laz files (heed-lidar[las])",
-        "open3d": "view --window (heed-lidar[open3d])",
+        "open3d": "view --window, --renderer open3d (heed-lidar[open3d])",
         "rosbags": "ROS bags and MCAP (heed-lidar[bags])",
     },
 )

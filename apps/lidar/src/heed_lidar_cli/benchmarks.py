@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +37,8 @@ from heed_runtime.recipe import Contender
 AnyRulebook = Rulebook | RulebookTable
 SENSOR = Sensor(azimuth_step_deg=0.18)
 """Gives about 110,000 points, as a 64-beam sensor on a car does."""
+CLUTTER = 0.2
+"""Share of the curb points of the benchmark that lie anywhere in the scan."""
 
 
 @cache
@@ -194,6 +196,22 @@ class Detection(nn.Module):
         return self.still + float(detect_curbs(cloud, self.config).curb.sum())
 
 
+def curb_points(
+    scan: Sweep, *, seed: int
+) -> tuple[Float64[np.ndarray, "n 3"], Float64[np.ndarray, " n"]]:
+    """Curb points as a network finds them: true ones, and false alarms that are `CLUTTER` of all.
+
+    Returns:
+        Places in metres, and scores between 0.5 and 1.
+    """
+    rng = np.random.default_rng(seed)
+    true = scan.raw == CURB_RAW
+    count = round(CLUTTER / (1 - CLUTTER) * int(true.sum()))
+    false = rng.choice(np.flatnonzero(~true), count, replace=False)
+    xyz = np.concatenate([scan.xyz[true], scan.xyz[false]])
+    return xyz, rng.uniform(0.5, 1.0, len(xyz))
+
+
 @torch.no_grad()
 def stages(
     network: CylindricalNetwork, settings: NetworkSettings
@@ -209,7 +227,7 @@ def stages(
     voxels = SparseTensor(features, coords, grid.shape, 1, cache=cache, circular=grid.circular)
     network.segment(voxels)
     asked = list(dict.fromkeys(cache.asked))
-    curb = scan.raw == CURB_RAW
+    found_xyz, found_score = curb_points(scan, seed=0)
 
     @torch.no_grad()
     def point_features() -> Tensor:
@@ -232,7 +250,5 @@ def stages(
         "point features": point_features,
         "rulebooks": rulebooks,
         "convolutions": convolutions,
-        "curb lines": lambda: fit_curbs(
-            scan.xyz[curb], np.ones(int(curb.sum())), settings.data.curves
-        ),
+        "curb lines": lambda: fit_curbs(found_xyz, found_score, settings.data.curves),
     }

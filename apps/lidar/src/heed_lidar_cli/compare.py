@@ -18,10 +18,10 @@ import tyro
 
 from heed_core.errors import InputError
 from heed_core.folders import files_under
-from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.labels import read_labels
 from heed_lidar.layouts import is_derived, list_scans
 from heed_lidar.scans import load_scan
+from heed_lidar.settings import ReadingOptions
 from heed_lidar_cli.doubts import Doubts
 from heed_lidar_cli.scoring import DERIVED_LABELS, FINAL, report, row_of
 from heed_lidar_cli.settings import StreetData, ToleranceOptions, own_flags
@@ -59,8 +59,8 @@ class Options(ToleranceOptions, CommonOptions):
     """The folder of a sequence of the data set that holds its labels."""
     roi: str = "forward"
     """The part that counts: all, forward, forward:RANGE or x0:x1,y0:y1; of a data set only."""
-    data: CloudOptions = field(default_factory=CloudOptions)
-    """How the points of a data set are read."""
+    data: ReadingOptions = field(default_factory=ReadingOptions)
+    """How the points of a data set are read; in which frame the region of interest lies."""
     out: OptionalPath = None
     """Also write the tables and plots into this folder."""
     overwrite: Flag = False

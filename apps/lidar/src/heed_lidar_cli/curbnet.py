@@ -36,7 +36,11 @@ def tiny() -> CurbNetSettings:
 
 def small() -> CurbNetSettings:
     """Half the width, trained as in the paper."""
-    return CurbNetSettings(model=PRESETS["small"], trainer=TrainerSettings(max_epochs=100, batch=6))
+    return CurbNetSettings(
+        model=PRESETS["small"],
+        training=NetworkTraining(loss_over="batch"),
+        trainer=TrainerSettings(max_epochs=100, batch=6),
+    )
 
 
 def base() -> CurbNetSettings:
@@ -49,7 +53,10 @@ def base() -> CurbNetSettings:
 
 def paper() -> CurbNetSettings:
     """The paper's network and training: Adam at 1e-3, 100 epochs of batch 6."""
-    return CurbNetSettings(trainer=TrainerSettings(max_epochs=100, batch=6))
+    return CurbNetSettings(
+        training=NetworkTraining(loss_over="batch"),
+        trainer=TrainerSettings(max_epochs=100, batch=6),
+    )
 
 
 def refuse_without_curb(data: StreetData) -> None:

@@ -48,7 +48,10 @@ def tiny() -> ReleasedSettings:
 
 def released() -> ReleasedSettings:
     """The network that the checkpoint's name points to, trained as the paper says."""
-    return ReleasedSettings(trainer=TrainerSettings(max_epochs=100, batch=6))
+    return ReleasedSettings(
+        training=ReleasedTraining(loss_over="batch"),
+        trainer=TrainerSettings(max_epochs=100, batch=6),
+    )
 
 
 class ReleasedRecipe(NetworkRecipe[ReleasedSettings]):

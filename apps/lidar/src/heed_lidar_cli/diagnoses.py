@@ -6,6 +6,7 @@ import torch
 
 from heed_core.dispatch import BackendReport, UnsupportedBackend
 from heed_core.sparse import explain_backends
+from heed_lidar.drawing3d import why_not_open3d
 from heed_runtime.recipe import Row
 
 
@@ -13,6 +14,15 @@ def sparse_backends() -> list[Row]:
     """Which back-end runs sparse convolutions on each device, and why not the others."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [row for device in devices for row in _rows(device)]
+
+
+def renderers() -> list[Row]:
+    """What `view --renderer` can be here, and why not."""
+    why = why_not_open3d()
+    return [
+        {"renderer": "own", "usable": "yes", "why": "needs neither a display nor OpenGL"},
+        {"renderer": "open3d", "usable": "no" if why else "yes", "why": why or "it drew a point"},
+    ]
 
 
 def _rows(device: str) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Tell the user of scans that lie elsewhere than where a system looks for curbs."""
+"""Tell the user of scans that lose points, or lie elsewhere than where curbs are looked for."""
 
 from __future__ import annotations
 
@@ -37,3 +37,19 @@ class Doubts:
             if kind not in self._told:
                 self._told.add(kind)
                 logger.warning("%s: %s (said once)", scan.name, line)
+
+
+def tell_lost(scan: Scan) -> bool:
+    """Warn of rows of a scan's file that are left out because they say no place.
+
+    Returns:
+        Whether there are any.
+    """
+    lost, rows = scan.cloud.not_finite, scan.cloud.rows_in_file
+    if lost:
+        logger.warning(
+            "%s: %d of its %d rows (%.3g %%) have an x, y or z that is NaN or infinite; they are "
+            "left out (said once)",
+            *(scan.name, lost, rows, 100 * lost / rows),
+        )
+    return lost > 0

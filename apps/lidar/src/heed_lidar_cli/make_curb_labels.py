@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from heed_core.errors import InputError
-from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.curb_labels import CurbLabelling, write_curb_labels
-from heed_lidar.settings import LidarData
+from heed_lidar.settings import LidarData, ReadingOptions
 from heed_runtime.options import CommonOptions, OutPath
 from heed_runtime.recipe import Row, Table
 from heed_runtime.terminal import Result
@@ -38,8 +37,8 @@ class Options(CommonOptions):
     """Name of the new folders; --data.labels-folder reads others than labels."""
     on_error: Literal["stop", "skip"] = "stop"
     """What to do with a scan that cannot be read."""
-    data: CloudOptions = field(default_factory=CloudOptions)
-    """How the points are read."""
+    data: ReadingOptions = field(default_factory=ReadingOptions)
+    """How the points are read; what lies ahead is what has x > 0 in this frame."""
     border: CurbLabelling = field(default_factory=CurbLabelling)
 
 

@@ -144,6 +144,7 @@ class _Files:
             origin=self.data.earth,
             frame=self.prediction.name,
             stamp=self.cloud.stamp,
+            frame_id=self.cloud.frame_id,
             crs="map" if any(self.cloud.origin) else "sensor",
         )
 

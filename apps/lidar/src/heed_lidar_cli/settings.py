@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from heed_core.errors import InputError
-from heed_lidar.augmentation import Augmentation
+from heed_lidar.augmentation import Augmentation, Crop
 from heed_lidar.curves import CurbFitting
 from heed_lidar.geodesy import Origin
 from heed_lidar.losses import RegionLoss, VoxelLoss
@@ -103,6 +103,10 @@ class NetworkTraining:
     """Of each voxel: ace is cross-entropy that weighs rare classes and unsure voxels more."""
     region_loss: RegionLoss = "lovasz"
     """Of each class: lovasz is a convex form of 1 - IoU."""
+    loss_over: Literal["scan", "batch"] = "scan"
+    """scan: the mean of the losses of the scans, so that a scan with few voxels counts as much as
+    any other and several processes add up to one. batch: one loss of all voxels of a process, as
+    published; classes of the region loss are then those of the whole batch."""
     gamma: float = 2.0
     """Of ace: how much unsure voxels count more, for a class that is everywhere."""
     gamma_slope: float = 1.0
@@ -122,8 +126,13 @@ class NetworkTraining:
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the learning rate falls to a hundredth over the training."""
     augmentation: Augmentation = field(default_factory=Augmentation)
+    cut: Crop = field(default_factory=lambda: Crop(range_m=math.inf, sector_deg=360.0))
+    """A part of each training scan, after data.crop and before the augmentation: all of it. With
+    facing random a sector of it, another one in each epoch, for machines that cannot hold more."""
 
     def __post_init__(self) -> None:
+        if self.cut.facing == "random" and self.cut.sector_deg == 360:
+            raise ValueError("cut.facing=random has no effect with cut.sector_deg=360")
         if self.voxel_loss == self.region_loss == "none":
             raise ValueError("voxel_loss and region_loss are both none: nothing would be learnt")
         if not self.learning_rate > 0:

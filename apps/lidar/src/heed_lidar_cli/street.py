@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from heed_core.errors import InputError
 from heed_core.sparse import SparseTensor, unique_voxels
-from heed_lidar.augmentation import augment
+from heed_lidar.augmentation import Crop, augment, crop
 from heed_lidar.checking import check_data
 from heed_lidar.cylinder3d.network import CylindricalNetwork
 from heed_lidar.cylindrical import (
@@ -33,10 +34,12 @@ from heed_lidar.losses import ClassBalance, class_balance, segmentation_loss
 from heed_lidar.scans import Scan, ScanData, crop_scan
 from heed_lidar.scenes.files import SceneSet, write_scenes
 from heed_lidar.scenes.sensor import Sensor
-from heed_lidar_cli.doubts import Doubts
+from heed_lidar_cli.doubts import Doubts, tell_lost
 from heed_lidar_cli.prediction import StreetPrediction, finish, write_files
 from heed_lidar_cli.scoring import Counts, report, score
 from heed_lidar_cli.settings import CHANGEABLE, NetworkData, NetworkTraining, StreetData, settle
+from heed_runtime.engine import uses_cuda
+from heed_runtime.errors import UsageError
 from heed_runtime.outputs import Written
 from heed_runtime.recipe import (
     Check,
@@ -109,9 +112,22 @@ NetworkSettingsT = TypeVar("NetworkSettingsT", bound=NetworkSettings)
 
 
 class Scans(ScanData):
-    """Scans by name, read ahead; see `SizedData` of the runtime."""
+    """Scans by name, read ahead; see `SizedData` of the runtime.
+
+    The first of them that loses points is told of; where several processes load them, by one.
+    """
 
     read_ahead = 2
+    told = False
+    """Whether that was said."""
+
+    def __getitem__(self, index: int) -> Scan:
+        """Read a scan."""
+        scan = super().__getitem__(index)
+        worker = get_worker_info()
+        if not self.told and (worker is None or worker.id == 0):
+            self.told = tell_lost(scan)
+        return scan
 
     @property
     def names(self) -> list[str]:
@@ -172,8 +188,7 @@ def mean_of(scans: Sequence[Float[Tensor, ""]]) -> Float[Tensor, ""]:
 class SegmentationModule(L.LightningModule):
     """Loss, optimiser and validation of a network of cylindrical voxels.
 
-    The loss is the mean over the scans of a batch, so that a scan with few voxels counts as much as
-    any other and several processes sum up to one.
+    The loss is the mean over the scans of a batch, or over its voxels, as `loss_over` says.
     """
 
     def __init__(self, model: CylindricalNetwork, settings: NetworkSettings) -> None:
@@ -193,6 +208,8 @@ class SegmentationModule(L.LightningModule):
             num_classes=found.logits.shape[1],
         )
         training, balance = self.settings.training, self._balance()
+        scan_of_voxel = found.coords[:, 0]
+        parts = [scan_of_voxel == number for number in range(batch.size)]
         losses = [
             segmentation_loss(
                 found.logits[rows],
@@ -201,7 +218,7 @@ class SegmentationModule(L.LightningModule):
                 region=training.region_loss,
                 balance=balance,
             )
-            for rows in (found.coords[:, 0] == number for number in range(batch.size))
+            for rows in (parts if training.loss_over == "scan" else [scan_of_voxel >= 0])
         ]
         total = mean_of([loss.total for loss in losses])
         values = {"train/loss": total, "train/voxel_loss": mean_of([loss.voxel for loss in losses])}
@@ -292,10 +309,34 @@ def cosine_to_a_hundredth(step: int, *, steps: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
 
+def cut_scan(scan: Scan, rng: np.random.Generator, cut: Crop) -> Scan:
+    """The part of a training scan that a crop keeps.
+
+    Raises:
+        InputError: It keeps less than two points.
+    """
+    if cut.sector_deg == 360 and math.isinf(cut.range_m):
+        return scan
+    kept = crop(scan.cloud.xyz, rng, cut)
+    if np.count_nonzero(kept) < 2:
+        raise InputError(
+            "has no points in the part that training.cut leaves",
+            path=scan.file.cloud,
+            remedy="choose other --training.cut.range-m and --training.cut.sector-deg",
+        )
+    assert scan.classes is not None
+    return replace(scan, cloud=scan.cloud.select(kept), classes=scan.classes[kept])
+
+
 def prepare(
     scan: Scan, rng: np.random.Generator, *, training: NetworkTraining, grid: CylindricalGrid
 ) -> Voxels:
-    """Turn, flip, scale and shift a training scan, then find its voxels."""
+    """Cut, turn, flip, scale and shift a training scan, then find its voxels.
+
+    Raises:
+        InputError: The cut leaves nothing.
+    """
+    scan = cut_scan(scan, rng, training.cut)
     assert scan.classes is not None
     moved = augment(scan.cloud.xyz, rng, training.augmentation)
     features, cells = voxelise(moved, scan.cloud.intensity, grid)
@@ -352,11 +393,23 @@ class NetworkRecipe(StreetRecipe[NetworkSettingsT]):
     )
 
     def plan(self, settings: NetworkSettingsT, root: Path) -> NetworkSettingsT:
-        """Take the classes from the label map and count them in the training labels."""
+        """Take the classes from the label map and count them in the training labels.
+
+        Raises:
+            UsageError: Mixed precision on the CPU, which has no fast sparse convolution of it.
+        """
+        precision = settings.trainer.precision
+        if precision != "32-true" and not uses_cuda(settings.trainer):
+            raise UsageError(
+                f"precision={precision} trains sparse networks on a GPU alone",
+                remedy="leave --precision out on the CPU",
+            )
         data = settle(settings.data)
         training = settings.training
         if training.voxel_loss == "ace" and not training.class_counts:
-            counts = count_classes(find_training_scans(data, root), data)
+            scans = find_training_scans(data, root)
+            scans.told = True  # what is odd is said when they are trained on
+            counts = count_classes(scans, data)
             training = replace(training, class_counts=counts)
         model: Any = settings.model
         model = replace(model, classes=len(data.label_map))
@@ -367,7 +420,7 @@ class NetworkRecipe(StreetRecipe[NetworkSettingsT]):
         return find_training_scans(settings.data, root)
 
     def augment(self, settings: NetworkSettingsT) -> Callable[[Scan, np.random.Generator], Voxels]:
-        """Turn, flip, scale and shift; then find the voxels."""
+        """Cut, turn, flip, scale and shift; then find the voxels."""
         return partial(prepare, training=settings.training, grid=settings.model.grid)
 
     def collate(self, samples: list[Voxels]) -> PointBatch:

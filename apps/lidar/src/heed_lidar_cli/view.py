@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float64
 
-from heed_lidar.clouds.cloud import CloudOptions, cloud_stem
+from heed_core.errors import InputError
+from heed_lidar.clouds.cloud import cloud_stem
 from heed_lidar.drawing import write_png
-from heed_lidar.drawing3d import show
+from heed_lidar.drawing3d import show, why_not_open3d
 from heed_lidar.layouts import ScanFile, find_inputs
-from heed_lidar.pictures import class_colours, draw_scan, draw_values, heat_colours, value_limits
+from heed_lidar.pictures import (
+    Renderer,
+    class_colours,
+    draw_scan,
+    draw_values,
+    heat_colours,
+    value_limits,
+)
 from heed_lidar.scans import Scan, ScanData
-from heed_lidar.settings import LidarData
+from heed_lidar.settings import LidarData, ReadingOptions
 from heed_lidar_cli.settings import own_flags
 from heed_runtime.options import CommonOptions, Flag, InputPaths, OptionalPath
 from heed_runtime.outputs import Outputs, expand
@@ -41,8 +49,11 @@ class Options(CommonOptions):
     labels: str = "curb"
     """The classes of `.label` files beside the scans: curb, curb-only, nrs, semantic-kitti, or a
     file like semantic-kitti.yaml."""
-    data: CloudOptions = field(default_factory=CloudOptions)
+    data: ReadingOptions = field(default_factory=ReadingOptions)
     """How the points are read."""
+    renderer: Renderer = "own"
+    """What draws the view in perspective. own needs neither a display nor OpenGL; open3d has the
+    colours without haze, where the library can draw (doctor says whether)."""
     overwrite: Flag = False
     """Replace pictures that are there."""
     window: Flag = False
@@ -51,6 +62,8 @@ class Options(CommonOptions):
     def __post_init__(self) -> None:
         if (self.out is None) == (not self.window):
             raise ValueError("give either --out DIR or --window")
+        if self.window and self.renderer != "own":
+            raise ValueError("renderer has no effect with window")
 
 
 @own_flags({"--data.labels": "--labels"})
@@ -62,6 +75,8 @@ def run(app: App, options: Options) -> Result:
     if options.window:
         return _window(scans[0], data)
     assert options.out is not None
+    if options.renderer == "open3d" and (why := why_not_open3d()) is not None:
+        raise InputError(f"open3d cannot draw here: {why}", remedy="use --renderer own")
     rows: list[Row] = []
     written: list[Path] = []
     with (
@@ -70,7 +85,9 @@ def run(app: App, options: Options) -> Result:
     ):
         for index in range(len(scans)):
             scan = scans[index]
-            written += outputs.put(scan.name, functools.partial(_write, scan, data))
+            written += outputs.put(
+                scan.name, functools.partial(_write, scan, data, options.renderer)
+            )
             rows.append({"scan": scan.name, "points": len(scan), "colours": _meaning(scan)})
             progress.advance()
     return Result(
@@ -104,14 +121,21 @@ def _values(scan: Scan) -> Float64[np.ndarray, " n"]:
     return np.asarray(np.clip(height - ground, 0.0, TALL_M))
 
 
-def _write(scan: Scan, data: LidarData, out: Path) -> list[Path]:
+def _write(scan: Scan, data: LidarData, renderer: Renderer, out: Path) -> list[Path]:
     xyz, label_map = scan.cloud.xyz, data.label_map
     if scan.classes is not None:
         pictures = draw_scan(
-            xyz, scan.classes, names=label_map.names, colours=label_map.colours, title=scan.name
+            xyz,
+            scan.classes,
+            names=label_map.names,
+            colours=label_map.colours,
+            title=scan.name,
+            renderer=renderer,
         )
     else:
-        pictures = draw_values(xyz, _values(scan), name=_meaning(scan), title=scan.name)
+        pictures = draw_values(
+            xyz, _values(scan), name=_meaning(scan), title=scan.name, renderer=renderer
+        )
     files = []
     for kind, picture in pictures.items():
         path = out / f"{scan.name}_{'view' if kind == 'perspective' else kind}.png"

@@ -179,9 +179,14 @@ def perspective(
         for line in polylines
         for part in _before_eye((line.points - np.asarray(eye)) @ camera.T)
     ]
-    picture = _reduce(_with_lines(canvas, lines))
-    _write_caption(ImageDraw.Draw(picture), caption or Caption(), left=0, top=HEADER_PX)
-    return np.asarray(picture)
+    return with_caption(_reduce(_with_lines(canvas, lines)), caption or Caption())
+
+
+def with_caption(picture: Picture | Image.Image, caption: Caption) -> Picture:
+    """A view in perspective with its title, legend and colour bar."""
+    drawn = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    _write_caption(ImageDraw.Draw(drawn), caption, left=0, top=HEADER_PX)
+    return np.asarray(drawn)
 
 
 def write_png(path: Path, picture: Picture) -> None:

@@ -4,6 +4,7 @@ Off screen, open3d needs a variable of the environment before it is imported and
 where OpenGL is missing. So it runs in a process of its own, and what it cannot do is an answer.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ TIME_LIMIT_S = 120
 @cache
 def why_not_open3d() -> str | None:
     """The reason why open3d cannot draw off screen here, None where it can; found out once."""
+    if importlib.util.find_spec("open3d") is None:
+        return f"it is not installed ({EXTRA})"
     dot, grey = np.zeros((1, 3)), np.full((1, 3), 128, np.uint8)
     drawn = _render(dot, grey, (-3, 0, 0), (1, 0, 0), 60.0, (64, 48), 3.0, ())
     return drawn if isinstance(drawn, str) else None

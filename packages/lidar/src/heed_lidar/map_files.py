@@ -37,6 +37,7 @@ def write_geojson(
     origin: Origin | None = None,
     frame: str = "",
     stamp: float | None = None,
+    frame_id: str | None = None,
     crs: Frame = "sensor",
     tolerance_m: float = 0.05,
 ) -> Path:
@@ -51,6 +52,7 @@ def write_geojson(
         origin: Where the curbs' frame lies on the earth.
         frame: Name of the scan, a property of each curb.
         stamp: Time of the scan in seconds, a property of each curb.
+        frame_id: Name that a recording gives the frame of its scans, a property of each curb.
         crs: The frame of the curbs; of use without an origin only.
         tolerance_m: Of the simplification.
 
@@ -59,6 +61,7 @@ def write_geojson(
         InputError: The file cannot be written; a curb is more than 100 km from the origin.
     """
     features, corners = [], []
+    told: dict[str, object] = {"frame": frame, "stamp": stamp, "frame_id": frame_id}
     for curb, line in _lines(curbs, tolerance_m):
         vertices = line if origin is None else _on_earth(line, origin, path)
         vertices = _rounded(vertices, origin)
@@ -68,7 +71,7 @@ def write_geojson(
                 "type": "Feature",
                 "bbox": _box(vertices),
                 "geometry": {"type": "LineString", "coordinates": vertices.tolist()},
-                "properties": _properties(curb, frame, stamp),
+                "properties": _properties(curb) | told,
             }
         )
     document: dict[str, object] = {"type": "FeatureCollection", "features": features}
@@ -261,7 +264,7 @@ def _on_earth(
     return to_wgs84(line, origin)
 
 
-def _properties(curb: Curb, frame: str, stamp: float | None) -> dict[str, object]:
+def _properties(curb: Curb) -> dict[str, object]:
     return {
         "id": curb.number,
         "side": curb.side,
@@ -270,8 +273,6 @@ def _properties(curb: Curb, frame: str, stamp: float | None) -> dict[str, object
         "n_points": curb.points,
         "step_height_m": round(curb.step_height_m, 3),
         "score": round(curb.score, 4),
-        "frame": frame,
-        "stamp": stamp,
     }
 
 

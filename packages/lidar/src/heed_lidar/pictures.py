@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -16,7 +17,12 @@ from heed_lidar.drawing import (
     Rgb,
     birds_eye,
     perspective,
+    with_caption,
 )
+from heed_lidar.drawing3d import open3d_perspective
+
+Renderer = Literal["own", "open3d"]
+"""What draws the view in perspective; open3d is an extra and needs OpenGL, see `drawing3d`."""
 
 CURB_LINE: Rgb = (255, 255, 255)
 STREET_COLOURS: Mapping[str, Rgb] = {
@@ -69,6 +75,7 @@ def draw_scan(
     curbs: Iterable[Float[np.ndarray, "m 3"]] = (),
     title: str = "",
     size: PictureSize | None = None,
+    renderer: Renderer = "own",
 ) -> dict[str, Picture]:
     """A scan in the colours of its classes, with curbs as lines.
 
@@ -80,9 +87,13 @@ def draw_scan(
         curbs: Polylines, metres.
         title: Written on top.
         size: How large the pictures are.
+        renderer: What draws the second.
 
     Returns:
         `birds-eye` and `perspective`.
+
+    Raises:
+        RuntimeError: The renderer is open3d, and it cannot draw here.
     """
     table = class_colours(names, colours)
     seen = np.flatnonzero(np.bincount(classes, minlength=len(names)))
@@ -92,7 +103,9 @@ def draw_scan(
         legend.append(("curb line", CURB_LINE))
     emphasis = classes == names.index("curb") if "curb" in names else None
     caption = Caption(title=title, legend=legend)
-    return _both(xyz, table[classes], caption, lines=lines, size=size, emphasis=emphasis)
+    return _both(
+        xyz, table[classes], caption, lines=lines, size=size, renderer=renderer, emphasis=emphasis
+    )
 
 
 def draw_values(
@@ -105,6 +118,7 @@ def draw_values(
     curbs: Iterable[Float[np.ndarray, "m 3"]] = (),
     title: str = "",
     size: PictureSize | None = None,
+    renderer: Renderer = "own",
 ) -> dict[str, Picture]:
     """A scan in the colours of one value per point, with a colour bar.
 
@@ -117,16 +131,22 @@ def draw_values(
         curbs: Polylines, metres.
         title: Written on top.
         size: How large the pictures are.
+        renderer: What draws the second.
 
     Returns:
         `birds-eye` and `perspective`.
+
+    Raises:
+        RuntimeError: The renderer is open3d, and it cannot draw here.
     """
     low, high = limits or value_limits(values, signed=signed)
     table = heat_table(signed=signed)
     bar = ColourBar(title=name, low=f"{low:.3g}", high=f"{high:.3g}", colours=table)
     lines = [Line(points=points, colour=CURB_LINE, width_px=1.2) for points in curbs]
     shown = heat_colours(values, limits=(low, high), signed=signed)
-    return _both(xyz, shown, Caption(title=title, bar=bar), lines=lines, size=size)
+    return _both(
+        xyz, shown, Caption(title=title, bar=bar), lines=lines, size=size, renderer=renderer
+    )
 
 
 def draw_comparison(
@@ -226,10 +246,16 @@ def _both(
     *,
     lines: Sequence[Line],
     size: PictureSize | None,
+    renderer: Renderer = "own",
     emphasis: Bool[np.ndarray, " n"] | None = None,
 ) -> dict[str, Picture]:
     """The map, with some points emphasised, and the view."""
     size = size or PictureSize()
+    if renderer == "open3d":
+        bare = open3d_perspective(xyz, colours, size=size.view_px, polylines=lines)
+        view = with_caption(bare, caption)
+    else:
+        view = perspective(xyz, colours, size=size.view_px, polylines=lines, caption=caption)
     return {
         "birds-eye": birds_eye(
             xyz,
@@ -240,9 +266,7 @@ def _both(
             polylines=lines,
             caption=caption,
         ),
-        "perspective": perspective(
-            xyz, colours, size=size.view_px, polylines=lines, caption=caption
-        ),
+        "perspective": view,
     }
 
 

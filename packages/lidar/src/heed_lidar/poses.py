@@ -3,6 +3,8 @@
 Geiger et al., "Are we ready for autonomous driving? The KITTI vision benchmark suite", CVPR 2012.
 """
 
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import numpy as np
 from jaxtyping import Float64
 
 from heed_core.errors import InputError
+from heed_lidar.layouts import CLOUDS
+
+logger = logging.getLogger(__name__)
 
 LIDAR_TO_CAMERA = "Tr"
-_POSES, _CALIB = "poses.txt", "calib.txt"
+_POSES, _CALIB, _TIMES = "poses.txt", "calib.txt", "times.txt"
 _RIGID = 1e-3
 """How far a turn's rows may be from orthonormal: files have six digits or so."""
 
@@ -145,6 +150,33 @@ def read_times(path: Path) -> Float64[np.ndarray, " frames"]:
             )
         times.append(values[0])
     return np.array(times, dtype=np.float64)
+
+
+def time_of(cloud: Path) -> float | None:
+    """When a scan of KITTI's layout was taken: the row of `times.txt` that its name counts from 0.
+
+    Args:
+        cloud: `sequences/SS/velodyne/NNNNNN.bin`.
+
+    Returns:
+        Seconds. None: the file is no such scan, or there is no such row; a `times.txt` that cannot
+        be read is warned of, once, because scans are of use without their times.
+    """
+    path = cloud.parent.with_name(_TIMES)
+    if cloud.parent.name != CLOUDS or not cloud.stem.isdecimal() or not path.is_file():
+        return None
+    times, number = _known_times(path, path.stat().st_mtime_ns), int(cloud.stem)
+    return float(times[number]) if number < len(times) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _known_times(path: Path, _: int) -> Float64[np.ndarray, " frames"]:
+    """The times of a file of a certain age, read once; none where it is broken."""
+    try:
+        return read_times(path)
+    except InputError as error:
+        logger.warning("%s; its scans have no times", error)
+        return np.empty(0)
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

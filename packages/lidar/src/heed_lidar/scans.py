@@ -15,6 +15,7 @@ from heed_lidar.clouds.reading import read_cloud
 from heed_lidar.curb_labels import curb_labels_2d, read_curb_rows
 from heed_lidar.labels import LabelMap, read_labels
 from heed_lidar.layouts import ScanFile, find_split
+from heed_lidar.poses import time_of
 from heed_lidar.regions import parse_region
 from heed_lidar.settings import LidarData, to_sensor_frame
 
@@ -67,7 +68,8 @@ def load_scan(
         raw = _raw_labels(file, cloud)
         where = file.labels or file.curbs_2d
         classes = data.labels_read.classes_of(raw, where=where)
-    moved = replace(cloud, xyz=to_sensor_frame(cloud.xyz, data))
+    stamp = time_of(file.cloud) if cloud.stamp is None else cloud.stamp
+    moved = replace(cloud, xyz=to_sensor_frame(cloud.xyz, data), stamp=stamp)
     return Scan(name=file.name, cloud=moved, classes=classes, file=file)
 
 

@@ -36,7 +36,33 @@ _TRANSFORMS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LidarData:
+class FrameOptions:
+    """How the frame of another sensor is brought to that of the data that a network learnt."""
+
+    xy_transform: XyTransform = "none"
+    """Turns or mirrors the horizontal axes of another sensor's frame to x forward, y left."""
+    z_shift: float = 0.0
+    """Metres added to z, to bring the road to where training had it (KITTI: about -1.73)."""
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.z_shift):
+            raise ValueError(f"z_shift must be finite, got {self.z_shift}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(FrameOptions, CloudOptions):
+    """How the points of a file are read and brought to x forward, y left, z up.
+
+    The fields of `LidarData` of these names, for what has no classes of its own.
+    """
+
+    def __post_init__(self) -> None:
+        FrameOptions.__post_init__(self)
+        CloudOptions.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LidarData(FrameOptions):
     """How files become scans and classes."""
 
     layout: Layout = "auto"
@@ -73,18 +99,13 @@ class LidarData:
     (beyond 10 km), at the first point rounded to 100 m."""
     topic: str | None = None
     """The topic of a recording. None: its only one with point clouds."""
-    xy_transform: XyTransform = "none"
-    """Turns or mirrors the horizontal axes of another sensor's frame to x forward, y left."""
-    z_shift: float = 0.0
-    """Metres added to z, to bring the road to where training had it (KITTI: about -1.73)."""
     crop: str = "all"
     """The part of a training scan that is used: all, forward, forward:RANGE or x0:x1,y0:y1."""
     roi: str = "forward"
     """The part that counts in the scores, written as crop; forward: x > 0, up to 50 m."""
 
     def __post_init__(self) -> None:
-        if not np.isfinite(self.z_shift):
-            raise ValueError(f"z_shift must be finite, got {self.z_shift}")
+        super().__post_init__()
         if not self.labels_folder or Path(self.labels_folder).name != self.labels_folder:
             raise ValueError(f"labels_folder must be a folder's name, got {self.labels_folder!r}")
         for name in ("crop", "roi"):
@@ -177,7 +198,9 @@ def plan_data(data: LidarData) -> LidarData:
     )
 
 
-def to_sensor_frame(xyz: Float64[np.ndarray, "n 3"], data: LidarData) -> Float64[np.ndarray, "n 3"]:
+def to_sensor_frame(
+    xyz: Float64[np.ndarray, "n 3"], data: FrameOptions
+) -> Float64[np.ndarray, "n 3"]:
     """Turn and shift a cloud as `xy_transform` and `z_shift` say."""
     matrix = np.eye(3)
     matrix[:2, :2] = _TRANSFORMS[data.xy_transform]
@@ -188,7 +211,7 @@ def to_sensor_frame(xyz: Float64[np.ndarray, "n 3"], data: LidarData) -> Float64
 
 def to_file_frame(
     xyz: Float64[np.ndarray, "n 3"],
-    data: LidarData,
+    data: FrameOptions,
     *,
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0),
 ) -> Float64[np.ndarray, "n 3"]:

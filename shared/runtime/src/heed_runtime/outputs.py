@@ -3,6 +3,10 @@
 The folder's journal, a line of JSON per case, names the files of a case before the first of them is
 put in place. So after a kill at any moment a case is done if all its files are there, and files of
 a case that is not done are known to be ours.
+
+The files are written in a folder of the process inside of that folder, and moved from there. The
+process holds the lock beside it, which ends with the process however that ends: what a kill left is
+removed by a later call that goes on or overwrites, what another process writes in now is not.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from heed_core.errors import InputError
 from heed_runtime.files import ends, explain_oserror, make_folder, plain
@@ -22,6 +29,10 @@ from heed_runtime.files import ends, explain_oserror, make_folder, plain
 JOURNAL = ".heed-predictions.jsonl"
 ERRORS = "errors.jsonl"
 """A line of JSON for each case that was skipped."""
+STAGING = ".tmp-outputs-"
+"""Begins the names of the folders in which files are written before they are put in place."""
+LOCK = ".lock"
+"""Ends the name of the lock of such a folder, which lies beside it."""
 
 
 class Outputs:
@@ -54,6 +65,8 @@ class Outputs:
         self._written = Written()
         self._owners: dict[Path, str] = {}
         self._temporary = Path()
+        self._lock: FileLock | None = None
+        self._tidy = overwrite or resume
         self._begun = _read_journal(folder / JOURNAL, maker) if resume else {}
 
     @property
@@ -67,12 +80,16 @@ class Outputs:
 
     def __enter__(self) -> Outputs:
         make_folder(self.folder)
+        if self._tidy:
+            _remove_left_over(self.folder)
         with explain_oserror(self.folder):
-            self._temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.folder))
+            self._temporary, self._lock = _make_staging(self.folder)
         return self
 
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._lock is not None:
+            _let_go(self._lock)
 
     def put(self, case: str, write: Callable[[Path], list[Path]]) -> list[Path]:
         """Let `write` write the files of a case into an empty folder, then put them in place.
@@ -134,6 +151,32 @@ class Outputs:
             raise _exists(target, resumable=self.maker is not None) from None
         except OSError:  # a file system without links
             source.replace(target)
+
+
+def _make_staging(folder: Path) -> tuple[Path, FileLock]:
+    """A new folder for files of this process, and the lock that it holds for it."""
+    staging = folder / f"{STAGING}{uuid.uuid4().hex}"
+    lock = FileLock(staging.with_suffix(LOCK), timeout=0)
+    with contextlib.suppress(NotImplementedError):  # no locks on this file system: never tidied up
+        lock.acquire()
+    staging.mkdir()
+    return staging, lock
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Remove what processes that are no more were writing in; a lock tells those that are."""
+    for path in folder.glob(f"{STAGING}*{LOCK}"):
+        lock = FileLock(path, timeout=0)
+        with contextlib.suppress(OSError, NotImplementedError):  # Timeout is one: it is in use
+            lock.acquire()
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            _let_go(lock)
+
+
+def _let_go(lock: FileLock) -> None:
+    """Release a lock and remove its file; no other process waits for it."""
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def append_json(path: Path, entry: Mapping[str, object]) -> None:

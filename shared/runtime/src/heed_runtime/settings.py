@@ -143,6 +143,7 @@ ENGINE_OWNED: Mapping[str, str] = {
     "num_nodes": "use nodes",
     "precision": "use precision",
     "strategy": "use strategy",
+    "val_check_interval": "weights are chosen at the end of an epoch; use validate_every",
     "use_distributed_sampler": "the program shards the data",
 }
 """Arguments of Lightning's Trainer that have a setting of their own, and which one."""

@@ -171,6 +171,7 @@ class _Recording:
         return FileColumns(
             values=values,
             stamp=time.sec + time.nanosec * 1e-9,
+            frame_id=message.header.frame_id or None,
             name=f"{self._path.stem}_{frame:06d}",
         )
 

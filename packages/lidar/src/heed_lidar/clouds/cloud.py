@@ -68,6 +68,8 @@ class PointCloud:
     """When the point was measured, as stored."""
     stamp: float | None = None
     """When the scan was taken, in seconds."""
+    frame_id: str | None = None
+    """The name of the file's frame of coordinates, of recordings alone."""
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """`xyz + origin` are the coordinates of the file."""
     rows: Int64[np.ndarray, " n"]
@@ -100,6 +102,7 @@ class PointCloud:
             ring=None if self.ring is None else self.ring[keep],
             time=None if self.time is None else self.time[keep],
             stamp=self.stamp,
+            frame_id=self.frame_id,
             origin=self.origin,
             rows=self.rows[keep],
             rows_in_file=self.rows_in_file,
@@ -114,6 +117,7 @@ class FileColumns:
 
     values: Mapping[str, Shaped[np.ndarray, " n"]]
     stamp: float | None = None
+    frame_id: str | None = None
     name: str | None = None
     """Of the cloud; None: the file's."""
     intensity_type: Literal["unknown", "uint16"] = "unknown"
@@ -188,6 +192,7 @@ def make_cloud(
         ring=None if ring is None else _whole(ring[keep]),
         time=None if time is None else _doubles(time[keep]),
         stamp=found.stamp,
+        frame_id=found.frame_id,
         origin=origin,
         rows=rows.astype(np.int64),
         rows_in_file=len(raw),

@@ -115,7 +115,7 @@ def _rows(
 def stage_rows(
     stages: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int
 ) -> list[Row]:
-    """The time of each stage and its share of their sum."""
+    """The time of each stage, how often it can run in a second, and its share of their sum."""
     from heed_core.testing.benchmark import measure
 
     if not stages:
@@ -123,7 +123,12 @@ def stage_rows(
     found = measure(stages, rounds=rounds, warmup=2, device=device, memory=False)
     total = sum(item.median_s for item in found)
     return [
-        {"stage": item.name, "ms": 1e3 * item.median_s, "share": item.median_s / total}
+        {
+            "stage": item.name,
+            "ms": 1e3 * item.median_s,
+            "calls_per_s": 1 / item.median_s,
+            "share": item.median_s / total,
+        }
         for item in found
     ]
 
