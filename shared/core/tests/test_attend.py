@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from heed_core import attend, explain_dispatch
+from heed_core import attend, explain_dispatch, masks
 from heed_core.attend import BACKENDS, ORDER, UnsupportedBackend
+from heed_core.backends import flex, reference
+from heed_core.testing.memory import Memory
 from heed_core.testing.oracle import assert_within_budget, naive_attention
 
 EAGER = ("sdpa", "reference")
@@ -365,6 +367,42 @@ def test_flex_equals_loops_forward_on_the_cpu(kind) -> None:
         with torch.no_grad():
             out = attend(*tensors, impl="flex", **options)
         assert_within_budget(out, exact=exact, eager=naive_attention(*tensors, **options))
+
+
+def test_blocks_of_causal_calls_are_made_once(monkeypatch) -> None:
+    flex._causal_blocks.cache_clear()
+    with torch.inference_mode():
+        first = flex._causal_blocks(130, 200, torch.device("cpu"))
+    again = flex._causal_blocks(130, 200, torch.device("cpu"))
+    assert again is first
+    assert not first.kv_num_blocks.is_inference()
+    assert flex._causal_blocks(200, 200, torch.device("cpu")) is not first
+    from torch.nn.attention.flex_attention import create_mask
+
+    dense = create_mask(first.mask_mod, 1, 1, 130, 200, device="cpu")[0, 0]
+    assert torch.equal(dense, masks.causal(130, 200))
+    monkeypatch.setattr(flex, "_run", lambda *_, block_mask, **__: block_mask)
+    query, key, value = draw(1, 2, 2, 130, 200, 8, 8)
+    for mask in (None, torch.ones(130, 200, dtype=torch.bool)):
+        options = {"mask": mask, "bias": None, "causal": True, "scale": 1.0, "dropout": 0.0}
+        assert (flex.run(query, key, value, **options) is first) == (mask is None)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [None, (2, 4, 9, 11), (9, 1), (1, 11), (11,)])
+def test_rows_of_the_reference_in_pieces_are_the_whole(monkeypatch, causal: bool, shape) -> None:
+    query, key, value = draw(2, 4, 2, 9, 11, 8, 6)
+    mask = None if shape is None else torch.rand(shape) < 0.7
+    bias = None if shape is None else torch.randn(shape, dtype=query.dtype)
+    options = {"mask": mask, "bias": bias, "causal": causal, "impl": "reference"}
+    whole = attend(query, key, value, **options)
+    with Memory() as memory:
+        assert torch.equal(attend(query, key, value, **options), whole)
+    monkeypatch.setattr(reference, "PIECE_BYTES", 2 * 2 * 4 * 11 * 8)  # two rows
+    with Memory() as piece:
+        found = attend(query, key, value, **options)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    assert piece.largest < memory.largest
 
 
 @pytest.mark.compile

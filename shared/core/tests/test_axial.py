@@ -117,9 +117,32 @@ def test_a_block_has_the_published_number_of_parameters() -> None:
         assert count == 6 * dim**2 + 10 * dim
 
 
+def test_new_blocks_are_almost_the_identity() -> None:
+    block = AxialBlock(64, heads=4, axis=0, hidden=128)
+    x = torch.randn(2, 5, 7, 64)
+    torch.testing.assert_close(block(x), x, rtol=1e-4, atol=1e-4)
+    spread = {"query": 64**-0.5, "out": 1e-5 * 64**-0.5}
+    spread |= {"expand": 64**-0.5, "contract": 1e-5 * 128**-0.5}
+    for name, wanted in spread.items():
+        part = block if hasattr(block, name) else block.attention
+        layer = getattr(part, name)
+        # Ten standard errors of a standard deviation from 4096 numbers.
+        assert float(layer.weight.detach().std()) == pytest.approx(wanted, rel=0.11), name
+        assert float(layer.weight.detach().abs().max()) <= 2 / 0.8796 * wanted, name
+        assert not layer.bias.any(), name
+    decoder = RowColumnDecoder(8, heads=2, outer_depth=2, inner_depth=1)
+    x, context = torch.randn(2, 1, 4, 5, 8)
+    begun = shift(x, axis=1) + shift(x + context, axis=0) + context
+    torch.testing.assert_close(decoder(x, context), begun, rtol=1e-4, atol=1e-4)
+
+
 def decoder(**options: int) -> RowColumnDecoder:
+    """With weights drawn at random: those of a new one do next to nothing."""
     settings = {"heads": 2, "outer_depth": 2, "inner_depth": 1, **options}
-    return RowColumnDecoder(8, **settings).double()
+    module = RowColumnDecoder(8, **settings).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return module
 
 
 def test_each_cell_depends_on_all_cells_before_it_and_on_no_other() -> None:

@@ -1,12 +1,14 @@
 """The chunk scan: its operator on the CPU. Its kernel: `test_triton_kernels.py`."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from heed_core.attention.delta_rule import delta_rule, gated_delta_rule
-from heed_core.attention.linear import linear_attention
+from heed_core.attention.delta_rule import DeltaRuleAttention, delta_rule, gated_delta_rule
+from heed_core.attention.linear import LinearAttention, linear_attention
 from heed_core.dispatch import UnsupportedBackend
 from heed_core.kernels.chunk_scan import chunk_scan, why_not
 
@@ -78,6 +80,23 @@ def test_an_explicit_choice_never_falls_back() -> None:
     assert "300 channels" in str(why_not("cuda", torch.float32, key_dim=300, chunk=64))
     assert "256 tokens" in str(why_not("cuda", torch.float32, key_dim=64, chunk=256))
     assert why_not("cuda", torch.float32, key_dim=64, chunk=64) is None
+
+
+@pytest.mark.parametrize("build", [partial(LinearAttention, causal=True), DeltaRuleAttention])
+def test_modules_reach_the_kernel(build) -> None:
+    x = torch.randn(1, 4, 8)
+    assert torch.equal(*(build_alike(build, impl)(x) for impl in ("auto", "torch")))
+    with pytest.raises(UnsupportedBackend, match="Triton needs a CUDA device"):
+        build_alike(build, "triton")(x)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        build(8, heads=2, impl="cuda")
+    with pytest.raises(ValueError, match="needs form='chunked'"):
+        build(8, heads=2, impl="triton", form="recurrent")
+
+
+def build_alike(build, impl: str) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return build(8, heads=2, impl=impl)
 
 
 class Written(TorchDispatchMode):

@@ -121,6 +121,16 @@ def test_gathered_attention_is_masked_attention() -> None:
     torch.testing.assert_close(found, attend(query, key, value, mask=fewer))
 
 
+def test_new_weights_are_small_and_cut_and_biases_nothing() -> None:
+    guess = LowRankConnectivity(64, tokens=200, rank=32, heads=2)
+    for weight in (guess.query.weight, guess.key.weight, guess.down, guess.up):
+        spread = float(weight.detach().std())
+        ten_errors = 10 / (2 * weight.numel()) ** 0.5  # of a standard deviation
+        assert spread == pytest.approx(0.02, rel=ten_errors)
+    assert not guess.query.bias.any()
+    assert not guess.key.bias.any()
+
+
 @pytest.mark.parametrize("shared_basis", [False, True])
 def test_scores_of_the_coefficients_above_a_threshold(shared_basis: bool) -> None:
     guess = LowRankConnectivity(
@@ -132,7 +142,8 @@ def test_scores_of_the_coefficients_above_a_threshold(shared_basis: bool) -> Non
         coefficient_threshold=0.08,
         shared_basis=shared_basis,
     ).double()
-    nn.init.normal_(guess.down)
+    for weight in (guess.query.weight, guess.key.weight, guess.down):
+        nn.init.normal_(weight, std=0.5)
     query, key = torch.randn(2, 1, 2, 9, 8, dtype=torch.float64)
     shares = guess.coefficients(query, key)
     basis = guess.down if guess.up is None else nn.init.normal_(guess.up)
@@ -274,6 +285,15 @@ def test_topk_mask_prefers_low_indices_and_takes_a_number_per_row() -> None:
     assert topk_mask(scores, 3).tolist() == [[True, True, True, False]] * 2
     numbers = torch.tensor([1, 0])
     assert topk_mask(scores, numbers).tolist() == [[False, True, False, False], [False] * 4]
+
+
+@pytest.mark.parametrize("values", [3, 50, 10_000])
+def test_the_largest_are_those_of_a_stable_sort(values: int) -> None:
+    scores = torch.randint(0, values, (2, 3, 20, 60), generator=torch.manual_seed(values)).float()
+    for k in (0, 1, 7, 59, 60):
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        expected = torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, order[..., :k], True)
+        assert torch.equal(topk_mask(scores, k), expected)
 
 
 def test_keeping_everything_is_plain_attention() -> None:

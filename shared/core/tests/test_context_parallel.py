@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from heed_core import context_parallel
+from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.backends.reference import run as written_out
 from heed_core.backends.reference import scores as all_scores
 from heed_core.context_parallel import (
@@ -21,7 +22,9 @@ from heed_core.context_parallel import (
     shard_sequence,
     unshard_sequence,
 )
+from heed_core.context_parallel_attention import ContextParallelAttention
 from heed_core.exchange import head_shares
+from heed_core.relative import AlibiBias, RotaryPositions
 from heed_core.sites import Attend, observe, steer
 from heed_core.testing.memory import Memory
 from heed_core.testing.processes import run_together
@@ -126,8 +129,37 @@ def equal_to_one_process(
 
 def other_lengths_raise_everywhere() -> None:
     x = torch.randn(1, 2, 4 + dist.get_rank(), WIDTH)
-    with pytest.raises(ValueError, match="one shape on all processes"):
+    with pytest.raises(ValueError, match=r"same call; process 0: query \(1, 2, 4"):
         context_parallel_attention(x, x, x)
+
+
+def a_wrong_call_of_one_raises_everywhere() -> None:
+    """Nobody waits for a process that finds its own call wrong, and all say what it found."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    x = torch.randn(1, 2, 4, WIDTH)
+    real = torch.ones(1, 4, dtype=torch.float32 if last else torch.bool)
+    wrong = (
+        (x[:, :, : 4 - last], {"layout": "zigzag"}, "even number of tokens, got 3", ValueError),
+        (x, {"padding_mask": real}, "padding_mask must be boolean", TypeError),
+        (x, {"mask_fn": (lambda i, j: i + j) if last else near}, "must give booleans", TypeError),
+        (x, {"method": "star" if last else "ring"}, "method must be one of", ValueError),
+        (x.long() if last else x, {}, "query must be one of", TypeError),
+    )
+    for tokens, options, said, kind in wrong:
+        with pytest.raises(kind if last else ValueError, match=said) as found:
+            context_parallel_attention(tokens, tokens, tokens, **options)
+        assert last or f"process {dist.get_world_size() - 1}: " in str(found.value)
+    other = (
+        {"method": "ulysses" if last else "ring"},
+        {"causal": last},
+        {"layout": "zigzag" if last else "contiguous"},
+    )
+    for options in other:
+        with pytest.raises(ValueError, match="must make the same call"):
+            context_parallel_attention(x, x, x, **options)
+    half = x.bfloat16() if last else x
+    with pytest.raises(ValueError, match="must make the same call"):
+        context_parallel_attention(half, half, half)
 
 
 def can_be_watched(method: str, layout: str) -> None:
@@ -170,6 +202,48 @@ def zigzag_shares_the_work(method: str) -> None:
     assert work["contiguous"][0] < work["zigzag"][0] < work["contiguous"][-1], work
 
 
+MODULES = (
+    {"causal": True, "kv_heads": 2, "rotary": RotaryPositions(4), "qk_norm": "rms"},
+    {"causal": True, "window": 4, "scale": 0.7},
+    {"qkv_bias": False, "out_bias": False},
+)
+
+
+def module_equals_one_process(method: str, layout: str, options: dict, *, hidden: int = 3) -> None:
+    """Outputs, and gradients of tokens and, summed, of weights."""
+    torch.manual_seed(6)
+    whole = MultiHeadAttention(12, heads=4, head_dim=4, **options).double()
+    tokens, probe = torch.randn(2, BATCH, 13, 12, dtype=torch.float64)
+    real = torch.arange(13) < torch.tensor([[13], [13 - hidden]])
+    leaf = tokens.requires_grad_()
+    wanted = whole(leaf, padding_mask=real)
+    leaves = [leaf, *whole.parameters()]
+    exact = torch.autograd.grad((wanted * probe).sum(), leaves)
+    own, part, mask = (
+        shard_sequence(x.detach(), None, layout=layout, dim=1) for x in (tokens, probe, real)
+    )
+    attention = ContextParallelAttention(whole, method=method, layout=layout)
+    found = attention(own.requires_grad_(), padding_mask=mask)
+    to_tokens, *to_weights = torch.autograd.grad((found * part).sum(), [own, *whole.parameters()])
+    for gradient in to_weights:
+        dist.all_reduce(gradient)
+    pairs = [(found, wanted), (to_tokens, exact[0])]
+    pairs = [(unshard_sequence(x, None, layout=layout, dim=1, length=13), y) for x, y in pairs]
+    for ours, expected in (*pairs, *zip(to_weights, exact[1:], strict=True)):
+        error = float((ours - expected).detach().abs().max())
+        assert error <= 1e-10, (method, layout, options, error)
+
+
+def a_wrong_token_of_one_raises_everywhere() -> None:
+    last = dist.get_rank() == dist.get_world_size() - 1
+    attention = ContextParallelAttention(MultiHeadAttention(12, heads=4), layout="zigzag")
+    x = torch.randn(1, 4, 12)
+    for wrong in (x[..., 1:], x.double(), x[:, :3]):
+        with pytest.raises((ValueError, TypeError)) as found:
+            attention(wrong if last else x)
+        assert last or f"process {dist.get_world_size() - 1}: " in str(found.value)
+
+
 def quick(world: int) -> None:
     context_parallel.TILE = 4
     for method in ("ring", "allgather", "ulysses"):
@@ -184,6 +258,11 @@ def quick(world: int) -> None:
     zigzag_shares_the_work("ring")
     zigzag_shares_the_work("allgather")
     other_lengths_raise_everywhere()
+    a_wrong_call_of_one_raises_everywhere()
+    for method in ("ring", "allgather", "ulysses"):
+        for options in MODULES:
+            module_equals_one_process(method, "zigzag", options)
+    a_wrong_token_of_one_raises_everywhere()
 
 
 def thorough(world: int) -> None:
@@ -202,7 +281,7 @@ def thorough(world: int) -> None:
 def one_other_length_raises_everywhere(world: int) -> None:
     for method in ("ring", "allgather", "ulysses"):
         x = torch.randn(1, world, 4 + (dist.get_rank() == world - 1), WIDTH)
-        with pytest.raises(ValueError, match="one shape on all processes"):
+        with pytest.raises(ValueError, match="must make the same call"):
             context_parallel_attention(x, x, x, method=method)
 
 
@@ -330,3 +409,19 @@ def test_wrong_arguments_are_named() -> None:
         context_parallel_attention(x[0], x, x)
     with pytest.raises(ValueError, match="length must be a multiple"):
         global_positions(0, 2, 5)
+
+
+@pytest.mark.bad_input
+def test_modules_that_no_part_of_the_tokens_can_run_are_refused() -> None:
+    for options, said in (
+        ({"dropout": 0.1}, "dropout must be 0"),
+        ({"context_dim": 5}, "context_dim and relative_bias must be None"),
+        ({"relative_bias": AlibiBias(4)}, "context_dim and relative_bias must be None"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ContextParallelAttention(MultiHeadAttention(12, heads=4, **options))
+    whole = MultiHeadAttention(12, heads=4)
+    with pytest.raises(ValueError, match="method must be one of"):
+        ContextParallelAttention(whole, method="star")
+    with pytest.raises(ValueError, match="layout must be one of"):
+        ContextParallelAttention(whole, layout="striped")

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from heed_core import observe
@@ -16,7 +17,7 @@ from heed_core.attention.dynamic_mask import (
     dynamic_scores,
 )
 from heed_core.kernels.running_top import running_top
-from heed_core.key_selection import keep_blocks, keep_most, keep_positive
+from heed_core.key_selection import keep_blocks, keep_most, keep_positive, latest_largest
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
 
@@ -102,6 +103,80 @@ def test_one_set_of_keys_equals_the_whole_map(padded) -> None:
         results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     for ours, wanted in zip(*results, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_step_of_decoding_keeps_what_a_sort_keeps(dtype, ties: bool) -> None:
+    scores = torch.randn(3, 2, 50, dtype=dtype)
+    if ties:
+        scores = scores.round() * torch.where(torch.rand(50) < 0.5, 1.0, -1.0)  # also -0.0
+    scores[1, 1, 7:40] = -torch.inf
+    for keep in (1, 9, 50):
+        order = sorted(range(50), key=lambda j: (float(scores[0, 1, j]), j))[-keep:]
+        assert latest_largest(scores, keep)[0, 1].tolist() == sorted(order)
+    index = latest_largest(scores, 9)
+    assert torch.equal(index.sort(-1).values, index)
+    kept = torch.zeros(3, 2, 50, dtype=torch.bool).scatter(-1, index, True)
+    assert torch.equal(kept, keep_most(scores, torch.ones(1, 1, 1, 50).bool(), 9)[:, :, 0])
+
+
+class Sorted(TorchDispatchMode):
+    """The longest row that is sorted."""
+
+    longest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "sort" in str(func):
+            self.longest = max(self.longest, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_decoding_sorts_no_more_than_it_keeps() -> None:
+    query, key, scores = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 300, 8), torch.randn(1, 2, 300)
+    with Sorted() as found:
+        dynamic_mask_attention(query, key, key, scores, keep=9, causal=True)
+    assert found.longest == 9
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_heads_with_masks_of_their_own_keep_keys_of_their_own(causal, block_size) -> None:
+    query = torch.randn(2, 4, 7, 3, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 2, 9, 3, dtype=torch.float64)
+    scores, mask = torch.randn(2, 2, 9, dtype=torch.float64), torch.rand(2, 4, 7, 9) < 0.7
+    options = {"keep": 3, "causal": causal, "block_size": block_size}
+    found = dynamic_mask_attention(query, key, value, scores, mask=mask, **options)
+    for head in range(4):
+        one = [x[:, head // 2, None] for x in (key, value, scores)]
+        alone = dynamic_mask_attention(
+            query[:, head, None], *one, mask=mask[:, head, None], **options
+        )
+        torch.testing.assert_close(found[:, head, None], alone)
+
+
+def test_as_many_keys_are_kept_as_in_the_published_models() -> None:
+    assert DynamicMaskAttention(12, heads=2).keep == 2048
+
+
+DOGE = {
+    "20M": (256, 8, 2, 1, 13_118_728),
+    "60M": (512, 16, 4, 2, 54_571_552),
+    "160M": (768, 24, 6, 3, 152_676_168),
+    "320M": (1024, 32, 8, 4, 335_750_272),
+}
+
+
+@pytest.mark.parametrize("name", DOGE)
+def test_published_language_models_have_their_numbers_of_parameters(name: str) -> None:
+    """All attentions are ours; the rest of a language model by its list."""
+    dim, layers, heads, kv_heads, published = DOGE[name]
+    with torch.device("meta"):
+        attention = DynamicMaskAttention(dim, heads=heads, kv_heads=kv_heads)
+    own = sum(p.numel() for p in attention.parameters())
+    feed_forward = 3 * dim * 2 * dim  # gate, up, down
+    total = layers * (own + feed_forward + 4 * dim)  # two norms, two weights of residuals
+    assert total + 32768 * dim + dim == published  # tied words, the last norm
 
 
 def test_keeping_all_keys_is_attention_with_the_scores_as_a_bias() -> None:
@@ -290,7 +365,6 @@ def test_wrong_arguments_are_named() -> None:
         ({"keep": "largest"}, "or 'positive', got 'largest'"),
         ({"keep": "positive", "causal": True, "gather": "torch"}, "a number of kept keys"),
         ({"gather": "flex"}, "with block_size and without mask"),
-        ({"mask": torch.ones(2, 4, 5, 5, dtype=torch.bool)}, "the same for all heads"),
         ({"padding_mask": torch.ones(2, 4, dtype=torch.bool)}, "padding_mask must be"),
     ):
         with pytest.raises(ValueError, match=said):

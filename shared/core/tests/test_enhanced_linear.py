@@ -10,10 +10,13 @@ from heed_core.attention.enhanced_linear import (
     EnhancedLinearAttention,
     EnhancedLinearBlock,
     LocalConcentration,
+    LocalWindowBlock,
     enhanced_linear_attention,
     enhanced_linear_block_from_l2vit,
     enhanced_linear_weights,
+    local_window_block_from_l2vit,
 )
+from heed_core.attention.multi_axis import partition
 from heed_core.testing.golden_fixtures import GoldenFixture
 
 GOLDEN = Path(__file__).parent / "golden" / "l2vit"
@@ -73,6 +76,49 @@ def test_golden_notices_another_clamp() -> None:
         golden.check(
             "y", module(golden.input("x", torch.float32).unflatten(1, (6, 7))).flatten(1, 2)
         )
+
+
+def local(golden: GoldenFixture, dtype: torch.dtype) -> LocalWindowBlock:
+    module = LocalWindowBlock(24, heads=3, size=(3, 3))
+    module.load_state_dict(local_window_block_from_l2vit(golden.weights()))
+    return module.to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_local_block(dtype: torch.dtype) -> None:
+    golden = GoldenFixture.load(GOLDEN / "local")
+    module = local(golden, dtype)
+    seen: dict[str, torch.Tensor] = {}
+    for name in ("attention", "positions", "later_positions"):
+        module.get_submodule(name).register_forward_hook(
+            lambda _, given, output, name=name: seen.update({name: output + 0, f"{name}.in": given})
+        )
+    x = golden.input("x", dtype)
+    y = module(x.unflatten(1, (5, 7))).flatten(1, 2)
+    golden.check("y", y)
+    golden.check("windows", partition(seen["attention"], (3, 3)).flatten(0, 1))
+    for number, name in enumerate(("positions", "later_positions")):
+        stage = seen[f"{name}.in"][0] + seen[name]
+        golden.check(f"cpe{number}", stage.movedim(1, -1).flatten(1, 2))
+    golden.loss(y).backward()
+    golden.check("grad.input.x", x.grad)
+    golden.check("grad.weights.cpe.1.proj.weight", module.later_positions.weight.grad)
+    layers = (module.attention.query, module.attention.key, module.attention.value)
+    golden.check("grad.weights.attn.qkv.weight", torch.cat([part.weight.grad for part in layers]))
+
+
+def test_golden_notices_padding_that_is_masked() -> None:
+    golden = GoldenFixture.load(GOLDEN / "local")
+    module = local(golden, torch.float32)
+    plain = module.attention.forward
+
+    def masked(x: torch.Tensor) -> torch.Tensor:
+        return plain(x, mask=x.ne(0).any(-1))
+
+    module.attention.forward = masked
+    x = golden.input("x", torch.float32).unflatten(1, (5, 7))
+    with pytest.raises(AssertionError, match="off"):
+        golden.check("y", module(x).flatten(1, 2))
 
 
 def qkv(tokens: int = 9, scale: float = 1.0) -> torch.Tensor:
@@ -166,6 +212,10 @@ def test_other_numbers_of_axes(axes: int) -> None:
             "query must be",
         ),
         (lambda: enhanced_linear_block_from_l2vit({"gamma": torch.zeros(1)}), "no weight of"),
+        (
+            lambda: local_window_block_from_l2vit({"norm3.bias": torch.zeros(1)}),
+            "no weight of L2ViT's LWABlock",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, match: str) -> None:

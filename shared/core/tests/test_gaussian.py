@@ -286,19 +286,31 @@ def test_importance_reaches_both_ends_and_names_the_layer() -> None:
     assert not importance_factor(torch.full((3, 2), 0.7)).any()
 
 
-def test_a_layer_that_tells_classes_apart_is_found() -> None:
-    """Features of one of 12 layers move with the class; the gate learns to keep that layer."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("layer", [0, 13, 23])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: DensityAttention(16), lambda: GaussianAttention(axis=1, gaussians=1)],
+    ids=["density", "gaussian"],
+)
+def test_a_layer_that_tells_classes_apart_is_found(build, layer: int) -> None:
+    """Of 24 layers of noise one holds the class, 0.8 or 2.2: the gate learns to keep that layer."""
+    gate, generator = build(), torch.Generator().manual_seed(0)
     labels = torch.randint(2, (256,), generator=generator)
-    x = torch.randn(256, 12, 16, generator=generator)
-    x[:, 7] += 1.5 * (2.0 * labels[:, None] - 1)
-    gate, head = DensityAttention(16, heads=12 // 2), torch.nn.Linear(12 * 16, 2)
-    steps = torch.optim.Adam([*gate.parameters(), *head.parameters()], lr=0.02)
-    for _ in range(150):
+    x = torch.randn(256, 24, 16, generator=generator)
+    x[:, layer] += 0.8 + 1.4 * labels[:, None]
+    head = torch.nn.Linear(24 * 16, 2)
+    torch.nn.init.zeros_(head.weight)
+    groups = [{"params": gate.parameters(), "lr": 0.05}, {"params": head.parameters(), "lr": 0.002}]
+    steps = torch.optim.Adam(groups)
+    before = layer_contributions(gate.weights(x).mean(0).detach())
+    for _ in range(100):
         loss = torch.nn.functional.cross_entropy(head(gate(x).flatten(1)), labels)
         steps.zero_grad()
         loss.backward()
         steps.step()
+    shares = layer_contributions(gate.weights(x).mean(0).detach())
+    assert before.argmax() != layer
+    assert shares.argmax() == layer
     assert (head(gate(x).flatten(1)).argmax(1) == labels).float().mean() > 0.95
 
 

@@ -5,19 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from heed_core import observe
+from heed_core.attention.cosine_mixture import (
+    CosineMixture,
+    OffsetBias,
+    PooledCosineMixture,
+    cosine_mixture_from_official,
+)
 from heed_core.attention.mixture_of_heads import (
     MixtureOfHeads,
     mixture_from_dit,
     mixture_from_llama,
 )
-from heed_core.head_routing import balance_loss, mixture_gates, norm_gates
+from heed_core.head_routing import norm_gates
 from heed_core.relative import RotaryPositions
-from heed_core.sites import Attend
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -116,66 +120,122 @@ def test_dit_notices_the_paper_s_gates(llm) -> None:
     assert float((found.output - llm["output64.dit.out"]).detach().abs().max()) > 1e-2
 
 
-VIT = {"": (8, 2, 3), "shared_only": (4, 4, 0), "routed_only": (6, 0, 2)}
+VIT = {"": (8, 2, 3), "shared_only": (4, 4, 0), "routed_only": (6, 0, 2), "aggregated": (6, 2, 2)}
+
+
+class StoredOffsets(OffsetBias):
+    """With the stored offsets, which were rounded to float32."""
+
+    def __init__(self, heads: int, golden: dict[str, Tensor]) -> None:
+        super().__init__(heads)
+        self.stored = golden["input.relative_coords_table"], golden["input.relative_pos_index"]
+
+    def forward(self, shape: tuple[int, int], pooled: tuple[int, int] | None = None) -> Tensor:
+        offsets, index = self.stored
+        table = self.leave(self.enter(offsets.to(self.enter.weight.dtype)).relu())
+        return table[index].T.reshape(-1, math.prod(shape), math.prod(pooled or shape))
+
+
+def vit(golden: dict[str, Tensor], part: str, dtype: torch.dtype) -> torch.nn.Module:
+    """Of the published weights, which must all be there."""
+    heads, shared, active = VIT[part]
+    options = {"heads": heads, "shared": shared, "active": active}
+    dim = golden["input.x"].shape[-1]
+    if part == "aggregated":
+        module = PooledCosineMixture(dim, pool=2, **options)
+    else:
+        module = CosineMixture(dim, **options)
+    module.offset_bias = StoredOffsets(heads, golden)
+    module.load_state_dict(cosine_mixture_from_official(weights(golden, "")))
+    return module.to(dtype)
+
+
+NAMES = {
+    "temperature": "temperature",
+    "wg.weight": "route.weight",
+    "wg_0.weight": "kind.weight",
+    "wg_1.weight": "share.weight",
+    "relative_pos_bias_local": "window_bias",
+    "learnable_tokens": "window_tokens",
+    "sr.weight": "reduce.weight",
+}
 
 
 @pytest.mark.parametrize("part", VIT)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 5e-5)])
 def test_vit(part: str, dtype, tolerance: float) -> None:
-    """Gates and loss in an attention of other scores: length-scaled cosines and a bias."""
     golden = load_file(GOLDEN / "moh_vit" / part / "fixture.safetensors")
-    heads, shared, active = VIT[part]
-    leaves = {
-        n: x.to(dtype).requires_grad_() for n, x in golden.items() if n.startswith("weights.")
-    }
-
-    def weight(name: str) -> Tensor | None:
-        return leaves.get(f"weights.{name}")
-
+    module = vit(golden, part, dtype)
+    sides = golden["input.grid"].tolist()
     x = golden["input.x"].to(dtype).requires_grad_()
-    packed = F.linear(x, weight("qkv.weight"), weight("qkv.bias"))
-    query, key, value = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    heat = F.softplus(weight("temperature")) * math.log(x.shape[1])
-    query = (F.normalize(query, dim=-1) + weight("query_embedding")) * heat
-    offsets = golden["input.relative_coords_table"].to(dtype)
-    hidden = F.linear(offsets, weight("cpb_fc1.weight"), weight("cpb_fc1.bias")).relu()
-    table = F.linear(hidden, weight("cpb_fc2.weight"), weight("cpb_fc2.bias"))
-    n = x.shape[1]
-    bias = table[golden["input.relative_pos_index"]].T.reshape(heads, n, n)
-    routing = mixture_gates(
-        x, weight("wg.weight"), weight("wg_1.weight"), weight("wg_0.weight"),
-        shared=shared, active=active,
-    )  # fmt: skip
-    mixed = Attend(scale=1.0)(query, F.normalize(key, dim=-1), value, bias=bias)
-    gated = (mixed * routing.gates.transpose(1, 2)[..., None]).transpose(1, 2).flatten(2)
-    y = F.linear(gated, weight("proj.weight"), weight("proj.bias"))
+    found = module(x.unflatten(1, sides))
 
     def close(ours: Tensor, name: str, least: float = 0.0) -> None:
         stored = golden[name].double()
-        bound = max(least, tolerance) * max(1.0, float(stored.abs().max()))
-        assert float((ours.detach().double() - stored).abs().max()) < bound, name
+        # the pooled one takes logarithms of counts in float32
+        rounding = 1e-7 if part == "aggregated" and name != "output64.pooled" else 0.0
+        bound = max(least, tolerance, rounding) * max(1.0, float(stored.abs().max()))
+        ours = ours.detach().double().reshape(stored.shape)
+        assert float((ours - stored).abs().max()) < bound, name
 
-    assert torch.equal(routing.gates == 0, golden["output64.head_gate"] == 0)
-    close(routing.gates, "output64.head_gate")
-    close(y, "output64.y")
-    gradients = torch.autograd.grad(
-        (y * golden["input.loss_weight"]).sum(), list(leaves.values()), allow_unused=True
-    )
-    for name, gradient in zip(leaves, gradients, strict=True):
-        if f"grad64.{name}" in golden:
-            close(gradient, f"grad64.{name}")
-    if active:
-        close(routing.probabilities, "output64.router_probabilities")
-        loss = balance_loss(routing.probabilities, routing.chosen)
+    gates = found.gates.flatten(1, 2)
+    close(found.output.flatten(1, 2), "output64.y")
+    if part == "aggregated":
+        close(module._pooled(x.unflatten(1, sides))[0], "output64.pooled")
+    else:
+        assert torch.equal(gates == 0, golden["output64.head_gate"] == 0)
+        close(gates, "output64.head_gate")
+        bias = module.offset_bias(tuple(sides))
+        close(bias, "output64.position_bias")
+    own = dict(module.named_parameters())
+    stored = [n.removeprefix("grad64.weights.") for n in golden if n.startswith("grad64.weights.")]
+    loss = (found.output.flatten(1, 2) * golden["input.loss_weight"]).sum()
+    leaves = [x, *(own[NAMES[name]] for name in stored)]
+    gradients = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for name, gradient in zip(stored, gradients[1:], strict=True):
+        close(gradient, f"grad64.weights.{name}")
+    if dtype == torch.float32:
+        close(gradients[0], "grad.input.x")
+    if module.active:
         # the published loss takes means of a float32 mask
-        close(loss.reshape(1), "output64.balance_loss", least=2e-7)
-        again = mixture_gates(
-            x, weight("wg.weight"), weight("wg_1.weight"), weight("wg_0.weight"),
-            shared=shared, active=active,
-        )  # fmt: skip
-        loss = balance_loss(again.probabilities, again.chosen)
-        (gradient,) = torch.autograd.grad(loss, weight("wg.weight"))
+        close(found.balance_loss, "output64.balance_loss", least=2e-7)
+    if "output64.aux_grad_wg" in golden:
+        (gradient,) = torch.autograd.grad(found.balance_loss, module.route.weight)
         close(gradient, "output64.aux_grad_wg", least=2e-7)
+
+
+@pytest.mark.parametrize("part", VIT)
+def test_vit_offsets_of_a_map_are_the_stored_ones(part: str) -> None:
+    golden = load_file(GOLDEN / "moh_vit" / part / "fixture.safetensors")
+    stored = vit(golden, part, torch.float64).offset_bias
+    ours = OffsetBias(VIT[part][0]).double()
+    ours.load_state_dict(stored.state_dict())
+    shape = tuple(golden["input.grid"].tolist())
+    pooled = (shape[0] // 2, shape[1] // 2) if part == "aggregated" else None
+    torch.testing.assert_close(ours(shape, pooled), stored(shape, pooled), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["query_embedding", "window_shift", "window_tokens", "kind"])
+def test_vit_notices_a_missing_term(name: str) -> None:
+    golden = load_file(GOLDEN / "moh_vit" / "aggregated" / "fixture.safetensors")
+    module = vit(golden, "aggregated", torch.float64)
+    held = getattr(module, name)
+    torch.nn.init.zeros_(held.weight if isinstance(held, torch.nn.Module) else held)
+    found = module(golden["input.x"].double().unflatten(1, golden["input.grid"].tolist()))
+    off = found.output.flatten(1, 2) - golden["output64.y"]
+    assert float(off.detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("part", ["", "aggregated"])
+def test_vit_weights_through_observe(part: str) -> None:
+    golden = load_file(GOLDEN / "moh_vit" / part / "fixture.safetensors")
+    module = vit(golden, part, torch.float64)
+    x = golden["input.x"].double().unflatten(1, golden["input.grid"].tolist())
+    with observe(module) as record:
+        module(x)
+    count = 9 + 3 * 4 if part else 4 * 5
+    assert record["attend"].shape == (len(x), module.heads, x[0, ..., 0].numel(), count)
+    torch.testing.assert_close(record["attend"].sum(-1), torch.ones_like(record["attend"][..., 0]))
 
 
 @pytest.mark.bad_input
@@ -184,3 +244,5 @@ def test_importers_name_what_they_do_not_know() -> None:
         mixture_from_dit({"wq.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"'wq\.weight' is no weight of"):
         mixture_from_llama({"wq.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"'wq\.weight' is no weight of"):
+        cosine_mixture_from_official({"wq.weight": torch.ones(1)})

@@ -98,8 +98,8 @@ def test_an_attention_in_two_places_stays_one() -> None:
 
 @pytest.mark.bad_input
 def test_what_cannot_be_converted_is_named_and_nothing_changes() -> None:
-    model = Encoder(BlockConfig(dim=24, heads=6, qk_norm="rms"), depth=1)
-    with pytest.raises(ValueError, match=r"layers\.0\.attention cannot become .* no qk_norm"):
+    model = Encoder(BlockConfig(dim=24, heads=6, causal=True, window=3), depth=1)
+    with pytest.raises(ValueError, match=r"layers\.0\.attention cannot become .* no window"):
         convert_to_mixtures(model, shared=2, active=2)
     assert isinstance(model.layers[0].attention, MultiHeadAttention)
     with pytest.raises(ValueError, match="no self-attention MultiHeadAttention named 'head'"):
@@ -107,7 +107,7 @@ def test_what_cannot_be_converted_is_named_and_nothing_changes() -> None:
     with pytest.raises(ValueError, match=r"MixtureOfHeads\.from_attention"):
         convert_to_mixtures(MultiHeadAttention(24, heads=6), shared=2, active=2)
     attention = HeadMixture(MixtureOfHeads(24, heads=6, shared=2, active=2))
-    with pytest.raises(ValueError, match="bias is not for a mixture"):
-        attention(torch.randn(1, 3, 24), bias=torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="bias must be broadcastable"):
+        attention(torch.randn(1, 3, 24), bias=torch.zeros(3, 4))
     with mixtures(attention) as found, pytest.raises(ValueError, match="no mixture of heads was"):
         found.balance_loss()

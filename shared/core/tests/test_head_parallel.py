@@ -136,8 +136,22 @@ def a_stack_trains_as_in_one_process() -> None:
 def other_lengths_raise_everywhere() -> None:
     shared = HeadParallelAttention(build(4, 4))
     last = dist.get_rank() == dist.get_world_size() - 1
-    with pytest.raises(ValueError, match="one shape on all processes"):
+    with pytest.raises(ValueError, match=r"must make the same call; process 0: x \(1, 4, 12\)"):
         shared(torch.randn(1, 4 + last, DIM))
+
+
+@torch.no_grad()
+def a_wrong_call_of_one_raises_everywhere() -> None:
+    """A fault that only the last process sees; the cache of the others stays as it was."""
+    shared = HeadParallelAttention(build(4, 4, causal=True))
+    last = dist.get_rank() == dist.get_world_size() - 1
+    x, cache = torch.randn(1, 4, DIM), shared.new_cache(1, 8)
+    mask = torch.ones(4, 4, dtype=torch.float32 if last else torch.bool)
+    with pytest.raises(TypeError if last else ValueError, match="mask must be boolean"):
+        shared(x, mask=mask, cache=cache)
+    assert cache.length == 0
+    with pytest.raises(ValueError, match="x must be"):
+        shared(x[..., 1:] if last else x)
 
 
 def more_processes_than_groups_are_refused() -> None:
@@ -153,6 +167,7 @@ def quick(world: int) -> None:
     decoding_and_maps_are_those_of_the_own_heads()
     a_stack_trains_as_in_one_process()
     other_lengths_raise_everywhere()
+    a_wrong_call_of_one_raises_everywhere()
     more_processes_than_groups_are_refused()
 
 

@@ -1,18 +1,23 @@
 """The efficient attentions of long sequences: limits of theory, blocks, decoding, faults."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heed_core import observe
+from heed_core import masks, observe
 from heed_core.attention.bounded_memory import BoundedMemoryAttention
 from heed_core.attention.causal_long_short import (
     CausalLongShortAttention,
     causal_long_short_attention,
 )
+from heed_core.attention.complex import ComplexAttention
 from heed_core.attention.cosformer import CosformerAttention
 from heed_core.attention.diagonal_state import DiagonalStateMixer, diagonal_state_mixing
+from heed_core.attention.dynamic_mask import DynamicMaskAttention
+from heed_core.attention.linear import LinearAttention
 from heed_core.attention.local import LocalAttention, local_attention
 from heed_core.attention.long_short import LongShortAttention, long_short_attention
 from heed_core.attention.multi_head import MultiHeadAttention
@@ -23,9 +28,9 @@ from heed_core.attention.performer import (
     performer_attention,
 )
 from heed_core.attention.prob_sparse import ProbSparseAttention, sample_keys
-from heed_core.attention.projected import UnsupportedPattern
 from heed_core.attention.randomized import RandomizedAttention
 from heed_core.testing.oracle import naive_attention
+from heed_core.tokens import UnsupportedPattern
 
 PARAMETERS = {
     "local": (lambda: LocalAttention(512, heads=8), 1_050_624),
@@ -94,6 +99,58 @@ def test_decoding_equals_one_forward(name: str) -> None:
         parts = [module(x[:, :6], cache=cache)]
         parts += [module(x[:, t : t + 1], cache=cache) for t in range(6, 21)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["local", "longshort", "s4d"])
+@torch.no_grad()
+def test_padding_masks_of_decoding_tell_of_all_tokens_so_far(name: str) -> None:
+    module, x = DECODING[name]().double().eval(), torch.randn(2, 21, 12, dtype=torch.float64)
+    real = torch.arange(21) >= torch.tensor([[0], [8]])
+    whole = module(x, padding_mask=real)
+    cache = module.new_cache(2, 21) if name == "longshort" else module.new_cache(2)
+    parts = [
+        module(x[:, start:stop], padding_mask=real[:, :stop], cache=cache)
+        for start, stop in ((0, 6), (6, 7), (7, 18), (18, 21))
+    ]
+    found = torch.cat(parts, dim=1)
+    torch.testing.assert_close(found[real], whole[real], rtol=1e-9, atol=1e-9)
+    cache.crop(21 if name == "local" else 0)
+    with pytest.raises(ValueError, match="padding_mask must be"):
+        module(x[:, :1], padding_mask=real[:, :2], cache=cache)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 70, 70), (70, 70), (2, 1, 1, 70), (3, 70, 1), (1,)])
+@torch.no_grad()
+def test_masks_of_pairs_in_local_attention(causal: bool, shape: tuple[int, ...]) -> None:
+    module = LocalAttention(12, heads=3, window=4, causal=causal).double()
+    x, mask = torch.randn(2, 70, 12, dtype=torch.float64), torch.rand(shape) < 0.6
+    real = torch.arange(70) < torch.tensor([[70], [61]])
+    found = module(x, mask=mask, padding_mask=real)
+    near = masks.window(70, 70, left=3 if causal else 4, right=0 if causal else 4)
+    whole = masks.combine(near, mask, masks.keys(real))
+    rows = (
+        layer(x).unflatten(2, (3, 4)).transpose(1, 2)
+        for layer in (module.query, module.key, module.value)
+    )
+    mixed = naive_attention(*rows, mask=whole.expand(2, 3, 70, 70))
+    wanted = module.out(mixed.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    if causal and len(shape) == 4:
+        cache = module.new_cache(2)
+        steps = [slice(0, 40), slice(40, 41), slice(41, 70)]
+        parts = [
+            module(
+                x[:, step],
+                mask=mask[..., : step.stop] if shape[2] == 1 else mask[:, :, step, : step.stop],
+                padding_mask=real[:, : step.stop],
+                cache=cache,
+            )
+            for step in steps
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), wanted, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="mask must be broadcastable"):
+        module(x, mask=torch.ones(69, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", DECODING)
@@ -378,6 +435,20 @@ def test_sampled_keys_are_uniform_and_change_with_the_seed() -> None:
     assert float((first == second).double().mean()) < 0.01
 
 
+@pytest.mark.compile
+def test_a_graph_of_sparse_queries_holds_no_map_of_all_pairs() -> None:
+    module, x = ProbSparseAttention(8, heads=2, factor=1).eval(), torch.randn(1, 600, 8)
+    length = {"x": {1: torch.export.Dim("n", max=4096)}}
+    with torch.no_grad():
+        program = torch.export.export(module, (), kwargs={"x": x}, dynamic_shapes=length)
+    made = [node.meta.get("val") for node in program.graph.nodes]
+    sizes = [value.numel() for value in made if isinstance(value, Tensor)]
+    sizes = [int(size) if isinstance(size, int) else size.node.hint for size in sizes]
+    assert max(sizes) <= 24 * 600 * 8 < 600**2
+    other = torch.randn(1, 450, 8)
+    torch.testing.assert_close(program.module()(x=other), module(other), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.bad_input
 def test_wrong_patterns_and_options_are_named() -> None:
     for build, said in (
@@ -404,6 +475,26 @@ def test_wrong_patterns_and_options_are_named() -> None:
     module = BoundedMemoryAttention(12, heads=3)
     with pytest.raises(ValueError, match="cache serves causal=True only"):
         module(torch.randn(1, 2, 12), cache=module.new_cache(1))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "build",
+    [
+        LinearAttention,
+        DynamicMaskAttention,
+        partial(ComplexAttention, base=None),
+        BoundedMemoryAttention,
+        PerformerAttention,
+    ],
+)
+def test_a_causal_mechanism_says_why_it_takes_no_context(build) -> None:
+    said = "with causal=True serves self-attention only: a context has no order"
+    with pytest.raises(UnsupportedPattern, match=said):
+        build(12, heads=3, causal=True, context_dim=5)
+    module = build(12, heads=3, causal=True)
+    with pytest.raises(ValueError, match="context"):
+        module(torch.randn(1, 4, 12), torch.randn(1, 6, 12))
 
 
 @pytest.mark.bad_input

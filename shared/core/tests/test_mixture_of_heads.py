@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from heed_core import observe, steer
+from heed_core.attention.cosine_mixture import CosineMixture, PooledCosineMixture
 from heed_core.attention.mixture_of_heads import MixtureOfHeads, moh_attention
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.head_routing import balance_loss, choose_heads, mixture_gates, norm_gates
 from heed_core.head_skipping import alike
-from heed_core.relative import RotaryPositions
+from heed_core.relative import AlibiBias, RotaryPositions
 from heed_core.testing.oracle import naive_attention
 from heed_core.testing.processes import run_together
 
@@ -80,13 +81,30 @@ def test_one_shared_head_has_no_router_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("router", ["learned", "norm"])
-def test_idle_routers_that_choose_every_head_are_plain_attention(router: str) -> None:
-    plain = MultiHeadAttention(12, heads=6, head_dim=4, kv_heads=3, causal=True).double()
+@pytest.mark.parametrize("options", [{}, {"qk_norm": "rms", "scale": 0.4}, {"qk_norm": "layer"}])
+def test_idle_routers_that_choose_every_head_are_plain_attention(router: str, options) -> None:
+    plain = MultiHeadAttention(12, heads=6, head_dim=4, kv_heads=3, causal=True, **options).double()
+    for norm in (plain.query_norm, plain.key_norm):
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
     mixture = MixtureOfHeads.from_attention(plain, shared=2, active=4, router=router)
     x = torch.randn(2, 9, 12, dtype=torch.float64)
     found = mixture(x)
     assert torch.equal(found.gates, torch.ones(2, 9, 6).double())
     assert torch.equal(found.output, plain(x))
+    bias = torch.randn(6, 9, 9, dtype=torch.float64)
+    assert torch.equal(mixture(x, bias=bias).output, plain(x, bias=bias))
+
+
+def test_the_norm_router_sees_queries_before_they_are_normed() -> None:
+    """Behind the norm all are as long: nothing could be chosen."""
+    normed, plain = (
+        MixtureOfHeads(12, heads=6, shared=2, active=1, head_dim=4, router="norm", qk_norm=norm)
+        for norm in ("rms", None)
+    )
+    plain.load_state_dict(normed.state_dict(), strict=False)
+    x = torch.randn(2, 9, 12)
+    assert torch.equal(normed(x).gates, plain(x).gates)
 
 
 def test_equal_scores_go_to_the_first_heads() -> None:
@@ -133,12 +151,17 @@ def moh_inputs(kv_heads: int) -> tuple[list[Tensor], Tensor]:
 @pytest.mark.parametrize("kv_heads", [6, 2])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_function_is_attention_times_the_gates(skip, kv_heads, causal, masked) -> None:
+@pytest.mark.parametrize("biased", [None, (2, 6, 9, 11), (6, 1, 11), (9, 11)])
+def test_the_function_is_attention_times_the_gates(skip, kv_heads, causal, masked, biased) -> None:
     rows, gates = moh_inputs(kv_heads)
     leaves = [x.requires_grad_() for x in (*rows, gates)]
+    bias = None
+    if biased is not None:
+        leaves.append(bias := torch.randn(biased, dtype=torch.float64, requires_grad=True))
     mask = torch.rand(2, 6, 9, 11) < 0.7 if masked else None
-    found = moh_attention(*rows, gates, mask=mask, causal=causal, scale=0.3, skip=skip)
-    plain = naive_attention(*rows, mask=mask, causal=causal, scale=0.3)
+    options = {"mask": mask, "bias": bias, "causal": causal, "scale": 0.3}
+    found = moh_attention(*rows, gates, skip=skip, **options)
+    plain = naive_attention(*rows, **options)
     wanted = plain * gates.mT[..., None]
     torch.testing.assert_close(found, wanted)
     probe = torch.randn_like(wanted)
@@ -147,7 +170,7 @@ def test_the_function_is_attention_times_the_gates(skip, kv_heads, causal, maske
     )
     chosen = gates.detach() != 0  # a gate of a skipped head has no gradient, as in the module
     if skip:
-        theirs = (*theirs[:3], theirs[3] * chosen)
+        theirs = (*theirs[:3], theirs[3] * chosen, *theirs[4:])
     torch.testing.assert_close(ours, theirs)
 
 
@@ -184,17 +207,21 @@ OPTIONS = {
     "norm": {"router": "norm", "rotary": RotaryPositions(4)},
     "none-shared": {"shared": 0, "active": 2},
     "no-biases": {"qkv_bias": False, "out_bias": False},
+    "normed-rotary": {"qk_norm": "rms", "scale": 0.7, "rotary": RotaryPositions(4)},
+    "normed-norm": {"qk_norm": "layer", "router": "norm"},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("masked", ["none", "padding", "rows", "heads"])
+@pytest.mark.parametrize("masked", ["none", "padding", "rows", "heads", "bias"])
 def test_skipping_changes_no_number(options, masked: str) -> None:
     skipping, dense = pair(**options)
     x = torch.randn(3, 19, 12, dtype=torch.float64)
     given = {}
     if masked == "padding":
         given["padding_mask"] = torch.arange(19) < torch.tensor([[19], [14], [3]])
+    elif masked == "bias":
+        given["bias"] = torch.randn(6, 19, 19, dtype=torch.float64, requires_grad=True)
     elif masked != "none":
         shape = (3, 1, 19, 19) if masked == "rows" else (1, 6, 1, 19)
         given["mask"] = (torch.rand(shape) < 0.6) | torch.eye(19, dtype=torch.bool)
@@ -202,7 +229,7 @@ def test_skipping_changes_no_number(options, masked: str) -> None:
     for module in (skipping, dense):
         leaf = x.clone().requires_grad_()
         found = module(leaf, **given)
-        leaves = [leaf, *module.parameters()]
+        leaves = [leaf, *module.parameters(), *([given["bias"]] if masked == "bias" else [])]
         loss = found.output.sin().sum() + found.balance_loss
         results.append([*found, *torch.autograd.grad(loss, leaves)])
     for ours, wanted in zip(*results, strict=True):
@@ -216,6 +243,19 @@ def test_skipping_in_cross_attention() -> None:
     torch.testing.assert_close(
         skipping(x, context, padding_mask=real).output, dense(x, context, padding_mask=real).output
     )
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_context_of_a_causal_mixture_is_aligned_bottom_right(skip: bool) -> None:
+    """The last 9 of 13 tokens stand at the places of those that ask, as in plain attention."""
+    plain = MultiHeadAttention(12, heads=6, head_dim=4, causal=True).double()
+    mixture = MixtureOfHeads.from_attention(plain, shared=2, active=4, skip=skip)
+    x, context = torch.randn(2, 9, 12).double(), torch.randn(2, 13, 12).double()
+    torch.testing.assert_close(mixture(x, context).output, plain(x, context))
+    later = context.clone()
+    later[:, -1] += 1.0
+    changed = (mixture(x, later).output - mixture(x, context).output).abs().amax((0, 2)) > 1e-12
+    assert changed.tolist() == [False] * 8 + [True]
 
 
 def test_a_head_that_nobody_chooses_is_skipped_whole() -> None:
@@ -338,6 +378,14 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def stage(dim: int, heads: int, shared: int, active: int, *, pooled: bool) -> torch.nn.Module:
+    options = {"heads": heads, "shared": shared, "active": active}
+    with torch.device("meta"):
+        if pooled:
+            return PooledCosineMixture(dim, pool=2, **options)
+        return CosineMixture(dim, **options)
+
+
 @pytest.mark.parametrize(
     ("dim", "heads", "shared", "active", "pooled", "published"),
     [(288, 12, 3, 6, True, 431_568), (576, 24, 8, 12, False, 1_358_832)],
@@ -346,15 +394,31 @@ def parameters(module: torch.nn.Module) -> int:
 def test_a_stage_of_the_vision_model_has_its_number_of_parameters(
     dim: int, heads: int, shared: int, active: int, pooled: bool, published: int
 ) -> None:
-    """Ours are projections and routers; the rest makes scores of another kind, by this list."""
-    with torch.device("meta"):
-        ours = parameters(MixtureOfHeads(dim, heads=heads, shared=shared, active=active))
-    scores = dim + heads  # query embedding, temperature
-    scores += (2 * 512 + 512) + (512 * heads + heads)  # position bias
-    if pooled:
-        scores += dim * dim + dim + 2 * dim  # reduction before pooling, its norm
-        scores += 9 * heads + 9 * dim + 9 * heads  # of the 3 x 3 window: bias, tokens, their bias
-    assert ours + scores == published
+    assert parameters(stage(dim, heads, shared, active, pooled=pooled)) == published
+
+
+VISION = {  # depths, heads, shared, active, published
+    "B-75": ((5, 5, 23, 5), (4, 8, 16, 32), (4, 8, 4, 5), (0, 0, 8, 16), 90_020_632),
+    "B-50": ((5, 5, 23, 5), (4, 8, 16, 32), (2, 2, 2, 4), (2, 4, 6, 8), 90_023_512),
+    "S-80": ((5, 5, 22, 5), (3, 6, 12, 24), (3, 6, 3, 8), (0, 0, 6, 12), 49_910_548),
+    "S-75": ((5, 5, 22, 5), (3, 6, 12, 24), (3, 6, 3, 4), (0, 0, 6, 12), 49_910_548),
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_vision_models_have_their_numbers_of_parameters(name: str) -> None:
+    """All attentions are ours; the rest of a vision model by its list."""
+    depths, heads, shared, active, published = VISION[name]
+    total, last = 0, 3
+    for place, (depth, h, s, k) in enumerate(zip(depths, heads, shared, active, strict=True)):
+        dim, side = 24 * h, 7 if place == 0 else 3
+        hidden = int(2 * dim * (8 if place < 2 else 4) / 3)
+        mlp = dim * 2 * hidden + 2 * hidden + 9 * hidden + hidden + hidden * dim + dim
+        attention = parameters(stage(dim, h, s, k, pooled=place < 3))
+        total += last * dim * side * side + dim + 2 * dim  # patches, their norm
+        total += depth * (attention + mlp + 4 * dim) + 2 * dim  # two norms, one at the end
+        last = dim
+    assert total + 1000 * last + 1000 == published
 
 
 def in_turn(*parts: tuple[int, int]) -> list[int]:
@@ -381,6 +445,12 @@ DIFFUSION = {
 }  # fmt: skip
 
 
+TRAINABLE = {
+    "S-90": 32_898_848, "S-75": 32_900_384, "B-90": 130_441_760, "B-75": 130_441_760,
+    "L-90": 458_250_272, "L-75": 458_266_656, "XL-90": 675_371_552, "XL-75": 675_394_592,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_diffusion_transformers_have_their_numbers_of_parameters(name: str) -> None:
     """All attentions are ours, one per layer; the rest of a diffusion transformer by its list."""
@@ -395,14 +465,20 @@ def test_diffusion_transformers_have_their_numbers_of_parameters(name: str) -> N
     total += 256 * dim + dim + dim * dim + dim + 1001 * dim  # time, labels
     total += 2 * dim * dim + 2 * dim + 32 * dim + 32  # last modulation, output
     assert total == published
+    assert total - 256 * dim == TRAINABLE[name]  # without the places of 16 x 16 patches
 
 
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": True, "rotary": RotaryPositions(4)}, {"router": "norm", "kv_heads": 3}],
-    ids=["plain", "causal-rotary", "norm-grouped"],
+    [
+        {},
+        {"causal": True, "rotary": RotaryPositions(4)},
+        {"router": "norm", "kv_heads": 3},
+        {"qk_norm": "rms"},
+    ],
+    ids=["plain", "causal-rotary", "norm-grouped", "normed"],
 )
 def test_graphs_with_a_capacity_drop_no_token(options) -> None:
     """One graph serves calls that fit, calls in which all tokens want the same heads, lengths."""
@@ -504,6 +580,11 @@ def test_wrong_options_are_named() -> None:
         module(torch.randn(1, 3, 12), positions=torch.arange(3))
     with pytest.raises(ValueError, match="causal self-attention only"):
         module(torch.randn(1, 3, 12), cache=module.new_cache(1, 4))
-    normed = MultiHeadAttention(12, heads=3, qk_norm="rms")
-    with pytest.raises(ValueError, match="no qk_norm"):
-        MixtureOfHeads.from_attention(normed, shared=1, active=1)
+    with pytest.raises(ValueError, match="bias must be broadcastable"):
+        module(torch.randn(1, 3, 12), bias=torch.zeros(6, 3, 4))
+    with pytest.raises(TypeError, match="bias must be floating point"):
+        module(torch.randn(1, 3, 12), bias=torch.ones(3, 3, dtype=torch.bool))
+    for name, option in (("window", 2), ("relative_bias", AlibiBias(3))):
+        other = MultiHeadAttention(12, heads=3, causal=True, **{name: option})
+        with pytest.raises(ValueError, match=f"attention must have no {name}"):
+            MixtureOfHeads.from_attention(other, shared=1, active=1)

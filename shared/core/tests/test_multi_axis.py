@@ -115,6 +115,22 @@ def test_golden_notices_a_table_of_the_opposite_offsets(golden) -> None:
         golden.check("block0.attn_block", module(x))
 
 
+def test_a_table_of_either_layout_gives_the_bias_of_its_offsets() -> None:
+    rows, columns = 2, 3
+    swin = torch.arange(15.0 * 2).reshape(15, 2)  # rows (di + 1) * 5 + dj + 2, query minus key
+    tensorflow = torch.stack([swin.reshape(3, 5, 2)[2 - i] for i in range(3)]).flip(1)
+    for table in (swin, tensorflow.permute(2, 0, 1)):
+        renamed = partition_block_from_timm({"attn.rel_pos.relative_position_bias_table": table})
+        bias = GridRelativeBias(2, shape=(rows, columns))
+        bias.load_state_dict({"table": renamed["attention.relative_bias.table"]})
+        found = bias(6, 6)
+        for query in range(6):
+            for key in range(6):
+                down = query // columns - key // columns
+                right = query % columns - key % columns
+                assert torch.equal(found[:, query, key], swin[(down + 1) * 5 + right + 2])
+
+
 @given(
     counts=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     sizes=st.lists(st.integers(1, 4), min_size=3, max_size=3),

@@ -145,3 +145,27 @@ def test_a_stack_takes_no_biases_and_no_values():
 def test_options_that_do_not_fit(options: dict, said: str):
     with pytest.raises(ValueError, match=said):
         ReducedAttention(N, **options)
+
+
+@pytest.mark.parametrize(("qk", "vo"), ALL)
+@torch.no_grad()
+def test_decoding_equals_one_forward(qk: QueryKey, vo: ValueOut) -> None:
+    layer, x = random(ReducedAttention(N, qk=qk, vo=vo, bias=True, causal=True)), tokens(2, 9, N)
+    real = torch.arange(9) >= torch.tensor([[0], [2]])
+    whole, cache = layer(x, padding_mask=real), layer.new_cache(2, 9)
+    parts = [
+        layer(x[:, start:stop], padding_mask=real[:, :stop], cache=cache)
+        for start, stop in ((0, 4), (4, 5), (5, 9))
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    cache.crop(5)
+    cache.reorder(torch.tensor([1, 1]))
+    moved = layer(x[1:, 5:].expand(2, -1, -1), padding_mask=real[1:].expand(2, -1), cache=cache)
+    torch.testing.assert_close(moved, whole[1:, 5:].expand(2, -1, -1))
+
+
+@pytest.mark.bad_input
+def test_a_cache_without_causality_is_refused() -> None:
+    layer = random(ReducedAttention(N))
+    with pytest.raises(ValueError, match="cache serves causal=True only"):
+        layer(tokens(2, 3, N), cache=layer.new_cache(2, 3))

@@ -13,7 +13,9 @@ from heed_core.attention.diagonal_state import DiagonalStateMixer
 from heed_core.attention.dynamic_mask import DynamicMaskAttention
 from heed_core.attention.mixture_of_heads import MixtureOfHeads
 from heed_core.attention.multi_head import MultiHeadAttention
+from heed_core.attention.reduced import ReducedAttention
 from heed_core.attention.relative_conv import RelativeConvAttention
+from heed_core.attention.tensor import TensorAttention
 from heed_core.blocks import BlockConfig, Decoder
 from heed_core.cache import restores_cache
 from heed_core.head_conversion import HeadMixture
@@ -27,11 +29,16 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "complex": lambda: ComplexAttention(12, heads=3, causal=True),
     "relative-conv": lambda: RelativeConvAttention(12, heads=3),
     "long-short": lambda: CausalLongShortAttention(12, heads=3, window=4, chunk=4, rank=2),
+    "reduced": lambda: ReducedAttention(12, heads=3, qk="symmetric", vo="none", causal=True),
+    "tensor": lambda: TensorAttention(12, heads=3, causal=True),
+    "tensor-polynomial": lambda: TensorAttention(12, heads=3, causal=True, method="poly"),
 }
 STATES: dict[str, Callable[[], nn.Module]] = {
     "bounded-memory": lambda: BoundedMemoryAttention(12, heads=3, slots=4, causal=True),
     "diagonal-state": lambda: DiagonalStateMixer(12, causal=True),
     "relative-conv": lambda: RelativeConvAttention(12, heads=3),
+    "tensor": lambda: TensorAttention(12, heads=3, causal=True),
+    "tensor-polynomial": lambda: TensorAttention(12, heads=3, causal=True, method="poly"),
 }
 
 WITHOUT_LENGTH = (BoundedMemoryAttention, DiagonalStateMixer)

@@ -18,6 +18,7 @@ from heed_core.attention.tensor import (
     tensor_attention_poly,
 )
 from heed_core.kernels import pair_softmax as kernel
+from heed_core.testing.memory import peak_bytes
 
 
 def draw(n: int = 7, n1: int = 9, n2: int = 6, *, size: float = 1.0) -> list[Tensor]:
@@ -208,16 +209,64 @@ def test_number_of_parameters() -> None:
     assert sum(p.numel() for p in module.parameters()) == 6 * 24**2 + 6 * 24
 
 
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("method", ["exact", "poly", "auto"])
+@torch.no_grad()
+def test_decoding_equals_one_forward(method: str, distinct: bool) -> None:
+    options = {} if method == "exact" else {"degree": 2}
+    module = TensorAttention(
+        8, heads=2, causal=True, distinct=distinct, method=method, **options
+    ).double()
+    x = torch.randn(2, 9, 8, dtype=torch.float64) / 4
+    real = torch.arange(9) >= torch.tensor([[0], [2]])
+    tolerance = {"rtol": 2e-2, "atol": 1e-3} if method == "auto" else {"rtol": 1e-9, "atol": 1e-10}
+    whole = module(x, padding_mask=real)
+    cache = module.new_cache(2, 9)
+    parts = [
+        module(x[:, start:stop], padding_mask=real[:, :stop], cache=cache)
+        for start, stop in ((0, 4), (4, 5), (5, 5), (5, 8))
+    ]
+    assert cache.length == 8
+    twin = cache.clone()
+    parts.append(module(x[:, 8:], padding_mask=real, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], whole[real], **tolerance)
+    twin.reorder(torch.tensor([1, 1]))
+    moved = module(x[1:, 8:].expand(2, -1, -1), padding_mask=real[1:].expand(2, -1), cache=twin)
+    torch.testing.assert_close(moved, whole[1:, 8:].expand(2, -1, -1), **tolerance)
+    if method == "exact":
+        cache.crop(5)
+        again = module(x[:, 5:], padding_mask=real, cache=cache)
+        torch.testing.assert_close(again, whole[:, 5:])
+
+
+@pytest.mark.bad_input
+def test_a_cache_of_another_kind_is_refused() -> None:
+    exact, poly = (TensorAttention(8, heads=2, causal=True, method=m) for m in ("exact", "poly"))
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(ValueError, match=r"must be a KVCache with method='exact'.*StateCache"):
+        exact(x, cache=poly.new_cache(2, 3))
+    with pytest.raises(ValueError, match=r"must be a StateCache with method='poly'.*KVCache"):
+        poly(x, cache=exact.new_cache(2, 3))
+    with pytest.raises(ValueError, match="serves causal=True only"):
+        TensorAttention(8, heads=2)(x, cache=exact.new_cache(2, 3))
+    with pytest.raises(ValueError, match="cache serves causal=True only"):
+        tensor_attention_poly(*draw(6, 6, 6), cache=poly.new_cache(2, 3))
+
+
 @pytest.mark.slow
 def test_the_cubic_tensor_is_never_held() -> None:
     """With n = 512 and d = 16, the scores alone would take 512 MiB in float32."""
-    import resource
-
-    rows = [torch.randn(1, 1, 512, 16, requires_grad=True) for _ in range(5)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    tensor_attention(*rows).sum().backward()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert (after - before) / 1024 < 300
+    rows = """
+import torch
+from heed_core.attention.tensor import tensor_attention
+torch.set_num_threads(1)
+rows = [torch.randn(1, 1, 512, 16, requires_grad=True) for _ in range(5)]
+"""
+    call = "tensor_attention(*rows).sum().backward()\n"
+    cubic = "torch.einsum('bhic,bhjc,bhkc->bhijk', *rows[:3])\n"
+    start = peak_bytes(rows + call.replace("rows", "[x[:, :, :8] for x in rows]"))
+    assert peak_bytes(rows + call) - start < 300e6
+    assert peak_bytes(rows + cubic) - start > 500e6
 
 
 @pytest.mark.bad_input

@@ -41,8 +41,10 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from heed_core.attend import autocast_together, check_arguments
 from heed_core.exchange import (
     CommCounter,
+    check_together,
     from_all,
     gather_tokens,
     heads_for_tokens,
@@ -60,6 +62,7 @@ from heed_core.sequence_layout import (
     unshard_sequence,
 )
 from heed_core.sites import Attend
+from heed_core.tokens import check_padding
 
 __all__ = [
     "CommCounter",
@@ -156,13 +159,21 @@ def context_parallel_attention(
             least and without gradient; -inf where nothing may be attended to.
 
     Raises:
-        ValueError: An unknown option, shapes that do not fit or differ between processes, or a site
-            with attachments where there is no map.
-        TypeError: A mask that is not boolean.
+        ValueError: An unknown option, shapes that do not fit, or a site with attachments where
+            there is no map, here or on another process; shapes, types or options that differ
+            between processes. All processes raise.
+        TypeError: A type that cannot be computed with, a mask that is not boolean.
     """
-    _check_call(query, key, value, method, layout, padding_mask, dropout)
-    _check_site(site, method, return_lse)
-    _check_alike(query, key, value, group)
+    query, key, value = autocast_together(query, key, value)
+    fault = _fault(
+        lambda: _check_call(
+            query, key, value, method, layout, padding_mask, mask_fn, scale, dropout
+        ),
+        lambda: _check_site(site, method, return_lse),
+    )
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    options = f"{query.dtype}, {method}, {layout}, causal={causal}, return_lse={return_lse}"
+    check_together(f"{shapes}, {options}", fault, group, query.device)
     plan = _Plan(
         group=group,
         layout=layout,
@@ -254,8 +265,7 @@ class _Plan:
             parts.append(columns <= rows)
         if self.mask_fn is not None:
             found = self.mask_fn(rows, columns)
-            if found.dtype != torch.bool:
-                raise TypeError(f"mask_fn must give booleans (True = may attend): {found.dtype}")
+            _check_found(found)
             parts.append(found)
         if real is not None:
             parts.append(real[:, None, None])
@@ -481,6 +491,16 @@ def _all_real(
     return torch.stack(from_all(own, group)).bool()
 
 
+def _fault(*checks: Callable[[], None]) -> Exception | None:
+    """What the first check that raises says is wrong."""
+    try:
+        for check in checks:
+            check()
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
 def _check_call(
     query: Tensor,
     key: Tensor,
@@ -488,6 +508,8 @@ def _check_call(
     method: Method,
     layout: Layout,
     padding_mask: Tensor | None,
+    mask_fn: MaskFunction | None,
+    scale: float | None,
     dropout: float,
 ) -> None:
     check_layout(layout)
@@ -495,31 +517,24 @@ def _check_call(
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     if dropout:
         raise ValueError(f"dropout must be 0 where processes share a sequence, got {dropout}")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.ndim != 4:
-            raise ValueError(
-                f"{name} must be (batch, heads, tokens, channels), got {tuple(x.shape)}"
-            )
-    fits = key.shape[0] == query.shape[0] and key.shape[2:] == query.shape[2:]
-    if not fits or key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    check_arguments(query, key, value, mask=None, bias=None, scale=scale, dropout=dropout)
+    if key.shape[2] != query.shape[2]:
         raise ValueError(
-            "key must have the batch, tokens and channels of query, and heads that divide its: "
-            f"{tuple(query.shape)}, got {tuple(key.shape)}"
+            f"key must have the tokens of query, {query.shape[2]}, got {key.shape[2]}: a process "
+            "holds both of the same tokens"
         )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must agree with key {tuple(key.shape)}: {tuple(value.shape)}")
     if layout == "zigzag" and query.shape[2] % 2:
         raise ValueError(f"layout='zigzag' needs an even number of tokens, got {query.shape[2]}")
     if padding_mask is not None:
-        if padding_mask.dtype != torch.bool:
-            raise TypeError(
-                f"padding_mask must be boolean, True = real token, got {padding_mask.dtype}"
-            )
-        if padding_mask.shape != (query.shape[0], query.shape[2]):
-            raise ValueError(
-                f"padding_mask must be {(query.shape[0], query.shape[2])}, got "
-                f"{tuple(padding_mask.shape)}"
-            )
+        check_padding(padding_mask, query.shape[0], query.shape[2], of="tokens of this process")
+    if mask_fn is not None:
+        first = torch.zeros(1, 1, dtype=torch.int64, device=query.device)
+        _check_found(mask_fn(first, first))
+
+
+def _check_found(found: Tensor) -> None:
+    if found.dtype != torch.bool:
+        raise TypeError(f"mask_fn must give booleans (True = may attend): {found.dtype}")
 
 
 def _check_site(site: Attend | None, method: Method, return_lse: bool) -> None:
@@ -535,14 +550,3 @@ def _check_site(site: Attend | None, method: Method, return_lse: bool) -> None:
         )
     if return_lse:
         raise ValueError("return_lse=True is not for a site with attachments: edits may change it")
-
-
-def _check_alike(
-    query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup | None
-) -> None:
-    """Raise on all processes if one holds another shape, instead of waiting for ever."""
-    own = torch.tensor([*query.shape, *key.shape, *value.shape], device=query.device)
-    parts = from_all(own, group)
-    if any(not torch.equal(part, parts[0]) for part in parts):
-        shapes = [tuple(part[:4].tolist()) for part in parts]
-        raise ValueError(f"query must have one shape on all processes, got {shapes}")

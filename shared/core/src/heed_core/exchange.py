@@ -16,6 +16,9 @@ from torch import Tensor
 
 from heed_core.precision import at_least_float32
 
+MOST_SAID = 256
+"""Bytes that processes tell each other of a call or its fault."""
+
 
 class CommCounter:
     """Counts the bytes that this process receives from others while it is entered."""
@@ -126,6 +129,43 @@ def from_all(x: Shaped[Tensor, "*shape"], group: dist.ProcessGroup | None) -> li
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x, group=group)
     return parts
+
+
+def check_together(
+    call: str,
+    fault: Exception | None,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> None:
+    """Raise on all processes where one cannot make its call or makes another: none waits for ever.
+
+    Args:
+        call: What must be the same on all: shapes, types, options. At most `MOST_SAID` bytes count.
+        fault: What this process found wrong with its own call.
+        group: The processes; all if not given.
+        device: Where tensors can be sent from.
+
+    Raises:
+        Exception: The fault itself.
+        ValueError: Another process has one, or makes another call; with what each says.
+    """
+    if fault is not None and not (dist.is_available() and dist.is_initialized()):
+        raise fault
+    said = (call if fault is None else f"!{fault}").encode()[:MOST_SAID].ljust(MOST_SAID)
+    told = from_all(torch.tensor(list(said), dtype=torch.uint8, device=device), group)
+    if fault is not None:
+        raise fault
+    if all(torch.equal(one, told[0]) for one in told):
+        return
+    lines = [bytes(one.tolist()).decode(errors="ignore").strip() for one in told]
+    faulty = any(line.startswith("!") for line in lines)
+    shown = [
+        f"process {rank}: {line.removeprefix('!')}"
+        for rank, line in enumerate(lines)
+        if line.startswith("!") or not faulty
+    ]
+    what = "a process cannot make its call" if faulty else "all processes must make the same call"
+    raise ValueError(f"{what}; {'; '.join(shown)}")
 
 
 class _Gather(torch.autograd.Function):

@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 
-from heed_core.attention.mixture_of_heads import Mixture, MixtureOfHeads, Router
+from heed_core.attention.mixture_of_heads import Mixture, MixtureOfHeads
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.cache import KVCache
+from heed_core.head_routing import Router
 
 
 class HeadMixture(nn.Module):
@@ -52,15 +53,15 @@ class HeadMixture(nn.Module):
         positions: Real[Tensor, "*n"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """Attend; arguments as of `MixtureOfHeads`.
-
-        Raises:
-            ValueError: A bias, which a mixture does not take.
-        """
-        if bias is not None:
-            raise ValueError("bias is not for a mixture of heads: its scores are products alone")
+        """Attend; arguments as of `MixtureOfHeads`."""
         found: Mixture = self.mixture(
-            x, context, mask=mask, padding_mask=padding_mask, positions=positions, cache=cache
+            x,
+            context,
+            mask=mask,
+            padding_mask=padding_mask,
+            bias=bias,
+            positions=positions,
+            cache=cache,
         )
         return found.output
 

@@ -16,7 +16,7 @@ need its random numbers.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,8 @@ from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import MultiHeadAttention
-from heed_core.cache import CrossCache, KVCache, WindowCache
-from heed_core.exchange import from_all, head_shares, same_for_all, sum_of_all
+from heed_core.cache import CrossCache, KVCache, WindowCache, restores_cache
+from heed_core.exchange import check_together, from_all, head_shares, same_for_all, sum_of_all
 from heed_core.layers import held_matrix_and_bias
 from heed_core.tokens import check_tokens
 
@@ -98,6 +98,7 @@ class HeadParallelAttention(nn.Module):
             self.own.out.weight.copy_(outwards[:, asking])
         self.train(whole.training)
 
+    @restores_cache
     def forward(
         self,
         x: Float[Tensor, "b n c"],
@@ -124,22 +125,25 @@ class HeadParallelAttention(nn.Module):
 
         Raises:
             ValueError: Shapes that do not fit, or that differ between processes: on all of them.
+            TypeError: What `MultiHeadAttention` refuses; where another process finds it, a
+                ValueError.
         """
-        check_tokens("x", x, self.own.dim, layer=self.own.query)
-        self._check_alike(x, context)
-        x = same_for_all(x, self.group)
-        context = None if context is None else same_for_all(context, self.group)
-        bias = None if bias is None else same_for_all(bias, self.group)
-        part = self.own(
-            x,
-            context,
-            mask=self._of_own_heads(mask),
-            padding_mask=padding_mask,
-            bias=self._of_own_heads(bias),
-            positions=positions,
-            context_positions=context_positions,
-            cache=cache,
-        )
+        fault: Exception | None = None
+        try:
+            part = self._own_part(
+                x,
+                context,
+                mask=mask,
+                padding_mask=padding_mask,
+                bias=bias,
+                positions=positions,
+                context_positions=context_positions,
+                cache=cache,
+            )
+        except (TypeError, ValueError) as error:
+            fault = error
+        shapes = f"x {tuple(x.shape)}, context {None if context is None else tuple(context.shape)}"
+        check_together(f"{shapes}, {x.dtype}", fault, self.group, x.device)
         y = sum_of_all(part, self.group)
         return y if self.out_bias is None else y + self.out_bias
 
@@ -160,6 +164,23 @@ class HeadParallelAttention(nn.Module):
             state["out.bias"] = self.out_bias.detach().clone()
         return state
 
+    def _own_part(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        *,
+        mask: Tensor | None,
+        bias: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """What this process's heads give; nothing is exchanged."""
+        check_tokens("x", x, self.own.dim, layer=self.own.query)
+        x = same_for_all(x, self.group)
+        context = None if context is None else same_for_all(context, self.group)
+        bias = None if bias is None else same_for_all(bias, self.group)
+        mask, bias = self._of_own_heads(mask), self._of_own_heads(bias)
+        return cast(Tensor, self.own(x, context, mask=mask, bias=bias, **options))
+
     def _joined(self, rows: Tensor) -> Tensor:
         """Rows of the heads of all processes, whose numbers of heads may differ."""
         per_share = rows.shape[0] // self.shares[dist.get_rank(self.group)]
@@ -179,17 +200,6 @@ class HeadParallelAttention(nn.Module):
                 f"{tuple(table.shape)}"
             )
         return table[..., self.own_heads, :, :]
-
-    def _check_alike(self, x: Tensor, context: Tensor | None) -> None:
-        """Raise on all processes if one holds another shape, instead of waiting for ever."""
-        shape = (0, 0, 0) if context is None else context.shape
-        own = torch.tensor([*x.shape, *shape], device=x.device)
-        parts = from_all(own, self.group)
-        if any(not torch.equal(part, parts[0]) for part in parts):
-            shapes = [tuple(part.tolist()) for part in parts]
-            raise ValueError(
-                f"x and context must have one shape on all processes, got {shapes} (x, context)"
-            )
 
     def extra_repr(self) -> str:
         """Show whose heads these are."""

@@ -6,6 +6,7 @@ whose head outputs are multiplied by them (Jin et al., arXiv 2410.11842).
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -19,6 +20,10 @@ from heed_core.precision import at_least_float32, without_autocast
 
 Gating = Literal["code", "paper"]
 """Whether gates are scaled and divided as in the published code, or plain as in the paper."""
+
+
+Router = Literal["learned", "norm"]
+"""What chooses heads: three learned maps, or the lengths of the queries."""
 
 
 class Routing(NamedTuple):
@@ -135,6 +140,48 @@ def balance_loss(
         sums = sum_of_all(same_for_all(sums, None), None)
     mean = sums / sums[-1].clamp(min=1.0)
     return heads * (mean[:heads] * mean[heads:-1]).sum()
+
+
+def without_padding(routing: Routing, real: Bool[Tensor, "b n"], shared: int) -> Routing:
+    """The same where padding (False) chooses no routed head."""
+    chosen = routing.chosen & real[..., None]
+    kept = F.pad(chosen, (shared, 0), value=True)
+    return Routing(routing.gates.masked_fill(~kept, 0.0), routing.probabilities, chosen)
+
+
+def check_routing(
+    heads: int, shared: int, active: int, router: Router, gating: Gating, straight_through: bool
+) -> None:
+    """Raise a ValueError for numbers of heads or options that do not go together."""
+    if not 0 <= shared <= heads:
+        raise ValueError(f"shared must be from 0 to heads={heads}, got {shared}")
+    if not 0 <= active <= heads - shared:
+        raise ValueError(
+            f"active must be from 0 to the {heads - shared} heads that are not shared, got {active}"
+        )
+    if active == 0 and shared < heads:
+        raise ValueError(f"active=0 leaves {heads - shared} heads without use; share all of them")
+    if router not in get_args(Router):
+        raise ValueError(f"router must be one of {get_args(Router)}, got {router!r}")
+    if gating not in get_args(Gating):
+        raise ValueError(f"gating must be one of {get_args(Gating)}, got {gating!r}")
+    if router == "norm" and gating != "code":
+        raise ValueError(f"gating={gating!r} has no effect with router='norm'")
+    if straight_through and router != "norm":
+        raise ValueError("straight_through has no effect without router='norm'")
+
+
+def check_capacity(capacity: float | None, active: int, skip: bool | None) -> None:
+    """Raise a ValueError for a capacity below 1, or one without effect."""
+    if capacity is None:
+        return
+    if not 1.0 <= capacity < math.inf:
+        raise ValueError(f"capacity must be at least 1, got {capacity}")
+    if active == 0 or skip is False:
+        raise ValueError(
+            f"capacity={capacity} has no effect without routed heads (active={active}) or with "
+            f"skip=False (skip={skip})"
+        )
 
 
 def _check_routers(

@@ -36,6 +36,7 @@ def by_tokens(
     gates: Tensor,
     mask: Tensor | None,
     *,
+    bias: Tensor | None = None,
     shared: int,
     causal: bool,
     room: int | None = None,
@@ -50,25 +51,29 @@ def by_tokens(
         value: Of all heads.
         gates: Of all heads (b, n, h).
         mask: Broadcastable to (b, h, n, m).
+        bias: Broadcastable to (b, h, n, m).
         shared: Heads that are left out.
         causal: As of `attend`.
         room: Tokens that each head gets at most; as many as have a gate if not given.
     """
     queries, keys, masked = gates.shape[1], key.shape[2], mask is not None or causal
+    single = masked or bias is not None
     for start, stop, seen in _pieces(queries, keys, causal=causal and room is None):
         piece = gates[:, start:stop]
-        for heads, rows in alike(piece, shared, room, single=masked):
+        for heads, rows in alike(piece, shared, room, single=single):
             index, weight = _rows(piece[:, :, heads], rows)  # (b, heads, rows)
             index = index + start
             asking = torch.stack(
                 [ask(head, one) for head, one in zip(heads, index.unbind(1), strict=True)], dim=1
             )
-            allowed = None
+            allowed, added = None, None
             if masked:
                 sizes = (queries, keys, seen)
                 allowed = _allowed(mask, index[:, 0], heads[0], *sizes, causal=causal)
+            if bias is not None:
+                added = _of_rows(bias, index[:, 0], heads[0], seen)
             pair = (_of_heads(x, heads, seen, gates.shape[2]) for x in (key, value))
-            mixed = run(asking, *pair, mask=allowed, causal=False)
+            mixed = run(asking, *pair, mask=allowed, bias=added, causal=False)
             put(heads, index, gate_heads(mixed, weight))
 
 
@@ -126,20 +131,23 @@ def _allowed(
     causal: bool,
 ) -> Tensor | None:
     """The permission of chosen rows of one head, (b, 1, rows, seen)."""
-    allowed = None
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
-        if mask.shape[1] > 1:
-            mask = mask[:, head : head + 1]
-        mask = mask[..., :seen] if mask.shape[3] > 1 else mask
-        if mask.shape[2] > 1:
-            mask = mask.expand(index.shape[0], -1, -1, -1)
-            mask = mask.gather(2, index[:, None, :, None].expand(-1, -1, -1, mask.shape[3]))
-        allowed = mask
+    allowed = None if mask is None else _of_rows(mask, index, head, seen)
     if causal:
         past = torch.arange(seen, device=index.device) <= index[..., None] + (keys - queries)
         allowed = past[:, None] if allowed is None else past[:, None] & allowed
     return allowed
+
+
+def _of_rows(table: Tensor, index: Tensor, head: int, seen: int) -> Tensor:
+    """Chosen rows of one head of what is broadcastable to (b, h, n, m), and the keys seen."""
+    table = table.reshape((1,) * (4 - table.dim()) + table.shape)
+    if table.shape[1] > 1:
+        table = table[:, head : head + 1]
+    table = table[..., :seen] if table.shape[3] > 1 else table
+    if table.shape[2] > 1:
+        table = table.expand(index.shape[0], -1, -1, -1)
+        table = table.gather(2, index[:, None, :, None].expand(-1, -1, -1, table.shape[3]))
+    return table
 
 
 def _rows(

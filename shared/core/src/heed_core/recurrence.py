@@ -46,6 +46,14 @@ def chunk_size(form: Form, chunk: int | None, length: int, *, by_channel: bool) 
     return CHUNK_BY_CHANNEL if by_channel else CHUNK
 
 
+def check_impl(impl: KernelImpl, form: Form, *, causal: bool = True) -> None:
+    """Raise a ValueError for no name, or for one where there are no chunks to be computed."""
+    if impl not in get_args(KernelImpl):
+        raise ValueError(f"impl must be one of {get_args(KernelImpl)}, got {impl!r}")
+    if impl != "auto" and (form != "chunked" or not causal):
+        raise ValueError(f"impl={impl!r} needs form='chunked' and causal=True, got {form!r}")
+
+
 def scan_impl(impl: KernelImpl, form: Form, query: Tensor, chunk: int) -> bool:
     """Whether the chunks of a call run on the Triton kernel.
 
@@ -53,8 +61,7 @@ def scan_impl(impl: KernelImpl, form: Form, query: Tensor, chunk: int) -> bool:
         ValueError: It was asked for where there are no chunks, or `impl` is no name.
         UnsupportedBackend: It was asked for and cannot run the call.
     """
-    if impl != "auto" and form != "chunked":
-        raise ValueError(f"impl={impl!r} needs form='chunked' (and causal=True), got {form!r}")
+    check_impl(impl, form)
     kind, dim = query.device.type, query.shape[-1]
     return wants_triton(impl, kind, query.dtype, key_dim=dim, chunk=chunk)
 

@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Literal, cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+Pattern = Literal["self", "causal self", "cross", "causal cross"]
+"""Who attends to whom: tokens to themselves or to a context (cross), and whether outputs may depend
+on what comes later (causal). In a causal cross-attention the context is whole and the tokens that
+ask are made one after the other: each output depends on its own query alone. The attribute
+`patterns` of a token mechanism names those that it serves."""
+
+
+class UnsupportedPattern(ValueError):  # noqa: N818 (reads as what happened)
+    """A mechanism was asked for a pattern that it does not serve."""
+
+
+def check_pattern(mechanism: nn.Module, *, causal: bool, context: bool) -> None:
+    """Raise an `UnsupportedPattern` if a mechanism is built for or given what it does not serve.
+
+    Serves mechanisms that refuse a context where they are causal. Softmax over all pairs
+    (`MultiHeadAttention`, `MixtureOfHeads`) takes one: it is aligned bottom-right, its last tokens
+    are those of the queries.
+
+    Args:
+        mechanism: Names its `patterns`.
+        causal: Whether outputs must not depend on what comes later.
+        context: Whether others are attended to.
+    """
+    name, patterns = type(mechanism).__name__, cast(frozenset[Pattern], mechanism.patterns)
+    pattern: Pattern = "cross" if context else "causal self" if causal else "self"
+    if pattern not in patterns:
+        raise UnsupportedPattern(
+            f"{name} serves {', '.join(sorted(patterns))}; it has no {pattern} attention"
+        )
+    if causal and context:
+        raise UnsupportedPattern(
+            f"{name} with causal=True serves self-attention only: a context has no order with the "
+            "tokens that ask; without causal=True each output depends on its own query alone"
+        )
 
 
 def check_real(**tensors: Tensor | None) -> None:

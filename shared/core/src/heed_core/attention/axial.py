@@ -31,6 +31,10 @@ from heed_core.layers import type_and_place
 from heed_core.sites import Attend
 from heed_core.tokens import check_real, check_shape, check_type
 
+RESIDUAL_SCALE = 1e-10
+"""Of the variance of weights that new blocks add to the residual with: their share is about 0."""
+
+
 Combine = Literal["sum", "sequence"]
 """How the axes of `MultiAxisAxialAttention` come together."""
 
@@ -264,10 +268,20 @@ class MultiAxisAxialAttention(nn.Module):
         return total
 
 
+def _scale_variance(layer: nn.Linear, scale: float) -> None:
+    """Truncated normal weights with a variance of scale / fan-in, no bias."""
+    cut = 0.8796256610342398  # standard deviation of a normal variable that is cut at two
+    std = (scale / layer.in_features) ** 0.5 / cut
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    nn.init.zeros_(layer.bias)
+
+
 class AxialBlock(nn.Module):
     """Pre-norm block of the Axial Transformer: attention along an axis, then a feed-forward.
 
     The activation is z sigmoid(1.702 z); the feed-forward keeps the width unless `hidden` is given.
+    A new block is almost the identity: weights are drawn by their fan-in, those of what is added to
+    the residual with the variance `RESIDUAL_SCALE`, as published.
 
     Args:
         dim: Channels of a cell.
@@ -300,6 +314,14 @@ class AxialBlock(nn.Module):
         self.expand = nn.Linear(dim, hidden)
         self.contract = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        attention = self.attention
+        for layer in (attention.query, attention.key, attention.value, self.expand):
+            _scale_variance(layer, 1.0)
+        for layer in (attention.out, self.contract):
+            _scale_variance(layer, RESIDUAL_SCALE)
 
     @restores_cache
     def forward(

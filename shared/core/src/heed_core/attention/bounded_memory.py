@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from heed_core import masks
 from heed_core.attention.projected import (
-    Pattern,
     ProjectedAttention,
     check_positive,
     rename_projections,
@@ -41,7 +40,7 @@ from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding
+from heed_core.tokens import Pattern, check_padding
 
 CHUNK = 16
 """Tokens of a chunk of the causal form."""

@@ -9,7 +9,7 @@ where P is a softmax within the chunk, p counts summaries back from the latest o
 s = d^-1/2, and R, R' map sinusoids. Zhu et al., "Long-short transformer" (arXiv 2107.02192), in the
 variant of arXiv 2210.07661, whose code lets `memory` zero vectors before the sequence, and the
 places of the window there, take part in the softmax: `phantom_slots=True`. `long_short` has the
-importer of its weights.
+importer of its weights. There is no mask of pairs: a summary holds all tokens of its chunk.
 
 Cost per head for n tokens: time n (3/2 w + n r / c) d, memory n (3/2 w + n r / c): the scores of
 places are a bias. Observed or steered: time n^2 d.
@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from heed_core.attention.long_short import Norm, check_long_short, normed_heads, read_by_scores
 from heed_core.attention.multi_head import check_heads
-from heed_core.attention.projected import Pattern, check_positive
+from heed_core.attention.projected import check_positive
 from heed_core.cache import KVCache, restores_cache
 from heed_core.dispatch import Impl
 from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_shape, check_some, check_tokens
+from heed_core.tokens import Pattern, check_padding, check_shape, check_some, check_tokens
 
 
 def causal_long_short_attention(
@@ -107,7 +107,7 @@ def causal_long_short_attention(
         if phantoms is not None:
             nothing = near_norm[1].reshape(tokens.shape[1], -1).to(tokens.dtype)
             some = torch.where((asked < 0)[..., None, None], nothing, some)
-        return torch.cat([every, some], dim=2).flatten(0, 1).transpose(1, 2)
+        return _stacked(torch.cat([every, some], dim=2)).transpose(1, 2)
 
     # The rows below hold u for both parts; the products of summaries have none.
     far_bias = _by_distance(rows, far_place, latest)
@@ -117,14 +117,24 @@ def causal_long_short_attention(
     away = asking[:, :, None] - asked[:, None]
     near_bias = _by_distance(rows + place_bias[:, None, None], near_place, away)
     mixed: Tensor = attend(
-        (rows + content_bias[:, None, None]).transpose(1, 2).flatten(0, 1),
+        _stacked((rows + content_bias[:, None, None]).transpose(1, 2)),
         beside(far_key, near_key),
         beside(far_value, near_value),
-        mask=torch.cat([seen, allowed.expand(*seen.shape[:3], -1)], dim=-1).flatten(0, 1)[:, None],
-        bias=torch.cat([far_bias, near_bias], dim=-1).transpose(1, 2).flatten(0, 1),
+        mask=_stacked(torch.cat([seen, allowed.expand(*seen.shape[:3], -1)], dim=-1))[:, None],
+        bias=_stacked(torch.cat([far_bias, near_bias], dim=-1).transpose(1, 2)),
         causal=False,
     )
-    return join(mixed.reshape(-1, blocks, *mixed.shape[1:]).transpose(1, 2), n)
+    by_sample = torch.unflatten(mixed, 0, (query.shape[0], blocks))
+    return join(by_sample.transpose(1, 2), n)
+
+
+def _stacked(x: Tensor) -> Tensor:
+    """Samples and blocks as one axis."""
+    if not torch.compiler.is_compiling():
+        return x.flatten(0, 1)
+    blocks = x.shape[1]
+    row = torch.arange(x.shape[0] * blocks, device=x.device)
+    return x[row // blocks, row % blocks]  # picked rows need no guard on the number of blocks
 
 
 def _after(nothing: Tensor, count: int, heads: Tensor) -> Tensor:
@@ -171,7 +181,7 @@ def _blocks(
     """
     n, device = query.shape[2], query.device
     size = max(16, window // 2)
-    if whole or (n <= size and not torch.compiler.is_compiling()):
+    if whole or (not torch.compiler.is_compiling() and n <= size):
         asking = torch.arange(m - n, m, device=device)[None]
         first = 1 - window if phantoms else 0
         return query[:, :, None], asking, torch.arange(first, m, device=device)[None]
@@ -340,7 +350,7 @@ class CausalLongShortAttention(nn.Module):
 
         Args:
             x: Tokens.
-            padding_mask: True = real token; with a cache also for those in it.
+            padding_mask: True = real token, for all tokens so far: with a cache also those before.
             cache: From `new_cache`, for decoding.
         """
         check_tokens("x", x, self.dim, layer=self.query)

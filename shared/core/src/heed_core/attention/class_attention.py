@@ -15,6 +15,7 @@ Cost for n tokens of width C: time n C^2, memory n C.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +25,7 @@ from heed_core.attend import attend
 from heed_core.attention.multi_head import MultiHeadAttention, check_heads
 from heed_core.blocks import FeedForward
 from heed_core.dispatch import Impl
-from heed_core.tokens import check_some, check_tokens
+from heed_core.tokens import Pattern, check_some, check_tokens
 
 
 def with_mean_token(x: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
@@ -101,6 +102,8 @@ class ClassAttentionBlock(nn.Module):
         >>> block(torch.randn(2, 10, 32)).shape
         torch.Size([2, 10, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
 
     def __init__(
         self,

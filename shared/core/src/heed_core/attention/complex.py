@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Real
@@ -32,7 +32,7 @@ from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
-from heed_core.tokens import check_shape, check_tokens, with_padding
+from heed_core.tokens import Pattern, check_pattern, check_shape, check_tokens, with_padding
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,8 @@ def complex_attention(
 class ComplexAttention(nn.Module):
     """Complex attention of tokens to themselves or to a context.
 
-    The site is `attend`: weights (b, h, n, m). A cache keeps transformed keys.
+    The site is `attend`: weights (b, h, n, m). A cache keeps transformed keys. The four matrices
+    begin uniform in +-sqrt(6 / (in + out)) (Xavier), as published.
 
     Args:
         dim: Channels of a token, in and out.
@@ -168,6 +169,10 @@ class ComplexAttention(nn.Module):
         >>> ComplexAttention(32, heads=4, causal=True)(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(
+        {"self", "causal self", "cross", "causal cross"}
+    )
 
     def __init__(
         self,
@@ -191,10 +196,9 @@ class ComplexAttention(nn.Module):
             raise ValueError(
                 f"head_dim must be even, pairs of channels are numbers, got {head_dim}"
             )
-        if context_dim is not None and (causal or base is not None):
-            raise ValueError(
-                "a context has no order with the tokens that ask: base=None, no causal"
-            )
+        check_pattern(self, causal=causal, context=context_dim is not None)
+        if context_dim is not None and base is not None:
+            raise ValueError("a context has no order with the tokens that ask: give base=None")
         if scale == 1.0 and head_dim >= WIDE:
             logger.warning(
                 "scale=1 with heads of %d channels: weights begin sharp; head_dim ** -0.5 is usual",
@@ -211,6 +215,8 @@ class ComplexAttention(nn.Module):
         self.rotary = None if base is None else RotaryPositions(head_dim, base=base)
         self.attend = Attend(causal=causal, scale=scale, dropout=dropout, impl=impl)
         self.out = nn.Linear(width, dim, bias=out_bias)
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
 
     @restores_cache
     def forward(

@@ -21,7 +21,7 @@ Cost for n tokens of width C: time K n C + n C^2, memory n C.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -32,7 +32,7 @@ from heed_core.attention.multi_head import check_heads
 from heed_core.dispatch import Impl
 from heed_core.layers import matrix_and_bias
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_tokens
+from heed_core.tokens import Pattern, check_padding, check_tokens
 
 ConditionCode = Literal["onehot", "mask"]
 
@@ -85,6 +85,8 @@ class ConditionalCrossAttention(nn.Module):
         >>> attention(torch.randn(2, 5, 16), torch.tensor([0, 2])).shape
         torch.Size([2, 1, 16])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"cross"})
 
     def __init__(
         self,

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 
 from heed_core.attend import attend
@@ -34,7 +34,7 @@ from heed_core.attention.projected import check_positive
 from heed_core.dispatch import Impl
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Attend
-from heed_core.tokens import check_indices, check_real, check_shape, check_type
+from heed_core.tokens import Pattern, check_indices, check_real, check_shape, check_type
 
 GATHER_FROM = 1024
 """Tokens from which `path="auto"` gathers keys."""
@@ -54,11 +54,24 @@ def topk_mask(
     """
     if isinstance(k, int) and not 0 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be between 0 and {scores.shape[-1]}, got {k}")
-    order = scores.detach().argsort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[-1], device=scores.device)
-    wanted = rank < (k[..., None] if isinstance(k, Tensor) else k)
     empty = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-    return empty.scatter(-1, order, wanted.expand_as(order))
+    if isinstance(k, int):
+        return empty.scatter(-1, _largest(scores, k), True)
+    order = _largest(scores, scores.shape[-1])
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    return empty.scatter(-1, order, (rank < k[..., None]).expand_as(order))
+
+
+def _largest(scores: Float[Tensor, "*rows m"], k: int) -> Int64[Tensor, "*rows k"]:
+    """Where the k largest of each row are, falling; of equal ones those at the lowest index."""
+    scores = scores.detach()
+    on_cpu = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and 0 < k < scores.shape[-1]:
+        values, order = scores.topk(k)
+        least = values[..., -1:]  # all are sorted only where equal ones compete for the last place
+        if not ((scores == least).sum(-1) > (values == least).sum(-1)).any():
+            return order
+    return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
 def gathered_attention(
@@ -256,7 +269,7 @@ def _gathered(
         if prune_rows:
             counted = counted & kept[:, None, 1:, None]
         counted = counted.expand(*scores.shape[:3], keys)
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :keys]
+    order = _largest(scores, keys)
     patches = gathered_attention(
         query[:, :, 1:], key, value, order,
         mask=counted, scale=site.scale, dropout=dropout, impl=site.impl,
@@ -342,9 +355,14 @@ class LowRankConnectivity(nn.Module):
         self.key = nn.Linear(head_dim, head_dim // reduction)
         self.down = nn.Parameter(torch.empty(tokens, rank))
         self.up = None if shared_basis else nn.Parameter(torch.empty(tokens, rank))
-        for basis in (self.down, self.up):
-            if basis is not None:
-                nn.init.trunc_normal_(basis, std=0.02)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for weight in (self.query.weight, self.key.weight, self.down, self.up):
+            if weight is not None:
+                nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.zeros_(self.query.bias)
+        nn.init.zeros_(self.key.bias)
 
     def coefficients(
         self,
@@ -428,6 +446,8 @@ class ConnectivityAttention(nn.Module):
         >>> attention(torch.randn(1, 21, 32)).shape
         torch.Size([1, 21, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
 
     def __init__(
         self,

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from heed_core.attention.projected import Pattern, ProjectedAttention, rename_projections
+from heed_core.attention.projected import ProjectedAttention, rename_projections
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Probe
-from heed_core.tokens import check_padding
+from heed_core.tokens import Pattern, check_padding
 
 LEAST = 1e-6
 """The least that sums are divided by."""

@@ -23,7 +23,7 @@ for a call that starts from no state; rows do not sum to one. It cannot be steer
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
     Form,
+    check_impl,
     check_recurrence,
     chunk_size,
     decayed_products,
@@ -50,7 +51,7 @@ from heed_core.recurrence import (
     steps,
 )
 from heed_core.sites import Probe
-from heed_core.tokens import check_padding, check_tokens
+from heed_core.tokens import Pattern, check_padding, check_tokens
 
 
 def delta_rule(
@@ -254,12 +255,15 @@ class DeltaRuleAttention(nn.Module):
         gated: Whether the memory fades.
         form: As in `delta_rule`.
         chunk: As in `delta_rule`.
+        impl: As in `delta_rule`.
 
     Example:
         >>> attention = DeltaRuleAttention(32, heads=4, gated=True)
         >>> attention(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"causal self"})
 
     def __init__(
         self,
@@ -273,10 +277,12 @@ class DeltaRuleAttention(nn.Module):
         gated: bool = False,
         form: Form = "chunked",
         chunk: int | None = None,
+        impl: KernelImpl = "auto",
     ) -> None:
         super().__init__()
         check_heads(dim, heads, heads, head_dim)
         chunk_size(form, chunk, 1, by_channel=False)
+        check_impl(impl, form)
         head_dim = dim // heads if head_dim is None else head_dim
         value_dim = head_dim if value_dim is None else value_dim
         if value_dim < 1:
@@ -284,6 +290,7 @@ class DeltaRuleAttention(nn.Module):
         self.dim, self.heads, self.head_dim, self.value_dim = dim, heads, head_dim, value_dim
         self.form: Form = form
         self.chunk = chunk
+        self.impl: KernelImpl = impl
         self.query = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
         self.key = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
         self.value = nn.Linear(dim, heads * value_dim, bias=qkv_bias)
@@ -323,7 +330,7 @@ class DeltaRuleAttention(nn.Module):
                 log_decay = log_decay.masked_fill(~padding_mask[:, None], 0.0)
         state = None if cache is None else cache["state"]
         mixed, state = _delta(
-            query, key, value, beta, log_decay, state, None, self.form, self.chunk
+            query, key, value, beta, log_decay, state, None, self.form, self.chunk, self.impl
         )
         if cache is not None:
             cache.update({"state": state}, tokens=x.shape[1])

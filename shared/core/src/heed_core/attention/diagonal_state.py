@@ -27,10 +27,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from heed_core.attention.projected import Pattern, check_positive
+from heed_core.attention.projected import check_positive
 from heed_core.cache import StateCache, check_sequences, restores_cache
 from heed_core.precision import at_least_float32, without_autocast
-from heed_core.tokens import check_padding, check_real, check_shape, check_some, check_tokens
+from heed_core.tokens import (
+    Pattern,
+    check_padding,
+    check_real,
+    check_shape,
+    check_some,
+    check_tokens,
+)
 
 STRIDE = 32
 """Lags whose powers are computed one by one; the others are products with those."""
@@ -56,6 +63,8 @@ def state_response(
     own = torch.view_as_complex(coefficients.contiguous())
     first = own * torch.expm1(rate) / rate * log_step.exp()[:, None]
     strides = (length + STRIDE - 1) // STRIDE
+    if torch.compiler.is_compiling():
+        strides = strides + 1  # a spare one needs no guard on their number
     lag = torch.arange(STRIDE, device=rate.device)
     far = torch.arange(strides, device=rate.device) * STRIDE
     near_power = (rate[..., None] * lag).exp()  # (c, m, stride)
@@ -64,6 +73,9 @@ def state_response(
     # Re (x y) = Re x Re y - Im x Im y, as one product of real matrices.
     both = torch.cat([left.real, -left.imag], dim=-1)
     total = both @ torch.cat([near_power.real, near_power.imag], dim=-2)
+    if torch.compiler.is_compiling():  # picked lags need no guard on the length
+        lag = torch.arange(length, device=rate.device)
+        return 2 * total[..., lag // STRIDE, lag % STRIDE]
     return 2 * total.flatten(2)[..., :length]
 
 
@@ -89,7 +101,7 @@ def diagonal_state_mixing(
     skip: Float[Tensor, "r c"],
     *,
     causal: bool = True,
-    padding_mask: Bool[Tensor, "b n"] | None = None,
+    padding_mask: Bool[Tensor, "b m"] | None = None,
     cache: StateCache | None = None,
 ) -> Float[Tensor, "b r c n"]:
     """S4D before its activation: y of every response, in float32 inside.
@@ -103,7 +115,8 @@ def diagonal_state_mixing(
         frequency: w = Im a.
         skip: D.
         causal: Without what comes later.
-        padding_mask: True = real token; others enter as zeros.
+        padding_mask: True = real token, for all tokens so far: with a cache also those before.
+            Others enter as zeros.
         cache: For decoding: the "state" (b, c, m, 2) after earlier tokens, which these renew.
 
     Returns:
@@ -114,14 +127,15 @@ def diagonal_state_mixing(
         TypeError: Tokens that are no real numbers, a padding mask that is not boolean.
     """
     _check_mixing(tokens, coefficients, log_step, log_decay, frequency, skip, causal)
-    if padding_mask is not None:
-        check_padding(padding_mask, tokens.shape[0], tokens.shape[2])
     if cache is not None and not causal:
         raise ValueError("cache serves causal=True only")
+    past = 0 if cache is None else cache.length
+    if padding_mask is not None:
+        check_padding(padding_mask, tokens.shape[0], past + tokens.shape[2], of="tokens so far")
     with without_autocast(tokens):
         rows = at_least_float32(tokens)
         if padding_mask is not None:
-            rows = rows.masked_fill(~padding_mask[:, None], 0.0)
+            rows = rows.masked_fill(~padding_mask[:, None, past:], 0.0)
         space = (
             at_least_float32(coefficients),
             at_least_float32(log_step),
@@ -143,7 +157,7 @@ def _convolved(tokens: Tensor, response: Tensor, channels: int, causal: bool) ->
         return found
     # Backwards over the tokens after the own one: its own lag 0 belongs to the forward set.
     later = causal_convolution(tokens.flip(-1), response[channels:]).flip(-1)
-    return found + F.pad(later[..., 1:], (0, 1))
+    return found + F.pad(later, (0, 1))[..., 1:]
 
 
 def _stepped(
@@ -244,14 +258,15 @@ class DiagonalStateMixer(nn.Module):
         self,
         x: Float[Tensor, "b n c"],
         *,
-        padding_mask: Bool[Tensor, "b n"] | None = None,
+        padding_mask: Bool[Tensor, "b m"] | None = None,
         cache: StateCache | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Mix.
 
         Args:
             x: Tokens.
-            padding_mask: True = real token; others enter as zeros.
+            padding_mask: True = real token, for all tokens so far: with a cache also those before.
+                Others enter as zeros.
             cache: From `new_cache`, for decoding; `causal` only.
         """
         check_tokens("x", x, self.dim, layer=self.out)

@@ -11,7 +11,8 @@ equal scores the latest key is kept, in a forward pass and in decoding alike.
 
 Cost per head for n queries and m keys: time n keep d, plus n (keep + block) to select, and memory
 n / block (keep + block) d: queries are taken in blocks, which attend to the keys that any of them
-keeps. Not causal, all queries keep the same keys: time n keep d. With a mask that differs between
+keeps. Not causal, all queries keep the same keys: time n keep d; so does the one query of a step of
+decoding: time m + keep d. With a mask that differs between
 queries, with blocks of keys, with `keep="positive"` and while observed or steered: time n m d,
 memory n m; blocks of keys with `gather="flex"`: memory n m / block_size, and tiles of 128 x 128
 pairs in which nothing is kept cost nothing.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +40,22 @@ from heed_core.kernels.dynamic_blocks import blockwise_attention
 from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.running_top import running_top
 from heed_core.kernels.triton_calls import KernelImpl
-from heed_core.key_selection import keep_blocks, keep_most, keep_positive
+from heed_core.key_selection import keep_blocks, keep_most, keep_positive, latest_largest
 from heed_core.layers import matrix_and_bias, type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import join, split
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
-from heed_core.tokens import check_mask, check_padding, check_tokens
+from heed_core.tokens import Pattern, check_mask, check_padding, check_pattern, check_tokens
 
 ScoreForm = Literal["exp", "linear"]
 """Whether scores are exponentials (at least 0), or A softplus(u) itself."""
 
 Keep = int | Literal["positive"]
 """So many keys with the largest scores, or all keys whose score is above 0."""
+
+KEEP = 2048
+"""Keys that a query of the published models keeps."""
 
 PAIRS = 2**21
 """Of queries and keys, computed at a time where nothing is learnt: few enough for a cache."""
@@ -106,7 +110,7 @@ class DynamicMaskAttention(nn.Module):
     Args:
         dim: Channels of a token, in and out.
         heads: Of queries.
-        keep: Keys that a query keeps.
+        keep: Keys that a query keeps; as published if not given.
         kv_heads: Of keys, values and scores, dividing `heads`; all if not given.
         head_dim: Channels of a head; dim / heads if not given.
         context_dim: Channels of a context token. If given, a context must be passed.
@@ -128,12 +132,16 @@ class DynamicMaskAttention(nn.Module):
         torch.Size([1, 5, 32])
     """
 
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(
+        {"self", "causal self", "cross", "causal cross"}
+    )
+
     def __init__(
         self,
         dim: int,
         *,
         heads: int,
-        keep: int,
+        keep: int = KEEP,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         context_dim: int | None = None,
@@ -152,7 +160,8 @@ class DynamicMaskAttention(nn.Module):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         check_heads(dim, heads, kv_heads, head_dim, context_dim)
-        _check_options(keep, form, block_size, causal, context_dim)
+        check_pattern(self, causal=causal, context=context_dim is not None)
+        _check_options(keep, form, block_size)
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
         self.context_dim, self.causal, self.keep = context_dim, causal, keep
@@ -186,7 +195,8 @@ class DynamicMaskAttention(nn.Module):
         Args:
             x: Tokens that ask.
             context: Tokens that are attended to; `x` itself if not given.
-            mask: True = may attend, broadcastable to (b, 1, n, m): the same for all heads.
+            mask: True = may attend, broadcastable to (b, heads, n, m); where it differs between
+                heads, each keeps keys of its own.
             padding_mask: True = real token, for the m tokens that are attended to; with a cache
                 also those in it.
             positions: Of `x`, for `rotary` only; default 0, 1, ... after those in the cache.
@@ -259,9 +269,8 @@ class DynamicMaskAttention(nn.Module):
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
+            check_pattern(self, causal=self.causal, context=True)
             check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
-            if self.causal:
-                raise ValueError("context has no order with the tokens that ask: causal=True")
         if cache is not None and not self.causal:
             raise ValueError("cache serves causal=True only")
 
@@ -296,7 +305,8 @@ def dynamic_mask_attention(
         scores: Of the keys, one per key/value head; finite.
         keep: Keys that a query keeps: a number, or "positive" (`keep_positive`).
         causal: Query i may see key j only if j <= i + m - n.
-        mask: True = may attend, broadcastable to (b, 1, n, m).
+        mask: True = may attend, broadcastable to (b, h, n, m); where it differs between heads,
+            each keeps keys of its own.
         padding_mask: True = real token.
         block_size: Keep whole blocks of keys.
         site: Where attention is computed, and may be watched; a plain one if not given.
@@ -334,18 +344,22 @@ def dynamic_mask_attention(
     if not dense and most is not None:
         assert gather != "flex"
         block = max(BLOCK, most // 4)
-        if not causal and not compiling and keys > most:
+        one = not causal or (queries == 1 and gather == "auto")
+        if one and not compiling and keys > most:
             return _same_for_all(site, query, key, value, scores, padding_mask, most)
         if causal and (compiling or (queries <= keys and keys > most + block)):
             return _in_blocks(site, query, key, value, scores, padding_mask, most, block, gather)
+    serves = query.shape[1] // key.shape[1]
     allowed = _allowed(query, key, mask, padding_mask, causal)
+    if allowed.shape[1] > 1:  # heads that may attend to other keys keep other keys
+        key, value, scores = (x.repeat_interleave(serves, dim=1) for x in (key, value, scores))
+        serves = 1
     kept = keep_positive(scores, allowed) if most is None else keep_most(scores, allowed, most)
     if block_size is not None:
         seen = None
         if causal:
             seen = torch.arange(keys - queries + 1, keys + 1, device=query.device).clamp(min=0)
         kept = keep_blocks(kept, block_size, seen) & allowed
-    serves = query.shape[1] // key.shape[1]
     kept, bias = (
         x.repeat_interleave(serves, dim=1) if serves > 1 else x for x in (kept, scores[:, :, None])
     )
@@ -379,8 +393,7 @@ def _same_for_all(
     """Nothing tells queries apart: one set of keys serves all."""
     real = None if padding_mask is None else padding_mask[:, None]
     masked = scores.detach() if real is None else scores.detach().masked_fill(~real, -torch.inf)
-    order = masked.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :keep]
-    index = (scores.shape[-1] - 1 - order).sort(-1).values
+    index = latest_largest(masked, keep)
     serves = query.shape[1] // key.shape[1]
     bias = scores.gather(-1, index)[:, :, None].repeat_interleave(serves, dim=1)
     mask = None
@@ -529,17 +542,13 @@ def _check_gather(
         )
 
 
-def _check_options(
-    keep: int, form: ScoreForm, block_size: int | None, causal: bool, context: int | None
-) -> None:
+def _check_options(keep: int, form: ScoreForm, block_size: int | None) -> None:
     if not isinstance(keep, int) or keep < 1:
         raise ValueError(f"keep must be at least 1 and whole, got {keep!r}")
     if form not in get_args(ScoreForm):
         raise ValueError(f"form must be one of {get_args(ScoreForm)}, got {form!r}")
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
-    if causal and context is not None:
-        raise ValueError("causal=True serves self-attention only, got context_dim")
 
 
 def _check_selection(
@@ -570,7 +579,5 @@ def _check_selection(
         )
     if mask is not None:
         check_mask(mask, (*query.shape[:3], key.shape[2]))
-        if mask.dim() > 2 and mask.shape[-3] != 1:
-            raise ValueError(f"mask must be the same for all heads, got {tuple(mask.shape)}")
     if padding_mask is not None:
         check_padding(padding_mask, key.shape[0], key.shape[2])

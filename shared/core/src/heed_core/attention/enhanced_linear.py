@@ -16,8 +16,8 @@ tau or less); there is no softmax to steer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 
 from heed_core.attention.axial import check_grid
 from heed_core.attention.bilevel import depthwise
+from heed_core.attention.multi_axis import PartitionAttention
 from heed_core.attention.multi_head import check_heads
+from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
-from heed_core.tokens import check_padding, check_some, check_tokens
+from heed_core.tokens import Pattern, check_padding, check_some, check_tokens
 
 
 def enhanced_linear_attention(
@@ -102,6 +104,8 @@ class EnhancedLinearAttention(nn.Module):
         >>> EnhancedLinearAttention(24, heads=3)(torch.randn(1, 42, 24)).shape
         torch.Size([1, 42, 24])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
 
     def __init__(
         self,
@@ -241,6 +245,83 @@ class EnhancedLinearBlock(nn.Module):
         return x + cast(Tensor, self.dropout(self.contract(hidden)))
 
 
+class LocalWindowBlock(nn.Module):
+    """L2ViT's local block: position convolution, window attention, another one, feed-forward.
+
+    Windows that stand over the end of an axis are filled with zeros after the norm. As published,
+    these are keys too: theirs is the bias of keys. There is no relative bias and no shift. The site
+    is `attention.attend`, see `PartitionAttention`.
+
+    Args:
+        dim: Channels of a cell.
+        heads: Heads.
+        size: Cells of a window along each axis of the grid, 1 to 3 axes.
+        hidden: Channels inside the feed-forward; 4 dim if not given.
+        qkv_bias: Whether queries, keys and values have a bias.
+        dropout: Of attention weights and of what is added to the residual.
+        impl: Back-end of `attend`.
+
+    Example:
+        >>> LocalWindowBlock(24, heads=3, size=(3, 3))(torch.randn(1, 5, 7, 24)).shape
+        torch.Size([1, 5, 7, 24])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        size: Sequence[int] = (7, 7),
+        hidden: int | None = None,
+        qkv_bias: bool = True,
+        dropout: float = 0.0,
+        impl: Impl = "auto",
+    ) -> None:
+        super().__init__()
+        hidden = 4 * dim if hidden is None else hidden
+        self.dim, self.size = dim, tuple(size)
+        self.attention = PartitionAttention(
+            dim,
+            heads=heads,
+            size=size,
+            qkv_bias=qkv_bias,
+            dropout=dropout,
+            relative_bias=False,
+            impl=impl,
+        )
+        self.positions = depthwise(dim, 3, len(size))
+        self.attention_norm = nn.LayerNorm(dim)
+        self.later_positions = depthwise(dim, 3, len(size))
+        self.feed_norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, hidden)
+        self.contract = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "b *spatial c"]) -> Float[Tensor, "b *spatial c"]:
+        """Transform a grid."""
+        check_grid(x, self.dim, axes=len(self.size), layer=self.expand)
+        check_some(x=x)
+        x = x + self.positions(x.movedim(-1, 1)).movedim(1, -1)
+        x = x + self.dropout(self._windows(self.attention_norm(x)))
+        x = x + self.later_positions(x.movedim(-1, 1)).movedim(1, -1)
+        hidden = F.gelu(self.expand(self.feed_norm(x)))
+        return x + cast(Tensor, self.dropout(self.contract(hidden)))
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """Attention in windows of a grid of any size."""
+        spatial = x.shape[1:-1]
+        missing = [-length % cells for length, cells in zip(spatial, self.size, strict=True)]
+        ends = [side for count in reversed(missing) for side in (0, count)]
+        mixed: Tensor = self.attention(F.pad(x, [0, 0, *ends]))
+        for axis, length in enumerate(spatial, start=1):
+            mixed = mixed.narrow(axis, 0, length)
+        return mixed
+
+    def extra_repr(self) -> str:
+        """Show the options that no sub-module shows."""
+        return f"size={self.size}"
+
+
 def enhanced_linear_block_from_l2vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of L2ViT's global block (`LGABlock`).
 
@@ -248,17 +329,33 @@ def enhanced_linear_block_from_l2vit(state: Mapping[str, Tensor]) -> dict[str, T
         ValueError: A name that it does not have.
     """
     names = {
-        "cpe.0.proj": "positions",
-        "norm1": "attention_norm",
-        "norm2": "feed_norm",
         "norm3": "local_norm",
-        "attn.proj": "attention.out",
         "attn": "attention",
         "local_mp.conv1": "local.first",
         "local_mp.bn": "local.norm",
         "local_mp.conv2": "local.second",
+    }
+    return _from_l2vit(state, names, "LGABlock")
+
+
+def local_window_block_from_l2vit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of L2ViT's local block (`LWABlock`).
+
+    Raises:
+        ValueError: A name that it does not have.
+    """
+    return _from_l2vit(state, {"cpe.1.proj": "later_positions"}, "LWABlock")
+
+
+def _from_l2vit(state: Mapping[str, Tensor], own: Mapping[str, str], who: str) -> dict[str, Tensor]:
+    names = {
+        "cpe.0.proj": "positions",
+        "norm1": "attention_norm",
+        "norm2": "feed_norm",
+        "attn.proj": "attention.out",
         "mlp.fc1": "expand",
         "mlp.fc2": "contract",
+        **own,
     }
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -269,7 +366,7 @@ def enhanced_linear_block_from_l2vit(state: Mapping[str, Tensor]) -> dict[str, T
         elif module in names:
             result[f"{names[module]}.{kind}"] = tensor
         else:
-            raise ValueError(f"{name!r} is no weight of L2ViT's LGABlock")
+            raise ValueError(f"{name!r} is no weight of L2ViT's {who}")
     return result
 
 

@@ -18,6 +18,8 @@ size m c is made.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import check_heads
 from heed_core.circuits import key_query_circuits, output_value_circuits
 from heed_core.sites import Attend
-from heed_core.tokens import check_tokens
+from heed_core.tokens import Pattern, check_tokens
 
 __all__ = ["FullWidthAttention"]
 
@@ -48,6 +50,8 @@ class FullWidthAttention(nn.Module):
         >>> attention(torch.randn(3, 1, 6), torch.randn(3, 40, 6)).shape
         torch.Size([3, 1, 1])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"cross", "causal cross"})
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ for a call that starts from no state; rows sum to one with `normalise` only. It 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import (
     Form,
+    check_impl,
     check_recurrence,
     chunk_size,
     decayed_products,
@@ -48,7 +49,7 @@ from heed_core.recurrence import (
     steps,
 )
 from heed_core.sites import Probe
-from heed_core.tokens import check_padding, check_tokens
+from heed_core.tokens import Pattern, check_padding, check_pattern, check_tokens
 
 EPS = 1e-10
 """Added to the normaliser."""
@@ -86,7 +87,8 @@ def linear_attention(
             at most 0: (b, h, n) or, per key channel, (b, h, n, d), up to broadcasting.
         state: What earlier tokens have left, s = e, or e + 1 with `normalise`: the last column is
             the sum of the keys.
-        padding_mask: True = real token; others write nothing (and read what is unspecified).
+        padding_mask: True = real token; others write nothing, let nothing fade, wherever they
+            stand, and read what is unspecified.
         causal: A token reads what tokens up to itself have written; n = m. Otherwise all.
         normalise: Divide by the sum of the effective weights.
         scale: Of what is read; default d ** -0.5.
@@ -107,7 +109,7 @@ def linear_attention(
     scale = query.shape[3] ** -0.5 if scale is None else scale
     with without_autocast(query):
         query, key, value = _prepared(query, key, value, padding_mask)
-        total = expand_decay(None if log_decay is None else at_least_float32(log_decay), key)
+        total = _decay(log_decay, key, padding_mask)
         if normalise:
             value = F.pad(value, (0, 1), value=1.0)
         start = start_state(state, key, value)
@@ -138,7 +140,7 @@ def linear_attention_weights(
     """The N x M map with which `linear_attention` mixes the values, from no state."""
     query, key, _ = _prepared(query, key, key, padding_mask)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    total = expand_decay(None if log_decay is None else at_least_float32(log_decay), key)
+    total = _decay(log_decay, key, padding_mask)
     total = None if total is None else total.cumsum(2)
     weights = scale * (decayed_products(query, key, total) if causal else query @ key.mT)
     return weights / (weights.sum(-1, keepdim=True) + EPS) if normalise else weights
@@ -155,6 +157,16 @@ def _prepared(
     if serves > 1:
         query, key = (x.repeat_interleave(serves, dim=1) for x in (query, key))
     return at_least_float32(query), at_least_float32(key), at_least_float32(value)
+
+
+def _decay(log_decay: Tensor | None, key: Tensor, padding_mask: Tensor | None) -> Tensor | None:
+    """Of every token, (b, h, n, 1 or d); 0 where it is padding, or what it holds would be felt."""
+    if log_decay is None:
+        return None
+    total = expand_decay(at_least_float32(log_decay), key)
+    if total is None or padding_mask is None:
+        return total
+    return total.masked_fill(~padding_mask[:, None, :, None], 0.0)
 
 
 def _by_channel(log_decay: Tensor | None) -> bool:
@@ -243,6 +255,7 @@ class LinearAttention(WithConstants):
             "gated", sigmoid(W x)^(1/16) per token and channel. Nothing decays if not given.
         form: As in `linear_attention`.
         chunk: As in `linear_attention`.
+        impl: As in `linear_attention`; "triton" needs `causal`.
 
     Example:
         >>> attention = LinearAttention(32, heads=4, causal=True)
@@ -251,6 +264,10 @@ class LinearAttention(WithConstants):
     """
 
     fixed_decay: Tensor
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(
+        {"self", "causal self", "cross", "causal cross"}
+    )
 
     def __init__(
         self,
@@ -267,17 +284,21 @@ class LinearAttention(WithConstants):
         decay: Decay | None = None,
         form: Form = "chunked",
         chunk: int | None = None,
+        impl: KernelImpl = "auto",
     ) -> None:
         super().__init__()
         check_heads(dim, heads, heads, head_dim, context_dim)
-        _check_options(features, normalise, decay, causal, context_dim)
+        check_pattern(self, causal=causal, context=context_dim is not None)
+        _check_options(features, normalise, decay, causal)
         chunk_size(form, chunk, 1, by_channel=False)
+        check_impl(impl, form, causal=causal)
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.head_dim = dim, heads, head_dim
         self.context_dim, self.causal = context_dim, causal
         self.features, self.normalise, self.decay = features, normalise, decay
         self.form: Form = form
         self.chunk = chunk
+        self.impl: KernelImpl = impl
         source = dim if context_dim is None else context_dim
         self.query = nn.Linear(dim, heads * head_dim, bias=qkv_bias)
         self.key = nn.Linear(source, heads * head_dim, bias=qkv_bias)
@@ -310,7 +331,7 @@ class LinearAttention(WithConstants):
             padding_mask: True = real token, for the tokens that are attended to.
             cache: From `new_cache`, for decoding; `causal` only.
         """
-        self._check_call(x, context, cache)
+        self._check_call(x, context, padding_mask, cache)
         source = x if context is None else context
         query, key = self._mapped(self.query(x)), self._mapped(self.key(source))
         value, log_decay = self._heads(self.value(source)), self._log_decay(x)
@@ -325,6 +346,7 @@ class LinearAttention(WithConstants):
             normalise=self.normalise,
             form=self.form,
             chunk=self.chunk,
+            impl=self.impl,
         )
         if cache is not None:
             cache.update({"state": state}, tokens=x.shape[1])
@@ -371,14 +393,21 @@ class LinearAttention(WithConstants):
             return F.logsigmoid(gate) / 16.0
         return self.fixed_decay[None] if self.decay == "retention" else None
 
-    def _check_call(self, x: Tensor, context: Tensor | None, cache: StateCache | None) -> None:
+    def _check_call(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        padding_mask: Tensor | None,
+        cache: StateCache | None,
+    ) -> None:
         check_tokens("x", x, self.dim, layer=self.query)
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
+            check_pattern(self, causal=self.causal, context=True)
             check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
-            if self.causal:
-                raise ValueError("context has no order with the tokens that ask: causal=True")
+        if padding_mask is not None:
+            check_padding(padding_mask, *(x if context is None else context).shape[:2])
         if cache is not None and not self.causal:
             raise ValueError("cache serves causal=True only")
 
@@ -390,9 +419,7 @@ class LinearAttention(WithConstants):
         )
 
 
-def _check_options(
-    features: Features, normalise: bool, decay: Decay | None, causal: bool, context: int | None
-) -> None:
+def _check_options(features: Features, normalise: bool, decay: Decay | None, causal: bool) -> None:
     if features not in get_args(Features):
         raise ValueError(f"features must be one of {get_args(Features)}, got {features!r}")
     if normalise and features != "elu":
@@ -401,5 +428,3 @@ def _check_options(
         raise ValueError(f"decay must be one of {get_args(Decay)} or None, got {decay!r}")
     if decay is not None and not causal:
         raise ValueError(f"decay={decay!r} needs causal=True")
-    if causal and context is not None:
-        raise ValueError("causal=True serves self-attention only, got context_dim")

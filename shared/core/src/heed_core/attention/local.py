@@ -25,7 +25,6 @@ from torch import Tensor
 
 from heed_core import masks
 from heed_core.attention.projected import (
-    Pattern,
     ProjectedAttention,
     check_positive,
     rename_projections,
@@ -35,7 +34,7 @@ from heed_core.dispatch import Impl
 from heed_core.layers import type_and_place
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding
+from heed_core.tokens import Pattern, check_mask, check_padding
 
 BLOCK = 16
 """Least queries of a block."""
@@ -48,6 +47,7 @@ def local_attention(
     *,
     window: int,
     causal: bool = False,
+    mask: Bool[Tensor, "*#mask"] | None = None,
     padding_mask: Bool[Tensor, "b m"] | None = None,
     site: Attend | None = None,
 ) -> Float[Tensor, "b h n e"]:
@@ -59,6 +59,7 @@ def local_attention(
         value: What is averaged.
         window: Tokens seen on either side; causal, tokens seen in all, the own one included.
         causal: Nothing after the own place is seen.
+        mask: True = may attend, broadcastable to (b, h, n, m).
         padding_mask: True = real token.
         site: Where attention is computed, and may be watched; a plain one if not given.
 
@@ -74,16 +75,18 @@ def local_attention(
         )
     if padding_mask is not None:
         check_padding(padding_mask, key.shape[0], key.shape[2])
+    if mask is not None:
+        check_mask(mask, (*query.shape[:3], key.shape[2]))
     site = Attend() if site is None else site
     left, right = (window - 1, 0) if causal else (window, window)
     n, m = query.shape[2], key.shape[2]
     # Fewer queries than keys is decoding; where compiled, no branch may depend on a length.
     long = torch.compiler.is_compiling() or n > max(BLOCK, left)
     if site.attachments is None and query.dim() == key.dim() == 4 and n == m and long:
-        return _in_blocks(site, query, key, value, left, right, padding_mask)
+        return _in_blocks(site, query, key, value, left, right, mask, padding_mask)
     near = masks.window(n, m, left=left, right=right, device=query.device)
     real = None if padding_mask is None else masks.keys(padding_mask)
-    mixed: Tensor = site(query, key, value, mask=masks.combine(near, real), causal=False)
+    mixed: Tensor = site(query, key, value, mask=masks.combine(near, mask, real), causal=False)
     return mixed
 
 
@@ -94,6 +97,7 @@ def _in_blocks(
     value: Tensor,
     left: int,
     right: int,
+    mask: Tensor | None,
     padding_mask: Tensor | None,
 ) -> Tensor:
     batch, _, length, _ = query.shape
@@ -109,11 +113,16 @@ def _in_blocks(
     allowed = ((away >= -left) & (away <= right)) & inside[:, None]  # (blocks, size, keys)
     if padding_mask is not None:
         allowed = allowed & padding_mask[:, place][:, :, None]  # (b, blocks, size, keys)
-    allowed = allowed.expand(batch, blocks, size, near.shape[0]).flatten(0, 1)[:, None]
+    allowed = allowed.expand(batch, blocks, size, near.shape[0])[:, :, None]
+    if mask is not None:
+        asking = size * torch.arange(blocks, device=query.device)[:, None] + own
+        whole = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape).expand(-1, -1, length, length)
+        asking = asking.clamp(0, max(length - 1, 0))
+        allowed = allowed & whole[:, :, asking[:, :, None], place[:, None]].transpose(1, 2)
     mixed: Tensor = site(
         rows.transpose(1, 2).flatten(0, 1),
         *(x.transpose(1, 2)[:, place].flatten(0, 1).transpose(1, 2) for x in (key, value)),
-        mask=allowed,
+        mask=allowed.flatten(0, 1),
         causal=False,
     )
     return join(mixed.reshape(batch, blocks, *mixed.shape[1:]).transpose(1, 2), length)
@@ -174,6 +183,7 @@ class LocalAttention(ProjectedAttention):
         self,
         x: Float[Tensor, "b n c"],
         *,
+        mask: Bool[Tensor, "*#mask"] | None = None,
         padding_mask: Bool[Tensor, "b m"] | None = None,
         cache: WindowCache | None = None,
     ) -> Float[Tensor, "b n c"]:
@@ -181,22 +191,30 @@ class LocalAttention(ProjectedAttention):
 
         Args:
             x: Tokens.
+            mask: True = may attend, broadcastable to (b, heads, n, m), m = n; with a cache m counts
+                all tokens before, too.
             padding_mask: True = real token, for all tokens so far: with a cache also those before.
             cache: From `new_cache`, for decoding; `causal` only.
         """
         past = 0 if cache is None else cache.length
         self.check_call(x, None, padding_mask, cached=cache is not None, past=past)
+        if mask is not None:
+            check_mask(mask, (x.shape[0], self.heads, x.shape[1], past + x.shape[1]))
         query, key, value = self.project(x, None)
         if cache is not None:
             key, value = cache.append(key, value)
+            gone = past + x.shape[1] - key.shape[2]
             if padding_mask is not None:
-                padding_mask = padding_mask[:, -key.shape[2] :]
+                padding_mask = padding_mask[:, gone:]
+            if mask is not None and mask.dim() and mask.shape[-1] > 1:
+                mask = mask[..., gone:]
         mixed = local_attention(
             query,
             key,
             value,
             window=self.window,
             causal=self.causal,
+            mask=mask,
             padding_mask=padding_mask,
             site=self.attend,
         )

@@ -6,7 +6,8 @@ With tiles of w tokens and L summaries per head (transformer-LS, Eq. 3 to 5):
     o_i = softmax over [K~, K_j] of (scale * q_i . k) v,   t w - w // 2 <= j < (t + 1) w + w // 2
 
 for a token i of tile t. Zhu et al., "Long-short transformer" (arXiv 2107.02192), in the variant of
-arXiv 2210.07661; not causal, see `causal_long_short`.
+arXiv 2210.07661; not causal, see `causal_long_short`. There is no mask of pairs: a summary holds
+all tokens, and whoever may see it sees something of each.
 
 Cost per head for n tokens: time n (2 w + 2 L) d, memory n d. Observed or steered: time n^2 d.
 
@@ -24,11 +25,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core import masks
-from heed_core.attention.projected import Pattern, ProjectedAttention, check_positive
+from heed_core.attention.projected import ProjectedAttention, check_positive
 from heed_core.dispatch import Impl
 from heed_core.recurrence import check_recurrence, join, split
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_shape, check_some
+from heed_core.tokens import Pattern, check_padding, check_shape, check_some
 
 SHORT = 32
 """Up to so many tokens the whole map costs no more."""
@@ -82,7 +83,7 @@ def tiled_attention(
     batch, _, n, _ = query.shape
     half, far = window // 2, far_key.shape[2]
     own = torch.arange(n, device=query.device)
-    short = n <= SHORT and not torch.compiler.is_compiling()
+    short = not torch.compiler.is_compiling() and n <= SHORT
     if short or site.attachments is not None:
         first = own[:, None] // window * window
         near = (own >= first - half) & (own < first + window + half)

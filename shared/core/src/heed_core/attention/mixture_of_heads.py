@@ -24,11 +24,11 @@ The site is `attend`: weights of all heads (b, h, n, m), before the gates. Gates
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from typing import Literal, NamedTuple, cast, get_args
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +36,25 @@ from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 
 from heed_core.attend import attend, check_arguments
-from heed_core.attention.multi_head import MultiHeadAttention, check_heads
+from heed_core.attention.multi_head import MultiHeadAttention, Norm, build_norm, check_heads
 from heed_core.cache import KVCache, restores_cache
 from heed_core.dispatch import Impl
-from heed_core.head_routing import Gating, Routing, balance_loss, mixture_gates, norm_gates
+from heed_core.head_routing import (
+    Gating,
+    Router,
+    Routing,
+    balance_loss,
+    check_capacity,
+    check_routing,
+    mixture_gates,
+    norm_gates,
+    without_padding,
+)
 from heed_core.head_skipping import by_tokens, gate_heads, gather_tokens
 from heed_core.layers import held_matrix_and_bias, matrix_and_bias, type_and_place
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
-from heed_core.tokens import check_tokens, with_padding
-
-Router = Literal["learned", "norm"]
-"""What chooses heads: three learned maps, or the lengths of the queries."""
+from heed_core.tokens import Pattern, check_broadcast, check_real, check_tokens, with_padding
 
 Linear = tuple[Tensor, Tensor | None]
 """Matrix and bias."""
@@ -63,6 +70,7 @@ def moh_attention(
     gates: Float[Tensor, "b n h"],
     *,
     mask: Bool[Tensor, "*#mask"] | None = None,
+    bias: Float[Tensor, "*#bias"] | None = None,
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -77,6 +85,7 @@ def moh_attention(
         value: What is averaged.
         gates: As of `head_routing.mixture_gates` or `norm_gates`.
         mask: True = may attend, broadcastable to (b, h, n, m).
+        bias: Added to the scores, broadcastable to (b, h, n, m).
         causal: A query sees keys at or before its own place, aligned bottom-right.
         scale: Of the products; d ** -0.5 if not given.
         dropout: Probability of dropping a weight.
@@ -90,10 +99,11 @@ def moh_attention(
     wanted = (query.shape[0], query.shape[2], query.shape[1])
     if tuple(gates.shape) != wanted:
         raise ValueError(f"gates must be (batch, tokens, heads) {wanted}, got {tuple(gates.shape)}")
-    check_arguments(query, key, value, mask=mask, bias=None, scale=scale, dropout=dropout)
+    check_arguments(query, key, value, mask=mask, bias=bias, scale=scale, dropout=dropout)
     run = partial(attend, scale=scale, dropout=dropout, impl=impl)
     if not skip or torch.compiler.is_compiling():
-        return gate_heads(run(query, key, value, mask=mask, causal=causal), gates.transpose(1, 2))
+        mixed = run(query, key, value, mask=mask, bias=bias, causal=causal)
+        return gate_heads(mixed, gates.transpose(1, 2))
     output = query.new_zeros(*query.shape[:3], value.shape[3])
 
     def ask(head: int, index: Tensor) -> Tensor:
@@ -104,17 +114,30 @@ def moh_attention(
             row = index[:, at, :, None].expand(-1, -1, value.shape[3])
             output[:, head].scatter_add_(1, row, mixed[:, at].to(output.dtype))
 
-    by_tokens(run, ask, put, key, value, gates, mask, shared=0, causal=causal)
+    by_tokens(run, ask, put, key, value, gates, mask, bias=bias, shared=0, causal=causal)
     return output
 
 
 class Mixture(NamedTuple):
     """What a mixture of heads returns."""
 
-    output: Float[Tensor, "b n c"]
+    output: Float[Tensor, "b *n c"]
     balance_loss: Float[Tensor, ""]
     """To be added to the loss; the paper weighs it by 0.01. 0 without routed heads."""
-    gates: Float[Tensor, "b n h"]
+    gates: Float[Tensor, "b *n h"]
+
+
+class _Call(NamedTuple):
+    """What the ways to compute a call have in common."""
+
+    x: Tensor
+    query: Tensor | None  # of all heads, if they are made already
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    bias: Tensor | None
+    positions: Tensor | None  # None: `query` is normed and rotated
+    gates: Tensor
 
 
 class MixtureOfHeads(nn.Module):
@@ -131,8 +154,14 @@ class MixtureOfHeads(nn.Module):
         qkv_bias: Whether queries, keys and values have a bias.
         out_bias: Whether the output has a bias.
         dropout: Probability of dropping a weight in training.
-        causal: A query sees keys at or before its own place, aligned bottom-right.
-        rotary: Rotates queries and keys.
+        qk_norm: Normalise the channels of each head's queries and keys: "layer" or "rms". The norm
+            router compares queries before it, where their lengths still differ.
+        norm_eps: Of `qk_norm`.
+        causal: A query sees keys at or before its own place, aligned bottom-right; with a context
+            too, whose last tokens then stand at the places of those that ask. Without, a context is
+            seen whole, as decoders see their source.
+        scale: Of the products; head_dim ** -0.5 if not given.
+        rotary: Rotates queries and keys (after `qk_norm`).
         router: What chooses heads.
         gating: Of the learned router.
         straight_through: Of the norm router, see `norm_gates`.
@@ -151,6 +180,10 @@ class MixtureOfHeads(nn.Module):
         (torch.Size([1, 5, 32]), torch.Size([1, 5, 4]))
     """
 
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(
+        {"self", "causal self", "cross", "causal cross"}
+    )
+
     def __init__(
         self,
         dim: int,
@@ -164,7 +197,10 @@ class MixtureOfHeads(nn.Module):
         qkv_bias: bool = True,
         out_bias: bool = True,
         dropout: float = 0.0,
+        qk_norm: Norm | None = None,
+        norm_eps: float = 1e-5,
         causal: bool = False,
+        scale: float | None = None,
         rotary: RotaryPositions | None = None,
         router: Router = "learned",
         gating: Gating = "code",
@@ -177,16 +213,12 @@ class MixtureOfHeads(nn.Module):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         check_heads(dim, heads, kv_heads, head_dim, context_dim)
-        _check_routing(heads, shared, active, router, gating, straight_through)
-        _check_capacity(capacity, active, skip)
+        check_routing(heads, shared, active, router, gating, straight_through)
+        check_capacity(capacity, active, skip)
         head_dim = dim // heads if head_dim is None else head_dim
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, head_dim
-        self.shared, self.active, self.context_dim, self.causal = (
-            shared,
-            active,
-            context_dim,
-            causal,
-        )
+        self.shared, self.active = shared, active
+        self.context_dim, self.causal = context_dim, causal
         self.router, self.straight_through, self.skip = router, straight_through, skip
         self.capacity, self.sync_balance = capacity, sync_balance
         self.gating: Gating = gating
@@ -200,7 +232,9 @@ class MixtureOfHeads(nn.Module):
         self.share = nn.Linear(dim, shared, bias=False) if learned and shared > 1 else None
         both = learned and active > 0 and shared > 0
         self.kind = nn.Linear(dim, 2, bias=False) if both else None
-        self.attend = Attend(causal=causal, dropout=dropout, impl=impl)
+        self.query_norm = build_norm(qk_norm, head_dim, norm_eps)
+        self.key_norm = build_norm(qk_norm, head_dim, norm_eps)
+        self.attend = Attend(causal=causal, scale=scale, dropout=dropout, impl=impl)
         self.out = nn.Linear(heads * head_dim, dim, bias=out_bias)
 
     @classmethod
@@ -222,12 +256,9 @@ class MixtureOfHeads(nn.Module):
             ValueError: The attention has options that a mixture has not, or layers that are not
                 plain, such as adapters.
         """
-        plain = isinstance(attention.query_norm, nn.Identity) and attention.window is None
-        if not plain or attention.relative_bias is not None or attention.attend.scale is not None:
-            raise ValueError(
-                "attention must have no qk_norm, window, relative_bias or scale: "
-                f"{attention}, got one"
-            )
+        for name in ("window", "relative_bias"):
+            if (given := getattr(attention, name)) is not None:
+                raise ValueError(f"attention must have no {name}, which a mixture has not: {given}")
         held = {
             name: held_matrix_and_bias(name, attention.get_submodule(name))
             for name in ("query", "key", "value", "out")
@@ -244,6 +275,7 @@ class MixtureOfHeads(nn.Module):
             out_bias=held["out"][1] is not None,
             dropout=attention.attend.dropout,
             causal=attention.causal,
+            scale=attention.attend.scale,
             rotary=attention.rotary,
             router=router,
             straight_through=straight_through,
@@ -257,6 +289,8 @@ class MixtureOfHeads(nn.Module):
                 own.weight.copy_(weight)
                 if bias is not None:
                     own.bias.copy_(bias)
+        mixture.query_norm = copy.deepcopy(attention.query_norm)
+        mixture.key_norm = copy.deepcopy(attention.key_norm)
         for layer in (mixture.route, mixture.share, mixture.kind):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
@@ -270,6 +304,7 @@ class MixtureOfHeads(nn.Module):
         *,
         mask: Bool[Tensor, "*#mask"] | None = None,
         padding_mask: Bool[Tensor, "b m"] | None = None,
+        bias: Float[Tensor, "*#bias"] | None = None,
         positions: Real[Tensor, "*n"] | None = None,
         cache: KVCache | None = None,
     ) -> Mixture:
@@ -281,6 +316,7 @@ class MixtureOfHeads(nn.Module):
             mask: True = may attend, broadcastable to (b, heads, n, m).
             padding_mask: True = real token, for the m tokens that are attended to; with a cache
                 also those in it. In self-attention, padding chooses no routed head.
+            bias: Added to the scores, broadcastable to (b, heads, n, m).
             positions: Of `x`, for `rotary` only; default 0, 1, ... after those in the cache.
             cache: Of a causal self-attention.
         """
@@ -290,6 +326,9 @@ class MixtureOfHeads(nn.Module):
             positions = torch.arange(offset, offset + x.shape[1], device=x.device)
         key, value = self._keys(x, context, positions, cache)
         mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=x.shape[1])
+        if bias is not None:
+            check_real(bias=bias)
+            check_broadcast("bias", bias, (x.shape[0], self.heads, x.shape[1], key.shape[2]))
         skips, room = self._skips(x), self._room(x)
         later = (skips or room is not None) and self.router == "learned"
         query = None if later else self._heads(self.query(x))
@@ -297,25 +336,25 @@ class MixtureOfHeads(nn.Module):
         real = None
         if context is None and padding_mask is not None:
             real = padding_mask[:, -x.shape[1] :]
-            routing = _without_padding(routing, real, self.shared)
+            routing = without_padding(routing, real, self.shared)
         loss = balance_loss(routing.probabilities, routing.chosen, real, sync=self.sync_balance)
         turned: Tensor | None = positions
-        if room is not None and self.rotary is not None:  # whose base no branch can hold
-            query = self._rotated(self._heads(self.query(x)) if query is None else query, positions)
+        if room is not None and self._changes_queries:  # by what no branch can hold
+            query = self._ready(self._heads(self.query(x)) if query is None else query, positions)
             turned = None
-        given = (x, query, key, value, mask, turned, routing.gates)
+        call = _Call(x, query, key, value, mask, bias, turned, routing.gates)
         if not skips and room is None:
-            return Mixture(self._computing_all(*given), loss, routing.gates)
+            return Mixture(self._computing_all(call), loss, routing.gates)
         into = None if query is not None else matrix_and_bias(self.query)
         maps = into, matrix_and_bias(self.out)  # what is put around them no branch can hold
         if room is None:
-            output = self._skipping(*given, *maps)
+            output = self._skipping(call, *maps)
         else:
             fits = (routing.chosen.sum(1) <= room).all()
             output = torch.cond(
                 fits,
-                lambda: self._skipping(*given, *maps, room),
-                lambda: self._computing_all(*given),
+                lambda: self._skipping(call, *maps, room),
+                lambda: self._computing_all(call),
             )
         return Mixture(output, loss, routing.gates)
 
@@ -373,45 +412,28 @@ class MixtureOfHeads(nn.Module):
         source = x if context is None else context
         if context is not None:
             positions = torch.arange(context.shape[1], device=x.device)
-        key = self._rotated(self._heads(self.key(source)), positions)
+        key = self._rotated(self.key_norm(self._heads(self.key(source))), positions)
         value = self._heads(self.value(source))
         return (key, value) if cache is None else cache.append(key, value)
 
-    def _computing_all(
-        self,
-        x: Tensor,
-        query: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        gates: Tensor,
-    ) -> Tensor:
-        """Every head for every token, times its gate. Without positions queries are turned."""
-        query = self._rotated(self._heads(self.query(x)) if query is None else query, positions)
-        mixed: Tensor = self.attend(query, key, value, mask=mask)
-        gated = gate_heads(mixed, gates.transpose(1, 2))
+    def _computing_all(self, call: _Call) -> Tensor:
+        """Every head for every token, times its gate."""
+        query = self._heads(self.query(call.x)) if call.query is None else call.query
+        query = self._ready(query, call.positions)
+        mixed: Tensor = self.attend(query, call.key, call.value, mask=call.mask, bias=call.bias)
+        gated = gate_heads(mixed, call.gates.transpose(1, 2))
         return cast(Tensor, self.out(gated.transpose(1, 2).flatten(2)))
 
     def _skipping(
-        self,
-        x: Tensor,
-        query: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        gates: Tensor,
-        into: Linear | None,
-        out: Linear,
-        room: int | None = None,
+        self, call: _Call, into: Linear | None, out: Linear, room: int | None = None
     ) -> Tensor:
         """Shared heads for all tokens, each routed head for those that chose it, `room` at most."""
-        output = self._shared_heads(x, query, key, value, mask, positions, gates, into, out)
+        x = call.x
+        output = self._shared_heads(call, into, out)
         first = x.shape[1] * torch.arange(x.shape[0], device=x.device)[:, None]  # of each sample
 
         def ask(head: int, index: Tensor) -> Tensor:
-            return self._queries(x, query, into, head, index, positions)
+            return self._queries(call, into, head, index)
 
         def put(heads: list[int], index: Tensor, mixed: Tensor) -> None:
             for at, head in enumerate(heads):
@@ -421,68 +443,66 @@ class MixtureOfHeads(nn.Module):
                 )
 
         by_tokens(
-            self.attend, ask, put, key, value, gates, mask,
-            shared=self.shared, causal=self.causal, room=room,
+            self.attend, ask, put, call.key, call.value, call.gates, call.mask,
+            bias=call.bias, shared=self.shared, causal=self.causal, room=room,
         )  # fmt: skip
         return output
 
-    def _queries(
-        self,
-        x: Tensor,
-        query: Tensor | None,
-        into: Linear | None,
-        head: int,
-        index: Tensor,
-        positions: Tensor | None,
-    ) -> Tensor:
-        """Those of one head for chosen tokens (b, rows, d), rotated."""
-        if query is None:
+    def _queries(self, call: _Call, into: Linear | None, head: int, index: Tensor) -> Tensor:
+        """Those of one head for chosen tokens (b, rows, d), ready."""
+        x, positions = call.x, call.positions
+        if call.query is None:
             one = _some_rows(into, gather_tokens(x, index), self._channels(head))
         else:
-            one = gather_tokens(query[:, head], index)
+            one = gather_tokens(call.query[:, head], index)
         places = None if positions is None else positions.expand(x.shape[0], -1).gather(1, index)
-        return self._rotated(one[:, None], places)[:, 0]
+        return self._ready(one[:, None], places)[:, 0]
 
     def _channels(self, head: int) -> slice:
         return slice(head * self.head_dim, (head + 1) * self.head_dim)
 
-    def _shared_heads(
-        self,
-        x: Tensor,
-        query: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        positions: Tensor | None,
-        gates: Tensor,
-        into: Linear | None,
-        out: Linear,
-    ) -> Tensor:
+    def _shared_heads(self, call: _Call, into: Linear | None, out: Linear) -> Tensor:
         """What the shared heads give, and the bias of the output."""
         outwards, shift = out
+        x, key, value = call.x, call.key, call.value
         if not self.shared:
             none = x.new_zeros(x.shape[0], x.shape[1], 0).to(key.dtype)
             return F.linear(none, outwards[:, :0], shift)
         width = self.shared * self.head_dim
-        if query is None:
+        if call.query is None:
             some = self._heads(_some_rows(into, x, slice(width)))
         else:
-            some = query[:, : self.shared]
+            some = call.query[:, : self.shared]
         serves = self.heads // self.kv_heads
         if self.shared % serves:
             group = torch.arange(self.shared, device=x.device) // serves
             key, value = key[:, group], value[:, group]
         else:
             key, value = key[:, : self.shared // serves], value[:, : self.shared // serves]
-        if mask is not None and mask.dim() > 2 and mask.shape[-3] > 1:
-            mask = mask[..., : self.shared, :, :]
-        mixed: Tensor = self.attend(self._rotated(some, positions), key, value, mask=mask)
-        gated = gate_heads(mixed, gates[..., : self.shared].transpose(1, 2))
+        mask, bias = (
+            table[..., : self.shared, :, :]
+            if table is not None and table.dim() > 2 and table.shape[-3] > 1
+            else table
+            for table in (call.mask, call.bias)
+        )
+        ready = self._ready(some, call.positions)
+        mixed: Tensor = self.attend(ready, key, value, mask=mask, bias=bias)
+        gated = gate_heads(mixed, call.gates[..., : self.shared].transpose(1, 2))
         return F.linear(gated.transpose(1, 2).flatten(2), outwards[:, :width], shift)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         batch, length, width = tokens.shape
         return tokens.view(batch, length, width // self.head_dim, self.head_dim).transpose(1, 2)
+
+    @property
+    def _changes_queries(self) -> bool:
+        return self.rotary is not None or not isinstance(self.query_norm, nn.Identity)
+
+    def _ready(self, query: Tensor, positions: Tensor | None) -> Tensor:
+        """Normed and rotated; without positions it is already."""
+        if positions is None:
+            return query
+        return self._rotated(self.query_norm(query), positions)
 
     def _rotated(self, heads: Tensor, positions: Tensor | None) -> Tensor:
         if self.rotary is None or positions is None:
@@ -511,7 +531,9 @@ class MixtureOfHeads(nn.Module):
 
 
 def mixture_from_dit(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of the published DiT and ViT class: `qkv`, `proj`, `wg`, `wg_0`, `wg_1`.
+    """Rename the weights of the published diffusion model: `qkv`, `proj`, `wg`, `wg_0`, `wg_1`.
+
+    The vision model has scores of another kind: `cosine_mixture.cosine_mixture_from_official`.
 
     Raises:
         ValueError: A name that it does not have.
@@ -551,42 +573,3 @@ def _some_rows(layer: Linear | None, tokens: Tensor, rows: slice) -> Tensor:
     assert layer is not None
     weight, bias = layer
     return F.linear(tokens, weight[rows], None if bias is None else bias[rows])
-
-
-def _without_padding(routing: Routing, real: Tensor, shared: int) -> Routing:
-    chosen = routing.chosen & real[..., None]
-    kept = F.pad(chosen, (shared, 0), value=True)
-    return Routing(routing.gates.masked_fill(~kept, 0.0), routing.probabilities, chosen)
-
-
-def _check_routing(
-    heads: int, shared: int, active: int, router: Router, gating: Gating, straight_through: bool
-) -> None:
-    if not 0 <= shared <= heads:
-        raise ValueError(f"shared must be from 0 to heads={heads}, got {shared}")
-    if not 0 <= active <= heads - shared:
-        raise ValueError(
-            f"active must be from 0 to the {heads - shared} heads that are not shared, got {active}"
-        )
-    if active == 0 and shared < heads:
-        raise ValueError(f"active=0 leaves {heads - shared} heads without use; share all of them")
-    if router not in get_args(Router):
-        raise ValueError(f"router must be one of {get_args(Router)}, got {router!r}")
-    if gating not in get_args(Gating):
-        raise ValueError(f"gating must be one of {get_args(Gating)}, got {gating!r}")
-    if router == "norm" and gating != "code":
-        raise ValueError(f"gating={gating!r} has no effect with router='norm'")
-    if straight_through and router != "norm":
-        raise ValueError("straight_through has no effect without router='norm'")
-
-
-def _check_capacity(capacity: float | None, active: int, skip: bool | None) -> None:
-    if capacity is None:
-        return
-    if not 1.0 <= capacity < math.inf:
-        raise ValueError(f"capacity must be at least 1, got {capacity}")
-    if active == 0 or skip is False:
-        raise ValueError(
-            f"capacity={capacity} has no effect without routed heads (active={active}) or with "
-            f"skip=False (skip={skip})"
-        )

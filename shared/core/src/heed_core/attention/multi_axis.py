@@ -338,8 +338,8 @@ def resized_bias_table(
 def partition_block_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of timm's `PartitionAttentionCl` (`attn_block`, `attn_grid` of MaxViT).
 
-    Its tables (heads, 2 P_1 - 1, 2 P_2 - 1) hold offsets of the key from the query, ours the
-    opposite.
+    Its tables (heads, 2 P_1 - 1, 2 P_2 - 1), of TensorFlow's models, hold offsets of the key from
+    the query, ours the opposite. Those of its own models and of Swin, (offsets, heads), are ours.
 
     Raises:
         ValueError: A name that it does not have.
@@ -358,8 +358,9 @@ def partition_block_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 result[f"attention.{part}.{kind}"] = rows
         elif name == "attn.rel_pos.relative_position_bias_table":
-            turned = tensor.flip(1, 2).flatten(1).T
-            result["attention.relative_bias.table"] = turned.contiguous()
+            if tensor.dim() == 3:
+                tensor = tensor.flip(1, 2).flatten(1).T.contiguous()
+            result["attention.relative_bias.table"] = tensor
         elif module in names:
             result[f"{names[module]}.{kind}"] = tensor
         else:

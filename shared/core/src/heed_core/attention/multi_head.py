@@ -11,7 +11,7 @@ Cost per head for n queries and m keys of width d: time n m d, memory n d with f
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Real
@@ -23,6 +23,7 @@ from heed_core.layers import type_and_place
 from heed_core.relative import RotaryPositions, distances
 from heed_core.sites import Attend
 from heed_core.tokens import (
+    Pattern,
     check_broadcast,
     check_mask,
     check_padding,
@@ -58,7 +59,9 @@ class MultiHeadAttention(nn.Module):
         dropout: Probability of dropping a weight in training.
         qk_norm: Normalise the channels of each head's queries and keys: "layer" or "rms".
         norm_eps: Of `qk_norm`.
-        causal: A query sees keys at or before its own place, aligned bottom-right.
+        causal: A query sees keys at or before its own place, aligned bottom-right; with a context
+            too, whose last tokens then stand at the places of those that ask. Without, a context is
+            seen whole, as decoders see their source.
         window: A query sees itself and the `window - 1` tokens before it; needs `causal`.
         scale: Of the products; head_dim ** -0.5 if not given.
         rotary: Rotates queries and keys (after `qk_norm`); caches keep rotated keys.
@@ -70,6 +73,10 @@ class MultiHeadAttention(nn.Module):
         >>> attention(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(
+        {"self", "causal self", "cross", "causal cross"}
+    )
 
     def __init__(
         self,

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from heed_core.attention.linear import linear_attention
 from heed_core.attention.projected import (
-    Pattern,
     ProjectedAttention,
     check_positive,
     rename_projections,
@@ -41,7 +40,7 @@ from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Probe
-from heed_core.tokens import check_padding, check_some
+from heed_core.tokens import Pattern, check_padding, check_some
 
 EPS = 1e-4
 """Added to every exponential."""

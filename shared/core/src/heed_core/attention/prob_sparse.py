@@ -10,9 +10,10 @@ puts running sums of values for means. n and m count real tokens; padding is nei
 chosen nor averaged. Samples are numbers of a counter hashed with a seed: in evaluation the seed is
 a buffer, so that outputs are the same each time; in training a new one is drawn.
 
-Cost per head for n tokens: time factor n d ln n, memory n d + factor n ln n. Observed and steered,
-the whole map is made (a lazy query is one whose scores are all 0), and compiled, all products are:
-time n^2 d.
+Cost per head for n tokens: time factor n d ln n, memory n d + factor n ln n. In graphs, whose
+length may change, 24 stands for ln n, and one that is not compiled (exported, run as it is) holds
+the 24 factor n d numbers of the sampled keys. Observed and steered, the whole map is made (a lazy
+query is one whose scores are all 0): time n^2 d.
 
 The site is `attend`: weights (b, h, n, n). Selecting has no gradient.
 """
@@ -28,12 +29,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from heed_core import masks
-from heed_core.attention.projected import Pattern, ProjectedAttention, check_positive
+from heed_core.attention.projected import ProjectedAttention, check_positive
 from heed_core.dispatch import Impl
 from heed_core.precision import at_least_float32
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_some
+from heed_core.tokens import Pattern, check_padding, check_some
 
 MOST_SAMPLED = 1 << 20
 """Numbers of sampled keys that are gathered at a time."""
@@ -183,9 +184,9 @@ def _sampled_products(query: Tensor, key: Tensor, sampled: Tensor) -> Tensor:
     batch, heads, n, width = query.shape
     asking, asked = (at_least_float32(x).transpose(1, 2) for x in (query, key))
     if torch.compiler.is_compiling():  # the number of pieces would depend on the length
-        pairs = at_least_float32(query) @ at_least_float32(key).mT
-        place = sampled[:, None].expand(batch, heads, -1, -1)
-        return pairs.gather(-1, place).transpose(1, 2)
+        sample = torch.arange(batch, device=query.device)[:, None, None]
+        products: Tensor = (asked[sample, sampled] * asking[:, :, None]).sum(-1)  # (b, n, u, h)
+        return products.transpose(2, 3)
     first = n * torch.arange(batch, device=query.device)[:, None, None]
     place = (sampled + first).transpose(0, 1)  # (n, b, u)
     flat = asked.reshape(batch * n, heads * width)

@@ -1,27 +1,17 @@
 """What the efficient attentions of long sequences share: projections, patterns, checks.
 
-A mechanism serves some of four patterns: tokens attend to themselves or to a context (cross), and
-outputs may depend on what comes later or not (causal). In a causal cross-attention the context is
-whole and the tokens that ask are made one after the other: that is a cross-attention in which every
-output depends on its own query alone.
+A mechanism serves some of the four patterns of `heed_core.tokens.Pattern`, and refuses others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
-from heed_core.tokens import check_padding, check_tokens
-
-Pattern = Literal["self", "causal self", "cross", "causal cross"]
-"""Who attends to whom."""
-
-
-class UnsupportedPattern(ValueError):  # noqa: N818 (reads as what happened)
-    """A mechanism was asked for a pattern that it does not serve."""
+from heed_core.tokens import Pattern, check_padding, check_pattern, check_tokens
 
 
 class ProjectedAttention(nn.Module):
@@ -53,9 +43,7 @@ class ProjectedAttention(nn.Module):
         super().__init__()
         check_heads(dim, heads, heads, head_dim, context_dim)
         self.causal = causal
-        if causal and context_dim is not None:
-            raise ValueError("causal=True serves self-attention only, got context_dim")
-        self._serves("cross" if context_dim is not None else "causal self" if causal else "self")
+        check_pattern(self, causal=causal, context=context_dim is not None)
         self.dim, self.heads, self.context_dim = dim, heads, context_dim
         self.head_dim = dim // heads if head_dim is None else head_dim
         source, width = dim if context_dim is None else context_dim, heads * self.head_dim
@@ -100,22 +88,13 @@ class ProjectedAttention(nn.Module):
         if context is None and self.context_dim is not None:
             raise ValueError(f"context must be given: keys are made of {self.context_dim} channels")
         if context is not None:
-            self._serves("cross")
+            check_pattern(self, causal=self.causal, context=True)
             check_tokens("context", context, self.key.in_features, batch=x.shape[0], layer=self.key)
-            if self.causal:
-                raise ValueError("context has no order with the tokens that ask: causal=True")
         if cached and not self.causal:
             raise ValueError("cache serves causal=True only")
         source = x if context is None else context
         if padding_mask is not None:
             check_padding(padding_mask, source.shape[0], source.shape[1] + past)
-
-    def _serves(self, pattern: Pattern) -> None:
-        if pattern not in self.patterns:
-            raise UnsupportedPattern(
-                f"{type(self).__name__} serves {', '.join(sorted(self.patterns))}; it has no "
-                f"{pattern} attention"
-            )
 
     def extra_repr(self) -> str:
         """Show the options that no sub-module shows."""

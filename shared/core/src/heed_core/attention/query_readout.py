@@ -15,7 +15,7 @@ Cost for q queries and n tokens of width d: time (q + n) d^2 + q n d, memory (q 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.blocks import FeedForward
 from heed_core.dispatch import Impl
-from heed_core.tokens import check_real, check_tokens, check_type
+from heed_core.tokens import Pattern, check_real, check_tokens, check_type
 
 
 def factorised_pool(
@@ -61,6 +61,8 @@ class CrossAttentionReadout(nn.Module):
         >>> readout(torch.randn(2, 35, 32), positions=torch.randn(35, 32)).shape
         torch.Size([2, 5, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"cross"})
 
     def __init__(
         self,

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from heed_core import masks
 from heed_core.attention.projected import (
-    Pattern,
     ProjectedAttention,
     check_positive,
     rename_projections,
@@ -36,7 +35,7 @@ from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.segments import segment_weights
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding
+from heed_core.tokens import Pattern, check_padding
 
 
 def randomized_attention(

@@ -26,17 +26,18 @@ Cost for n tokens of width C: time n^2 C, memory n C with fused kernels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from heed_core.cache import KVCache, restores_cache
 from heed_core.constants import WithConstants
 from heed_core.dispatch import Impl
-from heed_core.layers import held_matrix_and_bias
+from heed_core.layers import held_matrix_and_bias, type_and_place
 from heed_core.sites import Attend
-from heed_core.tokens import check_dtype, check_tokens
+from heed_core.tokens import Pattern, check_dtype, check_tokens, with_padding
 
 QueryKey = Literal["separate", "collapsed", "symmetric", "cholesky", "symmetric-full"]
 ValueOut = Literal["separate", "collapsed", "none"]
@@ -63,6 +64,8 @@ class ReducedAttention(nn.Module):
         (torch.Size([1, 5, 16]), 256)
     """
 
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal self"})
+
     def __init__(
         self,
         dim: int,
@@ -86,22 +89,54 @@ class ReducedAttention(nn.Module):
         scale = (dim / heads) ** -0.5
         self.attend = Attend(causal=causal, scale=scale, dropout=dropout, impl=impl)
 
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees itself and those before it only."""
+        return self.attend.causal
+
+    @restores_cache
     def forward(
-        self, x: Float[Tensor, "b n c"], *, mask: Bool[Tensor, "*#mask"] | None = None
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        mask: Bool[Tensor, "*#mask"] | None = None,
+        padding_mask: Bool[Tensor, "b m"] | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Attend.
 
         Args:
             x: Tokens.
-            mask: True = may attend, broadcastable to (b, heads, n, n).
+            mask: True = may attend, broadcastable to (b, heads, n, m), m = n; with a cache m counts
+                its tokens too.
+            padding_mask: True = real token, for all tokens so far: with a cache also those before.
+            cache: From `new_cache`, for decoding; `causal` only.
         """
         check_tokens("x", x, self.dim, layer=self.query)
-        query = self.query(x)
-        key = self._keys(x, query)
+        if cache is not None and not self.causal:
+            raise ValueError("cache serves causal=True only")
+        made = self.query(x)
         value = x if self.value is None else self.value(x)
-        mixed = self.attend(*(self._heads(t) for t in (query, key, value)), mask=mask)
+        query, key, value = (self._heads(t) for t in (made, self._keys(x, made), value))
+        if cache is not None:
+            key, value = cache.append(key, value)
+        mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=x.shape[1])
+        mixed = self.attend(query, key, value, mask=mask)
         y: Tensor = mixed.transpose(1, 2).flatten(2)
         return y if self.out is None else self.out(y)
+
+    def new_cache(self, batch: int, max_len: int, *, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for decoding; without matrices of their own, keys or values are tokens.
+
+        Args:
+            batch: Sequences decoded together.
+            max_len: Tokens that it must hold.
+            dtype: Of keys and values; that of the weights if not given.
+        """
+        own, device = type_and_place(self.query)
+        dtype = own if dtype is None else dtype
+        width = self.dim // self.heads
+        return KVCache(batch, self.heads, max_len, width, dtype=dtype, device=device)
 
     @torch.no_grad()
     def collapse(self) -> ReducedAttention:

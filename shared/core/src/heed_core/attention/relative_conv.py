@@ -16,7 +16,7 @@ scores every offset.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from heed_core.layers import type_and_place
 from heed_core.recurrence import check_recurrence
 from heed_core.relative import distances
 from heed_core.sites import Attend
-from heed_core.tokens import check_padding, check_shape, check_tokens, with_padding
+from heed_core.tokens import Pattern, check_padding, check_shape, check_tokens, with_padding
 
 ConvContext = Literal["memory", "segment"]
 """What a query's convolution sees before its segment: the memory, or zeros as in the published code
@@ -309,6 +309,8 @@ class RelativeConvAttention(nn.Module):
         >>> attention(torch.randn(1, 5, 32), torch.randn(1, 7, 32)).shape
         torch.Size([1, 5, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal self"})
 
     def __init__(
         self,

@@ -10,7 +10,8 @@ as the second keys and values.
 
 `tensor_attention` is exact: time n^3 d per head, memory n d and one tile. `tensor_attention_poly`
 takes the exponential's Taylor polynomial of even degree g: with rho = C(d + g, g) monomials, time
-n rho d and memory n rho (causal: n rho d); its error is bounded where scores are (`taylor_error`).
+n rho d and memory n rho (causal: n rho d; decoding, 2 rho d in all); its error is bounded where
+scores are (`taylor_error`).
 
 There is no map of queries and keys to observe or steer: weights are of pairs, (b, h, n, n1, n2).
 `tensor_attention_weights` makes them for small n.
@@ -19,17 +20,19 @@ There is no map of queries and keys to observe or steer: weights are of pairs, (
 from __future__ import annotations
 
 import math
-from typing import Literal, cast, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
+from heed_core.cache import KVCache, StateCache, check_sequences, restores_cache
 from heed_core.kernels.pair_softmax import pair_softmax, wants_triton
 from heed_core.kernels.triton_calls import KernelImpl
+from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
-from heed_core.tokens import check_padding, check_tokens
+from heed_core.tokens import Pattern, check_padding, check_tokens
 
 Method = Literal["exact", "poly", "auto"]
 """Softmax over all pairs, the Taylor polynomial of its exponential, or `poly_pays` decides."""
@@ -198,6 +201,7 @@ def tensor_attention_poly(
     distinct: bool = False,
     scale: float | None = None,
     strict: bool = False,
+    cache: StateCache | None = None,
 ) -> Float[Tensor, "b h n e"]:
     """Tensor attention by the Taylor polynomial of the exponential.
 
@@ -214,9 +218,13 @@ def tensor_attention_poly(
         distinct: Forbid pairs of twice the same place; n1 = n2.
         scale: Of the products; default 1 / d.
         strict: Refuse entries for which the error has no bound (this reads the entries).
+        cache: For decoding, causal only: "first", "second" and "same" (b, h, rho, e + 1), the sums
+            over earlier tokens of monomials times [values, 1] of the first keys, the second ones
+            and of both together, which these tokens renew.
 
     Raises:
-        ValueError: An odd degree, shapes that do not fit, or entries that are too large.
+        ValueError: An odd degree, shapes that do not fit, entries that are too large, or a cache
+            that is not causal.
     """
     _check_pairs(query, key1, key2, value1, value2)
     _check_poly(query, key1, key2, degree, causal, distinct)
@@ -226,6 +234,10 @@ def tensor_attention_poly(
     scale = 1.0 / query.shape[3] if scale is None else scale
     if strict:
         _check_entries(query, key1, key2, scale, degree)
+    if cache is not None:
+        check_sequences(cache, query.shape[0])
+        if not causal:
+            raise ValueError("cache serves causal=True only")
     with without_autocast(query):
         q, k1, k2, v1, v2 = (at_least_float32(x) for x in (query, key1, key2, value1, value2))
         weights = poly_weights(q.shape[3], degree, scale, device=q.device).to(q)
@@ -234,9 +246,14 @@ def tensor_attention_poly(
         first, second = _without_padding(first, real1), _without_padding(second, real2)
         v1, v2 = (torch.cat([v, torch.ones_like(v[..., :1])], dim=-1) for v in (v1, v2))
         if causal:
-            state = _running(first, v1) * _running(second, v2)
+            sums = {"first": _running(first, v1), "second": _running(second, v2)}
             if distinct:
-                state = state - _running(first * second, v1 * v2)
+                sums["same"] = _running(first * second, v1 * v2)
+            if cache is not None:
+                sums = _continued(sums, cache)
+            state = sums["first"] * sums["second"]
+            if distinct:
+                state = state - sums["same"]
             read = (asked[..., None] * state).sum(-2)
         else:
             whole = (first.mT @ v1) * (second.mT @ v2)
@@ -252,7 +269,9 @@ def tensor_attention_poly(
 class TensorAttention(nn.Module):
     """Self-attention to pairs of tokens, with its projections: queries, two keys, two values.
 
-    Products of two values of variance 1 have variance 1, so that values begin as usual.
+    Products of two values of variance 1 have variance 1, so that values begin as usual. The order
+    is 3, that of pairs: the pairs of `khatri_rao`, as keys, would make it higher, but have no place
+    in the sequence that `causal`, `distinct` and masks could speak of.
 
     Args:
         dim: Channels of a token, in and out.
@@ -274,6 +293,8 @@ class TensorAttention(nn.Module):
         >>> TensorAttention(32, heads=4)(torch.randn(1, 5, 32)).shape
         torch.Size([1, 5, 32])
     """
+
+    patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal self"})
 
     def __init__(
         self,
@@ -310,26 +331,38 @@ class TensorAttention(nn.Module):
         self.value2 = nn.Linear(dim, width, bias=qkv_bias)
         self.out = nn.Linear(width, dim, bias=out_bias)
 
+    @restores_cache
     def forward(
-        self, x: Float[Tensor, "b n c"], *, padding_mask: Bool[Tensor, "b n"] | None = None
+        self,
+        x: Float[Tensor, "b n c"],
+        *,
+        padding_mask: Bool[Tensor, "b m"] | None = None,
+        cache: KVCache | StateCache | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Attend to pairs.
 
         Args:
             x: Tokens.
-            padding_mask: True = real token.
+            padding_mask: True = real token, for all tokens so far: with a cache also those before.
+            cache: From `new_cache`, for decoding; `causal` only. With `method="auto"` pairs are
+                exact.
         """
         check_tokens("x", x, self.dim, layer=self.query)
+        past = self._past(x, cache)
         if padding_mask is not None:
-            check_padding(padding_mask, *x.shape[:2], of="tokens")
+            check_padding(padding_mask, x.shape[0], past + x.shape[1], of="tokens so far")
         layers = (self.query, self.key1, self.key2, self.value1, self.value2)
         rows = [self._heads(layer(x)) for layer in layers]
-        if self._by_polynomial(rows, padding_mask):
+        if isinstance(cache, KVCache):
+            rows[1:] = _appended(cache, rows)
+        own = None if padding_mask is None else padding_mask[:, past:]
+        if not isinstance(cache, KVCache) and self._by_polynomial(rows, own):
             mixed = tensor_attention_poly(
                 *rows,
                 degree=self.degree,
-                real1=padding_mask,
-                real2=padding_mask,
+                real1=own,
+                real2=own,
+                cache=cache,
                 causal=self.causal,
                 distinct=self.distinct,
                 scale=self.scale,
@@ -346,6 +379,40 @@ class TensorAttention(nn.Module):
                 impl=self.impl,
             )
         return cast(Tensor, self.out(mixed.transpose(1, 2).flatten(2)))
+
+    def new_cache(
+        self, batch: int, max_len: int, *, dtype: torch.dtype | None = None
+    ) -> KVCache | StateCache:
+        """An empty cache for decoding: both keys and both values; a state if `method="poly"`.
+
+        Args:
+            batch: Sequences decoded together.
+            max_len: Tokens that it must hold; a state holds any number.
+            dtype: Of keys and values; that of the weights if not given.
+        """
+        own, device = type_and_place(self.key1)
+        dtype = own if dtype is None else dtype
+        if self.method == "poly":
+            monomials = math.comb(self.head_dim + self.degree, self.degree)
+            shape = (batch, self.heads, monomials, self.head_dim + 1)
+            exact = torch.promote_types(dtype, torch.float32)
+            names = ("first", "second", "same") if self.distinct else ("first", "second")
+            zeros = {name: torch.zeros(shape, dtype=exact, device=device) for name in names}
+            return StateCache(zeros)
+        return KVCache(batch, self.heads, max_len, 2 * self.head_dim, dtype=dtype, device=device)
+
+    def _past(self, x: Tensor, cache: KVCache | StateCache | None) -> int:
+        """Tokens before these."""
+        if cache is None:
+            return 0
+        kind = StateCache if self.method == "poly" else KVCache
+        if not self.causal or not isinstance(cache, kind):
+            raise ValueError(
+                f"cache serves causal=True only and must be a {kind.__name__} with "
+                f"method={self.method!r}, as from new_cache, got {type(cache).__name__}"
+            )
+        check_sequences(cache, x.shape[0])
+        return cache.length
 
     def _by_polynomial(self, rows: list[Tensor], padding_mask: Tensor | None) -> bool:
         if self.method == "exact" or (self.method == "poly" and not self.strict):
@@ -371,6 +438,13 @@ class TensorAttention(nn.Module):
         return f"heads={self.heads}, causal={self.causal}, method={self.method!r}"
 
 
+def _appended(cache: KVCache, rows: list[Tensor]) -> list[Tensor]:
+    """Both keys and both values of all tokens so far."""
+    _, key1, key2, value1, value2 = rows
+    pairs = cache.append(torch.cat([key1, key2], dim=-1), torch.cat([value1, value2], dim=-1))
+    return [half for pair in pairs for half in pair.chunk(2, dim=-1)]
+
+
 def _without_padding(features: Tensor, real: Tensor | None) -> Tensor:
     return features if real is None else features * real[:, None, :, None].to(features.dtype)
 
@@ -378,6 +452,15 @@ def _without_padding(features: Tensor, real: Tensor | None) -> Tensor:
 def _running(features: Tensor, value: Tensor) -> Tensor:
     """Sums over tokens so far of outer products, (b, h, n, rho, e)."""
     return (features[..., :, None] * value[..., None, :]).cumsum(2)
+
+
+def _continued(sums: dict[str, Tensor], cache: StateCache) -> dict[str, Tensor]:
+    """Sums that go on from those in the cache, which gets the last of them."""
+    sums = {name: total + cache[name][:, :, None] for name, total in sums.items()}
+    tokens = sums["first"].shape[2]
+    if tokens:
+        cache.update({name: total[:, :, -1] for name, total in sums.items()}, tokens=tokens)
+    return sums
 
 
 def _four(mask: Tensor | None, name: str, query: Tensor, key: Tensor) -> Tensor | None:

@@ -7,7 +7,7 @@ large, sparse masks. On the CPU it has a forward pass only (pytorch/pytorch#1692
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -25,6 +25,9 @@ MIN_CUDA_DIM = 16
 
 MAX_KINDS = 256
 """Kinds of calls (widths, masks, types) that one process may compile before torch raises."""
+
+MAX_CAUSAL = 16
+"""Pairs of lengths whose causal blocks are kept; a mask that is given is read in each call."""
 
 
 def why_not(facts: Facts) -> str | None:
@@ -60,13 +63,17 @@ def run(
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     block_mask = None
-    from torch.nn.attention.flex_attention import create_block_mask
+    if mask is None and causal:
+        plain = type(query) is Tensor and not torch.compiler.is_compiling()
+        make = _causal_blocks if plain else _causal_blocks.__wrapped__
+        block_mask = make(queries, keys, query.device)
+    elif mask is not None:
+        from torch.nn.attention.flex_attention import create_block_mask
 
-    if mask is not None or causal:
         block_mask = create_block_mask(
             _mask_mod(mask, causal, keys - queries),
-            B=1 if mask is None or mask.ndim < 4 or mask.shape[-4] == 1 else batch,
-            H=1 if mask is None or mask.ndim < 3 or mask.shape[-3] == 1 else heads,
+            B=1 if mask.ndim < 4 or mask.shape[-4] == 1 else batch,
+            H=1 if mask.ndim < 3 or mask.shape[-3] == 1 else heads,
             Q_LEN=queries,
             KV_LEN=keys,
             device=query.device,
@@ -137,6 +144,22 @@ def _run(
         enable_gqa=query.shape[1] != key.shape[1],
         **options,
     )
+
+
+@lru_cache(maxsize=MAX_CAUSAL)
+def _causal_blocks(queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The blocks of a causal call without a mask, made once for each pair of lengths."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    with torch.inference_mode(mode=False):  # calls with gradients may use them later
+        return create_block_mask(
+            _mask_mod(None, True, keys - queries),
+            B=1,
+            H=1,
+            Q_LEN=queries,
+            KV_LEN=keys,
+            device=device,
+        )
 
 
 Index = Tensor

@@ -5,10 +5,12 @@
 Q is (b, h, n, d), K is (b, g, m, d), V is (b, g, m, e); head i reads group i // (h / g). Products,
 softmax and sums run in float32 (float64 for float64), and O is cast back to the type of Q. A row
 without a permitted key has A = 0, O = 0 and zero gradients. Time O(n m (d + e)) and memory O(n m)
-per head.
+per head; where nothing keeps the scores, they are made for some rows at a time.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from heed_core.dispatch import Facts, autocasting
+
+PIECE_BYTES = 256 * 2**20
+"""Of scores that exist at a time, where neither gradients nor dropout need all of them."""
 
 
 def why_not(facts: Facts) -> str | None:
@@ -35,8 +40,41 @@ def run(
     dropout: float,
 ) -> Float[Tensor, "b h n e"]:
     """Compute attention step by step."""
+    queries, keys = query.shape[2], key.shape[2]
+    of_rows = partial(_some_rows, queries=queries, causal=causal, scale=scale, dropout=dropout)
+    kept = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, bias)
+    )
+    if kept or dropout > 0.0 or torch.compiler.is_compiling():
+        return of_rows(query, key, value, mask, bias, None)
+    row_bytes = query.shape[0] * query.shape[1] * keys * max(4, query.element_size())
+    step = max(1, PIECE_BYTES // max(1, row_bytes))
+    if step >= queries:
+        return of_rows(query, key, value, mask, bias, None)
+    numbers = torch.arange(queries, device=query.device)
+    parts = [
+        of_rows(query[:, :, rows], key, value, _rows(mask, rows), _rows(bias, rows), rows)
+        for rows in (numbers[start : start + step] for start in range(0, queries, step))
+    ]
+    return torch.cat(parts, dim=2)
+
+
+def _some_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    *,
+    queries: int,
+    causal: bool,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """The same for the rows of `query`: all, or those whose numbers among `queries` are `rows`."""
     allowed = permission(
-        mask, causal=causal, queries=query.shape[2], keys=key.shape[2], device=query.device
+        mask, causal=causal, queries=queries, keys=key.shape[2], device=query.device, rows=rows
     )
     products = scores(query, key, scale=scale, bias=bias)
     if allowed is None and bias is None:  # no row can be empty
@@ -46,6 +84,13 @@ def run(
     if dropout > 0.0:
         weights = F.dropout(weights, dropout)
     return mix(weights, value).to(query.dtype)
+
+
+def _rows(table: Tensor | None, rows: Tensor) -> Tensor | None:
+    """Of what is broadcastable to (b, h, n, m)."""
+    if table is None or table.dim() < 2 or table.shape[-2] == 1:
+        return table
+    return table[..., rows, :]
 
 
 def scores(

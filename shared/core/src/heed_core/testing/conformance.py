@@ -52,6 +52,15 @@ class Symmetry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Which sizes a dynamic axis may have: multiples of a number, at least two."""
+
+    multiple_of: int = 1
+    most: int | None = None
+    """The largest multiple, not size."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mechanism:
     """One mechanism, as the suite needs it."""
 
@@ -81,6 +90,8 @@ class Mechanism:
     """Spoils good inputs, and what the ValueError or TypeError must say (a part of its message)."""
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """For export: input -> axis -> name of its dynamic size. Axis 0 is the batch."""
+    limits: Mapping[str, Sizes] = field(default_factory=dict)
+    """Of dynamic sizes, by name, where not any will do."""
     excused: Mapping[str, str] = field(default_factory=dict)
     """Clause -> why the mechanism cannot keep it."""
 
@@ -339,8 +350,8 @@ def _strides(mechanism: Mechanism) -> None:
 def _compile(mechanism: Mechanism) -> None:
     """For one size, which is several times faster than for any.
 
-    Errors say the same, where what cannot be compiled may run as it is: else the compiler raises
-    one of its own around ours.
+    Errors say the same, where what cannot be compiled may run as it is. With `fullgraph=True` the
+    compiler raises one of its own, `torch._dynamo.exc.Unsupported`, which quotes ours.
     """
     module, inputs = _module(mechanism, torch.float32), _inputs(mechanism, torch.float32)
     torch.compiler.reset()
@@ -351,8 +362,20 @@ def _compile(mechanism: Mechanism) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     gradients = (_gradients(output, leaves) for output in (found, wanted))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
-    for spoil, _ in mechanism.wrong[:1]:
-        wrong, broken = spoil(dict(inputs)), torch.compile(module, backend="aot_eager")
+    with torch.no_grad():
+        _check_compiled_errors(mechanism, module, inputs, compiled)
+
+
+def _check_compiled_errors(
+    mechanism: Mechanism, module: nn.Module, inputs: Inputs, whole: Callable[..., object]
+) -> None:
+    faults = [spoil(dict(inputs)) for spoil, _ in mechanism.wrong]
+    first = next(name for name, x in inputs.items() if x.is_floating_point())
+    faults.append({**inputs, first: inputs[first].long()})
+    quoting = _complaint(whole, faults[0], (RuntimeError,))
+    assert _complaint(module, faults[0]) in quoting, f"the compiler does not quote us: {quoting}"
+    for wrong in faults:
+        broken = torch.compile(module, backend="aot_eager")
         assert _complaint(broken, wrong) == _complaint(module, wrong)
 
 
@@ -366,21 +389,35 @@ def _compile_any_size(mechanism: Mechanism) -> None:
 
 
 def _export(mechanism: Mechanism) -> None:
-    module, inputs = _module(mechanism, torch.float32), _inputs(mechanism, torch.float32)
-    sizes = {
-        name: torch.export.Dim(name)
-        for axes in mechanism.dynamic.values()
-        for name in axes.values()
-    }
+    # What is one in the example is taken for a number that is always one.
+    size = max(mechanism.size, 2) if mechanism.dynamic else mechanism.size
+    module, inputs = _module(mechanism, torch.float32), _inputs(mechanism, torch.float32, size=size)
     shapes = {
-        name: {axis: sizes[size] for axis, size in mechanism.dynamic.get(name, {}).items()}
+        name: {
+            axis: _dimension(free, mechanism.limits.get(free))
+            for axis, free in mechanism.dynamic.get(name, {}).items()
+        }
         for name in inputs
     }
     with torch.no_grad():  # with gradients torch.cond is not exported
         program = torch.export.export(module, (), kwargs=inputs, dynamic_shapes=shapes)
-    for size in (mechanism.size, mechanism.size + 2) if mechanism.dynamic else (mechanism.size,):
-        fresh = _inputs(mechanism, torch.float32, size=size)
+    for other in (size, size + 2) if mechanism.dynamic else (size,):
+        fresh = _inputs(mechanism, torch.float32, size=other)
         torch.testing.assert_close(program.module()(**fresh), module(**fresh), rtol=1e-4, atol=1e-5)
+
+
+def _dimension(name: str, limits: Sizes | None) -> torch.export.Dim:
+    if limits is None:
+        return torch.export.Dim(name)
+    return limits.multiple_of * torch.export.Dim(f"{name}_count", min=2, max=limits.most)
+
+
+def _exported_size(mechanism: Mechanism) -> None:
+    assert mechanism.dynamic, "export keeps one size: state a `dynamic` one or excuse the mechanism"
+    unknown = set(mechanism.limits) - {
+        size for axes in mechanism.dynamic.values() for size in axes.values()
+    }
+    assert not unknown, f"limits of sizes that are not dynamic: {sorted(unknown)}"
 
 
 def _observe(mechanism: Mechanism) -> None:
@@ -438,10 +475,14 @@ def _wrong_shape(mechanism: Mechanism) -> None:
         assert message in said, f"no error that says {message!r}, but: {said or 'none'}"
 
 
-def _complaint(module: Callable[..., object], inputs: Inputs) -> str:
+def _complaint(
+    module: Callable[..., object],
+    inputs: Inputs,
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError),
+) -> str:
     try:
         module(**inputs)
-    except (ValueError, TypeError) as error:
+    except kinds as error:
         return str(error)
     return ""
 
@@ -498,6 +539,7 @@ CLAUSES: dict[str, Callable[[Mechanism], None]] = {
     "compile": _compile,
     "compile-any-size": _compile_any_size,
     "export": _export,
+    "exported-size": _exported_size,
     "observe": _observe,
     "cost": _cost,
     "small": _small,

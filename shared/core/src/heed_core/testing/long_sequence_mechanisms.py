@@ -294,6 +294,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         unseen=(_PADDING,),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
         excused={"symmetry": _PLACED},
     ),
     Mechanism(
@@ -308,6 +309,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         costly_sizes=(16384, 65536),
         unseen=(_FUTURE,),
         wrong=_WRONG_TOKENS,
+        dynamic={"x": {1: "n"}},
         excused={"symmetry": _ORDERED},
     ),
     Mechanism(
@@ -317,6 +319,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         reference=formula.diagonal_state,
         exponent=1.0,
         wrong=_WRONG_TOKENS,
+        dynamic={"x": {1: "n"}},
         excused={
             "unseen": "transforms of the whole sequence mix rounding; causal within it, see tests",
             "symmetry": _ORDERED,
@@ -333,6 +336,7 @@ LONG_SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         unseen=(_PADDING,),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
         excused={
             "symmetry": "a response forwards and another one backwards: no order is like another",
             "observe": "the mechanism has no map that heads share",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from heed_core.testing.conformance import (
     unseen_masked,
 )
 from heed_core.testing.long_sequence_mechanisms import LONG_SEQUENCE_MECHANISMS
+from heed_core.testing.mixture_mechanisms import MIXTURE_MECHANISMS
 from heed_core.testing.oracle import naive_attention
+from heed_core.testing.padding_mechanisms import PADDING_MECHANISMS
+from heed_core.testing.pattern_mechanisms import PATTERN_MECHANISMS
 from heed_core.testing.pointer_mechanisms import POINTER_MECHANISMS
 from heed_core.testing.readout_mechanisms import READOUT_MECHANISMS
 from heed_core.testing.reduced_mechanisms import REDUCED_MECHANISMS
@@ -151,10 +154,27 @@ MECHANISMS: tuple[Mechanism, ...] = (
     *BLOCK_MECHANISMS,
     *CIRCUIT_MECHANISMS,
     *SEQUENCE_MECHANISMS,
+    *MIXTURE_MECHANISMS,
+    *PATTERN_MECHANISMS,
     *LONG_SEQUENCE_MECHANISMS,
+    *PADDING_MECHANISMS,
     *VISION_MECHANISMS,
     *POINTER_MECHANISMS,
     *REDUCED_MECHANISMS,
     *READOUT_MECHANISMS,
 )
 """Every mechanism of the core."""
+
+_PROCESSES = "several processes call it together; a test of its own compares it with one process"
+_SPARSE = (
+    "it takes a sparse grid, no tensors of one shape; a test of its own writes the formula out"
+)
+
+OUTSIDE: Mapping[str, str] = {
+    "heed_core.context_parallel": _PROCESSES,
+    "heed_core.context_parallel_attention": _PROCESSES,
+    "heed_core.head_parallel": _PROCESSES,
+    "heed_core.attention.column": _SPARSE,
+    "heed_core.attention.multi_scale_column": _SPARSE,
+}
+"""Modules whose attention has no row here, and why."""

@@ -104,6 +104,7 @@ READOUT_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         symmetries=(permutation(("tokens", "positions"), axis=1, out_axis=None),),
         wrong=_WRONG,
+        dynamic={"tokens": {1: "n"}, "positions": {1: "n"}, "start": {}},
         excused={"unseen": "no mask is given here; see query-readout"},
     ),
 )

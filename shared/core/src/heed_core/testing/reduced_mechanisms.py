@@ -47,7 +47,8 @@ def _reduced(module: nn.Module, inputs: Inputs) -> Tensor:
         key = query if module.qk == "symmetric" else x
     value = x if module.value is None else linear(module.value, x)
     cut = [_heads(t, module.heads) for t in (query, key, value)]
-    mixed = naive_attention(*cut, mask=inputs.get("mask")).transpose(1, 2).flatten(2)
+    mixed = naive_attention(*cut, mask=inputs.get("mask"), causal=module.causal)
+    mixed = mixed.transpose(1, 2).flatten(2)
     return mixed if module.out is None else linear(module.out, mixed)
 
 

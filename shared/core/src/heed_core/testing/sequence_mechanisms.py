@@ -16,36 +16,21 @@ from heed_core.attention.linear import LinearAttention
 from heed_core.attention.mixture_of_heads import MixtureOfHeads
 from heed_core.attention.relative_conv import DepthwiseConv, RelativeConvAttention
 from heed_core.attention.tensor import TensorAttention
+from heed_core.testing import recurrence_formulas as formula
 from heed_core.testing.conformance import (
     Inputs,
     Mechanism,
+    Sizes,
     Unseen,
     permutation,
     unseen_future,
     unseen_masked,
 )
 from heed_core.testing.oracle import naive_attention
+from heed_core.testing.vision_formulas import linear
 
 _HIDDEN = 2
 """Tokens at the end of some samples that are padding."""
-
-
-def _linear(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """Weights by the formula, without a matrix product."""
-    rows = (tokens[..., None, :] * cast(Tensor, layer.weight)).sum(-1)
-    bias = cast(Tensor | None, layer.bias)
-    return rows if bias is None else rows + bias
-
-
-def _heads(layer: nn.Module, tokens: Tensor, head_dim: int) -> Tensor:
-    """(b, n, c) -> (b, h, n, d)."""
-    rows = _linear(layer, tokens)
-    batch, length, width = rows.shape
-    return rows.reshape(batch, length, width // head_dim, head_dim).transpose(1, 2)
-
-
-def _joined(heads: Tensor) -> Tensor:
-    return heads.transpose(1, 2).flatten(2)
 
 
 def _spoilt(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Inputs], Inputs]:
@@ -83,74 +68,6 @@ def _with_context(batch: int, size: int) -> Inputs:
     }
 
 
-def _elu_features(heads: Tensor) -> Tensor:
-    return torch.where(heads > 0, heads + 1.0, heads.clamp(max=0.0).exp())
-
-
-def _linear_cross(module: nn.Module, inputs: Inputs) -> Tensor:
-    """Pairs of tokens in loops; the weights are similarities over their sum."""
-    module = cast(LinearAttention, module)
-    x, context, real = inputs["x"], inputs["context"], inputs["padding_mask"]
-    query = _elu_features(_heads(module.query, x, module.head_dim))
-    key = _elu_features(_heads(module.key, context, module.head_dim))
-    value = _heads(module.value, context, module.head_dim)
-    rows = []
-    for b in range(len(x)):
-        seen = [j for j in range(context.shape[1]) if real[b, j]]
-        for h in range(module.heads):
-            for i in range(x.shape[1]):
-                shares = torch.stack([(query[b, h, i] * key[b, h, j]).sum() for j in seen])
-                parts = [s * value[b, h, j] for s, j in zip(shares, seen, strict=True)]
-                rows.append(torch.stack(parts).sum(0) / shares.sum())
-    mixed = torch.stack(rows).reshape(len(x), module.heads, x.shape[1], module.head_dim)
-    return _linear(module.out, _joined(mixed))
-
-
-def _linear_gated(module: nn.Module, inputs: Inputs) -> Tensor:
-    """The recurrence, token by token."""
-    module = cast(LinearAttention, module)
-    x, width = inputs["x"], module.head_dim
-    query, key = _heads(module.query, x, width), _heads(module.key, x, width)
-    value = _heads(module.value, x, width)
-    gate = _heads(cast(nn.Module, module.gate), x, width).sigmoid() ** (1 / 16)
-    state = torch.zeros_like(key[:, :, 0, :, None] * value[:, :, 0, None])
-    rows = []
-    for t in range(x.shape[1]):
-        state = gate[:, :, t, :, None] * state + key[:, :, t, :, None] * value[:, :, t, None]
-        rows.append((query[:, :, t, :, None] * state).sum(2) / width**0.5)
-    return _linear(module.out, _joined(torch.stack(rows, dim=2)))
-
-
-def _delta_gated(module: nn.Module, inputs: Inputs) -> Tensor:
-    """The recurrence, token by token."""
-    module = cast(DeltaRuleAttention, module)
-    x, width, real = inputs["x"], module.head_dim, inputs.get("padding_mask")
-    if real is not None:
-        x = x.masked_fill(~real[..., None], 0.0)
-    asked = [_heads(layer, x, width) for layer in (module.query, module.key)]
-    squares = [rows.square().sum(-1, keepdim=True) for rows in asked]
-    query, key = (
-        rows / (square + (square == 0)).sqrt() for rows, square in zip(asked, squares, strict=True)
-    )
-    value = _heads(module.value, x, module.value_dim)
-    beta = _heads(module.beta, x, 1).sigmoid()[..., None]
-    gate = _heads(cast(nn.Module, module.gate), x, 1)[..., None]
-    rate = cast(Tensor, module.log_rate).exp()[:, None, None, None]
-    decay = (-rate * (1 + gate.exp()).log()).exp()
-    if real is not None:
-        beta = beta.masked_fill(~real[:, None, :, None, None], 0.0)
-        decay = decay.masked_fill(~real[:, None, :, None, None], 1.0)
-    state = torch.zeros_like(key[:, :, 0, :, None] * value[:, :, 0, None])
-    rows = []
-    for t in range(x.shape[1]):
-        now = key[:, :, t, :, None]
-        state = decay[:, :, t] * state
-        guess = (now * state).sum(2, keepdim=True)
-        state = state + beta[:, :, t] * now * (value[:, :, t, None] - guess)
-        rows.append((query[:, :, t, :, None] * state).sum(2) / width**0.5)
-    return _linear(module.out, _joined(torch.stack(rows, dim=2)))
-
-
 class _OutputOfMixture(nn.Module):
     """A mixture of heads, its output alone."""
 
@@ -158,17 +75,20 @@ class _OutputOfMixture(nn.Module):
         super().__init__()
         self.mixture = mixture
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        output: Tensor = self.mixture(x, padding_mask=padding_mask).output
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        output: Tensor = self.mixture(x, context, padding_mask=padding_mask).output
         return output
 
 
-def _gates(mixture: MixtureOfHeads, x: Tensor, real: Tensor | None) -> Tensor:
-    """(b, n, h), token by token."""
+def gates_of(module: nn.Module, x: Tensor, real: Tensor | None) -> Tensor:
+    """Of a module with three learned routers, (b, n, h), token by token."""
+    mixture = cast(MixtureOfHeads, module)
     shared, active = mixture.shared, mixture.active
-    shares = _linear(cast(nn.Module, mixture.share), x).softmax(-1)
-    kinds = _linear(cast(nn.Module, mixture.kind), x).softmax(-1)
-    likely = _linear(cast(nn.Module, mixture.route), x).softmax(-1)
+    shares = linear(cast(nn.Module, mixture.share), x).softmax(-1)
+    kinds = linear(cast(nn.Module, mixture.kind), x).softmax(-1)
+    likely = linear(cast(nn.Module, mixture.route), x).softmax(-1)
     rows = []
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
@@ -189,18 +109,26 @@ def _gates(mixture: MixtureOfHeads, x: Tensor, real: Tensor | None) -> Tensor:
 def _mixture(module: nn.Module, inputs: Inputs) -> Tensor:
     mixture = cast(_OutputOfMixture, module).mixture
     x, real = inputs["x"], inputs.get("padding_mask")
-    query = _heads(mixture.query, x, mixture.head_dim)
-    key = _heads(mixture.key, x, mixture.head_dim)
-    value = _heads(mixture.value, x, mixture.head_dim)
+    context = inputs.get("context", x)
+    query = formula.heads_of(mixture.query, x, mixture.head_dim)
+    key = formula.heads_of(mixture.key, context, mixture.head_dim)
+    value = formula.heads_of(mixture.value, context, mixture.head_dim)
     mask = None if real is None else real[:, None, None]
     mixed = naive_attention(query, key, value, mask=mask, causal=mixture.causal)
-    gates = _gates(mixture, x, real).transpose(1, 2)[..., None]
-    return _linear(mixture.out, _joined(gates * mixed))
+    own = real if "context" not in inputs else None
+    gates = gates_of(mixture, x, own).transpose(1, 2)[..., None]
+    return linear(mixture.out, formula.joined(gates * mixed))
 
 
-def _built_mixture(
-    dropout: float, *, causal: bool, kv_heads: int, capacity: float | None = None
+def built_mixture(
+    dropout: float,
+    *,
+    causal: bool,
+    kv_heads: int,
+    context_dim: int | None = None,
+    capacity: float | None = None,
 ) -> nn.Module:
+    """A mixture whose gradients are all larger than rounding."""
     mixture = MixtureOfHeads(
         12,
         heads=6,
@@ -208,6 +136,7 @@ def _built_mixture(
         active=2,
         head_dim=4,
         kv_heads=kv_heads,
+        context_dim=context_dim,
         causal=causal,
         dropout=dropout,
         capacity=capacity,
@@ -224,9 +153,9 @@ def _complex(module: nn.Module, inputs: Inputs) -> Tensor:
     module = cast(ComplexAttention, module)
     x = inputs["x"]
     source, real = inputs.get("context", x), inputs.get("padding_mask")
-    query = _heads(module.query, x, module.head_dim)
-    key = _heads(module.key, source, module.head_dim)
-    value = _heads(module.value, source, module.head_dim)
+    query = formula.heads_of(module.query, x, module.head_dim)
+    key = formula.heads_of(module.key, source, module.head_dim)
+    value = formula.heads_of(module.value, source, module.head_dim)
     pairs = module.head_dim // 2
     frequency = 10000.0 ** (-2.0 * torch.arange(pairs) / module.head_dim).to(x.dtype)
     lengths = [(t[..., :pairs] ** 2 + t[..., pairs:] ** 2 + 1e-9).sqrt() for t in (query, key)]
@@ -249,7 +178,7 @@ def _complex(module: nn.Module, inputs: Inputs) -> Tensor:
         mask=None if real is None else real[:, None, None],
         causal=module.causal,
     )
-    return _linear(module.out, _joined(mixed))
+    return linear(module.out, formula.joined(mixed))
 
 
 def _convolved(conv: DepthwiseConv, heads: Tensor) -> Tensor:
@@ -277,7 +206,7 @@ def _relative_conv(module: nn.Module, inputs: Inputs) -> Tensor:
         (module.key, module.key_conv),
         (module.value, module.value_conv),
     ):
-        heads = _heads(layer, source, module.head_dim)
+        heads = formula.heads_of(layer, source, module.head_dim)
         if real is not None:
             heads = heads * real[:, None, :, None]
         rows.append(_convolved(conv, heads))
@@ -298,7 +227,7 @@ def _relative_conv(module: nn.Module, inputs: Inputs) -> Tensor:
         mask=None if real is None else real[:, None, None],
         causal=module.causal,
     )
-    return _linear(module.out, _joined(mixed))
+    return linear(module.out, formula.joined(mixed))
 
 
 def _built_relative_conv(dropout: float, *, causal: bool) -> nn.Module:
@@ -322,10 +251,10 @@ def _dynamic_mask(module: nn.Module, inputs: Inputs) -> Tensor:
     module = cast(DynamicMaskAttention, module)
     x = inputs["x"]
     source, real = inputs.get("context", x), inputs.get("padding_mask")
-    query = _rms(module.query_norm, _heads(module.query, x, module.head_dim))
-    key = _rms(module.key_norm, _heads(module.key, source, module.head_dim))
-    value = _heads(module.value, source, module.head_dim)
-    raised = (1 + _linear(module.score, _joined(value)).exp()).log() * module.strength
+    query = _rms(module.query_norm, formula.heads_of(module.query, x, module.head_dim))
+    key = _rms(module.key_norm, formula.heads_of(module.key, source, module.head_dim))
+    value = formula.heads_of(module.value, source, module.head_dim)
+    raised = (1 + linear(module.score, formula.joined(value)).exp()).log() * module.strength
     scores = (raised.exp() if module.form == "exp" else raised).transpose(1, 2)
     n, m = x.shape[1], source.shape[1]
     serves = module.heads // module.kv_heads
@@ -343,7 +272,7 @@ def _dynamic_mask(module: nn.Module, inputs: Inputs) -> Tensor:
                 kept[b, h, i, best] = True
     bias = scores.repeat_interleave(serves, dim=1)[:, :, None].expand(-1, -1, n, -1)
     mixed = naive_attention(query, key, value, mask=kept, bias=bias)
-    return _linear(module.out, _joined(mixed))
+    return linear(module.out, formula.joined(mixed))
 
 
 def _loud_padding(inputs: Inputs) -> Inputs:
@@ -355,7 +284,9 @@ def _tensor(module: nn.Module, inputs: Inputs) -> Tensor:
     module = cast(TensorAttention, module)
     x, real = inputs["x"], inputs.get("padding_mask")
     layers = (module.query, module.key1, module.key2, module.value1, module.value2)
-    query, key1, key2, value1, value2 = (_heads(layer, x, module.head_dim) for layer in layers)
+    query, key1, key2, value1, value2 = (
+        formula.heads_of(layer, x, module.head_dim) for layer in layers
+    )
     n = x.shape[1]
     rows = []
     for b in range(len(x)):
@@ -376,7 +307,7 @@ def _tensor(module: nn.Module, inputs: Inputs) -> Tensor:
                         parts.append(share * value1[b, h, j] * value2[b, h, k])
                 rows.append(torch.stack(parts).sum(0) / torch.stack(shares).sum())
     mixed = torch.stack(rows).reshape(query.shape)
-    return _linear(module.out, _joined(mixed))
+    return linear(module.out, formula.joined(mixed))
 
 
 _NO_DROPOUT = "the mechanism has no dropout: there are no weights to drop"
@@ -384,12 +315,15 @@ _NO_SOFTMAX = "the mechanism has no softmax; its site `probe` states effective w
 _PAIRS = "weights are of pairs of keys: there is no map of queries and keys"
 _ORDERED = "causality orders the tokens"
 
+_NEAR = Sizes(most=2050)
+"""Half of `max_distance`: the tables have no more rows for segment and memory together."""
+
 SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
     Mechanism(
         name="linear-cross",
         build=lambda dropout: LinearAttention(12, heads=3, context_dim=7),
         inputs=_with_context,
-        reference=_linear_cross,
+        reference=formula.linear_cross,
         exponent=1.0,
         unseen=(unseen_masked(("context",), "padding_mask", axis=1),),
         symmetries=(
@@ -416,7 +350,7 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
             chunk=4,
         ),
         inputs=_row,
-        reference=_linear_gated,
+        reference=formula.linear_decaying,
         exponent=1.0,
         unseen=(unseen_future("x", axis=1),),
         wrong=_WRONG_TOKENS,
@@ -431,7 +365,7 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         name="delta-rule-gated",
         build=lambda dropout: DeltaRuleAttention(12, heads=3, value_dim=5, gated=True, chunk=4),
         inputs=_row,
-        reference=_delta_gated,
+        reference=formula.delta_gated,
         exponent=1.0,
         unseen=(unseen_future("x", axis=1),),
         wrong=_WRONG_TOKENS,
@@ -446,7 +380,7 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
         name="delta-rule-padded",
         build=lambda dropout: DeltaRuleAttention(12, heads=3, value_dim=5, gated=True, chunk=4),
         inputs=_tokens,
-        reference=_delta_gated,
+        reference=formula.delta_gated,
         exponent=1.0,
         unseen=(
             unseen_future("x", axis=1),
@@ -462,7 +396,7 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         name="mixture-of-heads",
-        build=lambda dropout: _built_mixture(dropout, causal=False, kv_heads=3),
+        build=lambda dropout: built_mixture(dropout, causal=False, kv_heads=3),
         inputs=_tokens,
         reference=_mixture,
         exponent=2.0,
@@ -475,7 +409,7 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         name="mixture-of-heads-causal",
-        build=lambda dropout: _built_mixture(dropout, causal=True, kv_heads=6),
+        build=lambda dropout: built_mixture(dropout, causal=True, kv_heads=6),
         inputs=_row,
         reference=_mixture,
         exponent=2.0,
@@ -486,7 +420,7 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
     ),
     Mechanism(
         name="mixture-of-heads-capacity",
-        build=lambda dropout: _built_mixture(dropout, causal=True, kv_heads=3, capacity=1.2),
+        build=lambda dropout: built_mixture(dropout, causal=True, kv_heads=3, capacity=1.2),
         inputs=_row,
         reference=_mixture,
         exponent=2.0,
@@ -583,6 +517,8 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
             *_WRONG_TOKENS,
             (_spoilt("memory", lambda x: x[..., :-1]), "memory must be"),
         ),
+        dynamic={"x": {1: "n"}, "memory": {1: "s"}},
+        limits={"n": _NEAR, "s": _NEAR},
         excused={"symmetry": _ORDERED},
     ),
     Mechanism(
@@ -597,6 +533,8 @@ SEQUENCE_MECHANISMS: tuple[Mechanism, ...] = (
             Unseen(name="padding", change=_loud_padding, select=lambda out: out[:, :-_HIDDEN]),
         ),
         wrong=(*_WRONG_TOKENS, *_WRONG_MASK),
+        dynamic={"x": {1: "n"}, "padding_mask": {1: "n"}},
+        limits={"n": _NEAR},
         excused={"symmetry": "every offset has scores of its own"},
     ),
     Mechanism(

@@ -18,6 +18,7 @@ from heed_core.attention.enhanced_linear import (
     EnhancedLinearAttention,
     EnhancedLinearBlock,
     LocalConcentration,
+    LocalWindowBlock,
 )
 from heed_core.attention.gaussian import DensityAttention, GaussianAttention
 from heed_core.attention.multi_axis import MultiAxisAttention, PartitionAttention, PartitionBlock
@@ -299,6 +300,26 @@ def enhanced_block(module: nn.Module, inputs: Inputs) -> Tensor:
     normed = layer_norm(module.attention_norm, x).flatten(1, 2)
     x = x + enhanced_linear(module.attention, {"x": normed}).view(x.shape)
     x = x + local_concentration(module.local, layer_norm(module.local_norm, x))
+    hidden = gelu(linear(module.expand, layer_norm(module.feed_norm, x)))
+    return x + linear(module.contract, hidden)
+
+
+def local_window(module: nn.Module, inputs: Inputs) -> Tensor:
+    """The local block of L2ViT; what fills windows up takes part."""
+    module = cast(LocalWindowBlock, module)
+    x = inputs["x"] + depthwise(module.positions, inputs["x"])
+    normed = layer_norm(module.attention_norm, x)
+    high, wide = x.shape[1:3]
+    rows, columns = module.size
+    filled = normed.new_zeros(
+        len(x),
+        (high + rows - 1) // rows * rows,
+        (wide + columns - 1) // columns * columns,
+        module.dim,
+    )
+    filled[:, :high, :wide] = normed
+    x = x + partitioned(module.attention, {"x": filled})[:, :high, :wide]
+    x = x + depthwise(module.later_positions, x)
     hidden = gelu(linear(module.expand, layer_norm(module.feed_norm, x)))
     return x + linear(module.contract, hidden)
 

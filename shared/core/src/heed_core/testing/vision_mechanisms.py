@@ -16,6 +16,7 @@ from heed_core.attention.bilevel import BilevelAttention, LepeAttention
 from heed_core.attention.enhanced_linear import (
     EnhancedLinearAttention,
     EnhancedLinearBlock,
+    LocalWindowBlock,
 )
 from heed_core.attention.gaussian import DensityAttention, GaussianAttention
 from heed_core.attention.multi_axis import MultiAxisAttention, PartitionAttention
@@ -28,6 +29,7 @@ from heed_core.testing import vision_formulas as formula
 from heed_core.testing.conformance import (
     Inputs,
     Mechanism,
+    Sizes,
     Symmetry,
     Unseen,
     flip,
@@ -199,7 +201,8 @@ _WRONG_MASK = (
     (_spoilt("mask", lambda x: x.float()), "mask must be boolean"),
 )
 _UNEVEN = (_spoilt("x", lambda x: x[:, 1:]), "spatial axis 0 must be a multiple of 2")
-# Divisibility of a symbolic size would be a guard: export is tested with fixed sizes there.
+_WHOLE = {"h": Sizes(multiple_of=2), "w": Sizes(multiple_of=3)}
+"""Divisibility is stated to the exporter: of a free size it would be a guard."""
 
 VISION_MECHANISMS: tuple[Mechanism, ...] = (
     Mechanism(
@@ -269,6 +272,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         unseen=(Unseen(name="masked", change=_loud_hidden_cells, select=_without_hidden_cell),),
         symmetries=(_moved("shift by whole windows", _moved_windows),),
         wrong=(*_WRONG_GRID, *_WRONG_MASK, _UNEVEN),
+        dynamic={"x": _GRID_AXES, "mask": _GRID_AXES},
+        limits=_WHOLE,
     ),
     Mechanism(
         name="partition-grid",
@@ -284,6 +289,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         unseen=(Unseen(name="masked", change=_loud_hidden_cells, select=_without_hidden_cell),),
         symmetries=(_moved("shift of all offsets", _moved_offsets),),
         wrong=(*_WRONG_GRID, *_WRONG_MASK, _UNEVEN),
+        dynamic={"x": _GRID_AXES, "mask": _GRID_AXES},
+        limits=_WHOLE,
     ),
     Mechanism(
         name="multi-axis",
@@ -297,6 +304,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         costly_sizes=(64, 128),
         wrong=(*_WRONG_GRID, _UNEVEN),
+        dynamic={"x": _GRID_AXES},
+        limits=_WHOLE,
         excused={
             "unseen": "no mask is given here; see partition-block",
             "symmetry": "shifting windows reorders the grids, and the bias tells their cells apart",
@@ -315,7 +324,10 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         costly_sizes=(128, 256),
         unseen=(Unseen(name="masked", change=_loud_hidden_cells, select=_without_hidden_cell),),
         wrong=(*_WRONG_GRID, *_WRONG_MASK),
-        excused={"symmetry": "a convolution with zeros around tells cells apart"},
+        excused={
+            "symmetry": "a convolution with zeros around tells cells apart",
+            "exported-size": "padding depends on the size; see bilevel-plain",
+        },
     ),
     Mechanism(
         name="bilevel-plain",
@@ -340,6 +352,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
             flip(("x",), 2),
         ),
         wrong=_WRONG_GRID,
+        dynamic={"x": _GRID_AXES},
+        limits=_WHOLE,
         excused={"unseen": "no mask is given here; see bilevel-uneven"},
     ),
     Mechanism(
@@ -397,6 +411,24 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         },
     ),
     Mechanism(
+        name="local-window-block",
+        build=lambda dropout: _fixed_key_biases(
+            LocalWindowBlock(8, heads=2, size=(2, 3), hidden=12, dropout=dropout)
+        ),
+        inputs=_grid,
+        reference=formula.local_window,
+        size=3,
+        tokens=_cells,
+        exponent=1.0,
+        costly_sizes=(64, 128),
+        wrong=_WRONG_GRID,
+        excused={
+            "unseen": "convolutions see every cell",
+            "symmetry": "convolutions with zeros around tell cells apart",
+            "exported-size": "padding depends on the size",
+        },
+    ),
+    Mechanism(
         name="spectral-gate",
         build=lambda dropout: SpectralGate(4, grid=(3, 4)),
         inputs=lambda batch, size: {"x": torch.randn(batch, 3, 4, 4)},
@@ -412,6 +444,7 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
             "eval-deterministic": _NO_DROPOUT,
             "observe": _NO_SOFTMAX,
             "cost": "the grid is part of the weights, and transforms are not counted",
+            "exported-size": "the grid is part of the weights",
         },
     ),
     Mechanism(
@@ -452,6 +485,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
                 on_output=_turned_layers,
             ),
         ),
+        dynamic={"x": {1: "n"}},
+        limits={"n": Sizes(multiple_of=2)},
         excused={
             "unseen": _NO_MASK,
             "eval-deterministic": _NO_DROPOUT,
@@ -470,6 +505,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         costly_sizes=(64, 128),
         symmetries=(_moved("shift by whole blocks", _moved_windows),),
         wrong=(*_WRONG_GRID, _UNEVEN),
+        dynamic={"x": _GRID_AXES},
+        limits=_WHOLE,
         excused={"unseen": _NO_MASK, "observe": _NO_WEIGHTS},
     ),
     Mechanism(
@@ -482,6 +519,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
         exponent=1.0,
         costly_sizes=(64, 128),
         wrong=(*_WRONG_GRID, _UNEVEN),
+        dynamic={"x": _GRID_AXES},
+        limits=_WHOLE,
         excused={
             "unseen": _NO_MASK,
             "symmetry": "shifting blocks reorders grids, whose places have their own weights",
@@ -502,6 +541,8 @@ VISION_MECHANISMS: tuple[Mechanism, ...] = (
             (_spoilt("y", lambda y: y[..., 1:]), "y must be (batch 2, 2 spatial axes, 5)"),
             (_spoilt("y", lambda y: y[:, 1:]), "y must cover"),
         ),
+        dynamic={"x": _GRID_AXES, "y": _GRID_AXES},
+        limits=_WHOLE,
         excused={
             "unseen": _NO_MASK,
             "symmetry": "shifting blocks reorders grids, whose places have their own weights",

@@ -156,6 +156,7 @@ VISION_SPARSE_MECHANISMS: tuple[Mechanism, ...] = (
         excused={
             "symmetry": "the predictor has weights for each token",
             "cost": "the number of tokens is part of the weights",
+            "exported-size": "the number of tokens is part of the weights",
         },
     ),
     Mechanism(
@@ -175,6 +176,7 @@ VISION_SPARSE_MECHANISMS: tuple[Mechanism, ...] = (
             (_spoilt("value", lambda x: x[:, 1:]), "value must be"),
             (_spoilt("context", lambda x: x[:, 1:]), "context must be (batch, 3, H, W)"),
         ),
+        dynamic={name: {2: "h", 3: "w"} for name in ("x", "context", "value")},
         excused={
             "unseen": "every place sees the whole context",
             "symmetry": "regions and offsets have weights of their own",
