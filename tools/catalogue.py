@@ -15,27 +15,45 @@ CORE = Path(__file__).parents[1] / "shared" / "core"
 FOLDER = CORE / "src" / "heed_core" / "attention"
 PAGE = CORE / "MECHANISMS.md"
 MEASURED = CORE / "measured"
+BESIDE = ("context_parallel", "head_parallel")
+"""Files of `heed_core` that share attention among processes."""
+GROWS = {
+    "tokens": "at 512 channels and 8 heads, in tokens",
+    "maps": "at 64 channels, in cells along a side",
+}
 PREFACE = """\
 # The mechanisms of heed_core
 
 Written by `tools/docs` from the code: one file of `heed_core/attention` each, in the words of its
 docstring. "Checked as" names the rows of the conformance suite (`heed_core.testing`): equality with
 a float64 reference in outputs and gradients, masks, causality, symmetry, half precision, compile,
-export, cost. Growth is the exponent of the number of tokens in the counted operations. What a row
-cannot keep is named with its reason.
+export, cost. Patterns are those of modules of tokens: to themselves (self) or to a context (cross),
+causal or not. Growth is the exponent of the number of tokens in the counted operations. What a row
+cannot keep is named with its reason. The last two files share attention among processes.
 """
 
 
 def page() -> str:
     """The whole page."""
     files = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("__init__",))
+    files += [FOLDER.parent / f"{name}.py" for name in BESIDE]
     checked = by_module()
-    parts = [PREFACE, "| file | what it is | paper | growth |", "|---|---|---|---|"]
+    parts = [
+        PREFACE,
+        "| file | what it is | paper | patterns | growth |",
+        "|---|---|---|---|---|",
+    ]
     texts = {path.stem: docstring(path) for path in files}
     for name, text in texts.items():
         rows = checked.get(name, [])
         growth = sorted({f"N^{row.exponent:g}" for row in rows if "cost" not in row.excused})
-        cells = [f"[`{name}`](#{name})", title(text), ", ".join(papers(text)), ", ".join(growth)]
+        cells = [
+            f"[`{name}`](#{name})",
+            title(text),
+            ", ".join(papers(text)),
+            ", ".join(patterns(name)),
+            ", ".join(growth),
+        ]
         parts.append("| " + " | ".join(cells) + " |")
     if measured := measurements():
         parts += ["", measured]
@@ -80,14 +98,25 @@ def home_of(module: nn.Module) -> str | None:
     return None
 
 
-def facts(name: str, rows: list[Mechanism]) -> list[str]:
-    """What the file offers, and how it is checked."""
-    module = importlib.import_module(f"heed_core.attention.{name}")
-    own = [
+def offered(name: str) -> list[object]:
+    """The public modules and functions of a file."""
+    folder = "heed_core" if name in BESIDE else "heed_core.attention"
+    module = importlib.import_module(f"{folder}.{name}")
+    return [
         item
         for key, item in vars(module).items()
         if not key.startswith("_") and getattr(item, "__module__", "") == module.__name__
     ]
+
+
+def patterns(name: str) -> list[str]:
+    """What the modules of a file that take tokens can be: causal or not, to themselves or not."""
+    return sorted({p for item in offered(name) for p in getattr(item, "patterns", ())})
+
+
+def facts(name: str, rows: list[Mechanism]) -> list[str]:
+    """What the file offers, and how it is checked."""
+    own = offered(name)
     modules = [x.__name__ for x in own if isinstance(x, type) and issubclass(x, nn.Module)]
     functions = [x.__name__ for x in own if callable(x) and not isinstance(x, type)]
     lines = []
@@ -116,26 +145,30 @@ def measurements() -> str:
         f"`tools/bench attention --write shared/core/measured`, {found['date']}, "
         f"{found['machine']}, torch {found['torch']}, float32, medians of {found['rounds']} "
         "rounds; `scaled_dot_product_attention` of torch on (1, 8, 1024, 64) took "
-        f"{found['sdpa_ms']} ms. A ratio is the time over that of ours in the same round.",
+        f"{found['sdpa_ms']} ms. A ratio is the time over that of ours in the same round; +- is "
+        "the range of the middle half; error is the largest of ours beside the same module in "
+        "float64, over the largest value.",
         "",
-        "| mechanism | input | what | who | ms | ratio | peak MiB |",
-        "|---|---|---|---|---|---|---|",
+        "| mechanism | input | what | who | ms | +- | ratio | peak MiB | error |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["cases"]:
         shape = " x ".join(map(str, row["shape"]))
         lines.append(
             f"| {row['mechanism']} | {shape} | {row['what']} | {row['name']} | {row['ms']:.2f} "
-            f"| {row['ratio']:.2f} | {row['peak_mib']:.1f} |"
+            f"| {row['iqr_ms']:.2f} | {row['ratio']:.2f} | {row['peak_mib']:.1f} "
+            f"| {'' if row['error'] is None else row['error']} |"
         )
-    faster = ", ".join(
-        f"{name} {'from ' + str(n) if n else 'not up to the longest measured'}"
-        for name, n in found["faster_from"].items()
-    )
-    lines += [
-        "",
-        f"Faster than exact attention at 512 channels and 8 heads, forward, in tokens: {faster}.",
-        "",
-        "![time against the length](measured/attention_time.png)",
-        "![peak memory against the length](measured/attention_memory.png)",
-    ]
+    lines.append("")
+    for family, sizes in found["faster_from"].items():
+        faster = ", ".join(
+            f"{name} {'from ' + str(n) if n else 'not up to the largest measured'}"
+            for name, n in sizes.items()
+        )
+        lines += [f"Faster than exact attention, forward, {GROWS[family]}: {faster}.", ""]
+    for family in found["faster_from"]:
+        lines += [
+            f"![time of {family}](measured/{family}_time.png)",
+            f"![peak memory of {family}](measured/{family}_memory.png)",
+        ]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The recipe of ACMIL: every verb on its sample, on real bags, and on what users get wrong."""
 
+import csv
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from heed_medical.acmil import AcmilConfig, BagClassifier
+from heed_medical.acmil.network import BagOutput
 from heed_medical.acmil.weights import official_name
 from heed_medical_cli import APP
 from heed_medical_cli.acmil import RECIPE, AcmilSettings, AcmilTraining, small
@@ -110,6 +112,36 @@ def test_evaluate_reports_scores_with_intervals(run: Path, data: Path):
     assert found["n"] == 4
     assert set(found["metrics"]) >= {"accuracy", "balanced_accuracy", "f1", "auc"}
     assert (run / "evaluation" / "test" / "roc.png").stat().st_size > 0
+
+
+def test_evaluate_draws_how_concentrated_the_attention_is(
+    run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The four slides have 28 to 31 patches; of each the first holds half of the attention."""
+
+    def weights(output: BagOutput) -> torch.Tensor:
+        assert output.scores is not None
+        even = torch.full_like(output.scores, 0.5 / (output.scores.shape[-1] - 1))
+        return even.index_fill(-1, torch.tensor([0]), 0.5)
+
+    monkeypatch.setattr(BagOutput, "weights", property(weights))
+    found = call(APP, "evaluate", run, "--data", data, "--split", "test")
+    folder = run / "evaluation" / "test"
+    with (folder / "concentration.csv").open() as stream:
+        rows = {int(row["most attended patches"]): row for row in csv.DictReader(stream)}
+    assert list(rows) == [1, 2, 5, 10, 20, 50]
+    for count, row in rows.items():
+        sizes = np.array([28, 29, 30, 31])
+        wanted = np.minimum(0.5 + 0.5 * (count - 1) / (sizes - 1), 1)
+        assert float(row["mean share"]) == pytest.approx(wanted.mean())
+        assert float(row["low quartile"]) == pytest.approx(np.quantile(wanted, 0.25))
+        assert float(row["high quartile"]) == pytest.approx(np.quantile(wanted, 0.75))
+        assert float(row["even attention"]) == pytest.approx(np.minimum(count / sizes, 1).mean())
+    assert found["metrics"]["top10_attention"] == pytest.approx(float(rows[10]["mean share"]))
+    with (folder / "cases.csv").open() as stream:
+        shares = [float(row["top1_attention"]) for row in csv.DictReader(stream)]
+    assert shares == pytest.approx([0.5] * 4)
+    assert (folder / "concentration.png").stat().st_size > 0
 
 
 def broken(data: Path, root: Path, fault: str) -> Path:
@@ -300,6 +332,45 @@ def test_features_of_tiles_are_trained_on(tmp_path: Path):
     call(APP, "train", "acmil", "--data", bags, "--out", tmp_path / "run", *QUICK)
     call(APP, "explain", tmp_path / "run", bags / "h5_files" / "s3.h5", "--out", tmp_path / "seen")
     assert (tmp_path / "seen" / "s3_heatmap.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "wsi").is_dir(), reason="the real slides are not here")
+def test_a_real_slide_becomes_features_a_heatmap_and_geojson(tmp_path: Path):
+    """Two slides, each a class of its own that every split holds a copy of."""
+    sizes = {"cmu-1-small-region": (2220, 2967), "tcga-cr-7395-01a-01-ts1": (4443, 3567)}
+    slides, bags, run = DATA / "wsi", tmp_path / "bags", tmp_path / "run"
+    words = ("features", slides, "--encoder", "resnet10t", "--out", bags)
+    found = call(APP, *words, "--tiling.tile", 224)
+    patches = {row["slide"]: row["patches"] for row in found["slides"]}
+    assert set(patches) == set(sizes)
+    rows = ["slide_id,label,split"]
+    for copy, split in enumerate(("train", "train", "val", "test")):
+        for label, name in enumerate(sizes):
+            shutil.copy(bags / "h5_files" / f"{name}.h5", bags / "h5_files" / f"{name}_{copy}.h5")
+            rows.append(f"{name}_{copy},{('region', 'section')[label]},{split}")
+    for name in sizes:
+        (bags / "h5_files" / f"{name}.h5").rename(tmp_path / f"{name}.h5")
+    (bags / "labels.csv").write_text("\n".join(rows) + "\n")
+    steps = ("--trainer.max-steps", "20", "--trainer.batch", "2", "--device", "cpu")
+    call(APP, "train", "acmil", "--data", bags, "--out", run, "--data.standardise", *steps)
+    assert call(APP, "evaluate", run)["metrics"]["accuracy"] == 1.0
+    inputs = [tmp_path / f"{name}.h5" for name in sizes]
+    call(APP, "predict", run, *inputs, "--out", tmp_path / "said")
+    call(APP, "explain", run, *inputs, "--out", tmp_path / "seen", "--data.thumbnails", slides)
+    for name, (width, height) in sizes.items():
+        with Image.open(tmp_path / "seen" / f"{name}_heatmap.png") as picture:
+            assert min(picture.size) > 300
+        with np.load(tmp_path / "seen" / f"{name}.npz") as arrays:
+            assert arrays["attention"].shape == (patches[name],)
+            assert (arrays["coords"] >= 0).all()
+            assert (arrays["coords"] + 224 <= (width, height)).all()
+        document = json.loads((tmp_path / "said" / f"{name}.geojson").read_text())
+        corners = np.array([f["geometry"]["coordinates"][0] for f in document["features"]])
+        assert len(corners) == patches[name]
+        assert (corners.min((0, 1)) >= 0).all()
+        assert (corners.max((0, 1)) <= (width, height)).all()
+        np.testing.assert_array_equal(np.ptp(corners, axis=1), 224)
 
 
 def trained_auc(kind: str, data: Path, out: Path, *flags: object) -> dict[str, float]:

@@ -434,7 +434,37 @@ def test_an_empty_report_is_learnt_and_told(copied: Callable[[str], Path], tmp_p
     assert code == 0
     for name in ("train0000", "train0001"):
         assert f"report of {name} is empty" in " ".join((out + err).split())
-    assert spoken(APP, *train("ivgn", data, tmp_path / "run"))[0] == 0
+    code, _, err = spoken(APP, *train("ivgn", data, tmp_path / "run"))
+    assert code == 0
+    told = "an empty report in 2 of 8 studies (train0000, train0001): a lone full stop stands"
+    assert err.count(told) == 1
+    assert err.count("an empty report") == 1
+
+
+def test_a_lone_picture_is_repeated_and_told_by_every_verb(
+    copied: Callable[[str], Path], tmp_path: Path
+):
+    data, run = copied("ivgn"), tmp_path / "run"
+    content = json.loads((data / "annotation.json").read_text())
+    lone = [content["train"][2], *content["val"], content["test"][0]]
+    for study in lone:
+        study["image_path"] = study["image_path"][:1]
+    (data / "annotation.json").write_text(json.dumps(content))
+    picture = data / "images" / "test0000" / "0.png"
+    said = "fewer than 2 pictures in {} ({}): the last one is repeated"
+    code, _, err = spoken(APP, *train("ivgn", data, run))
+    assert code == 0, err
+    assert err.count(f"{data}, train: " + said.format("1 of 8 studies", "train0002")) == 1
+    assert f"{data}, val: fewer than 2 pictures in 2 of 2 studies" in err
+    once = f"{data}, test: " + said.format("1 of 2 studies", "test0000")
+    assert spoken(APP, "evaluate", run, "--device", "cpu")[2].count(once) == 1
+    once = "inputs: " + said.format("1 of 1 studies", "0")
+    for verb in ("predict", "explain"):
+        words = (verb, run, picture, "--out", tmp_path / verb, "--device", "cpu")
+        code, _, err = spoken(APP, *words)
+        assert (code, err.count(once)) == (0, 1), err
+        words = (verb, run, picture.parent, "--out", tmp_path / verb / "both", "--device", "cpu")
+        assert "fewer than" not in spoken(APP, *words)[2]
 
 
 def test_pictures_and_studies_of_one_name_are_told_apart(made: Path, tmp_path: Path):

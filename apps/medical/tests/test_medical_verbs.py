@@ -30,7 +30,7 @@ from heed_medical.more.settings import CHEXPERT
 from heed_medical_cli import APP
 from heed_runtime.arguments import parse
 from heed_runtime.run import Run
-from heed_runtime.testing.contract import call, refusal
+from heed_runtime.testing.contract import call, refusal, spoken
 
 # convert
 
@@ -127,6 +127,16 @@ def test_every_system_tells_what_it_is(system: str):
     found = call(APP, "info", system)
     assert found["system"] == system
     assert found["model"]["parameters"] > 0
+
+
+@pytest.mark.parametrize("system", APP.systems)
+def test_every_system_says_that_it_is_no_device_and_whether_it_is_rebuilt(system: str):
+    code, out, _ = spoken(APP, "train", system, "--help")
+    told = " ".join(out.split())
+    assert code == 0
+    assert "research use only: not a medical device" in told
+    rebuilt = system in ("medusa", "medusa-body", "medusa-findings", "ivgn")
+    assert ("is a reconstruction" in told) == rebuilt
 
 
 @pytest.mark.parametrize("kind", ["acmil-mha", "gated", "abmil", "mha"])

@@ -28,6 +28,7 @@ from heed_medical_cli.medusa import (
     MedusaTraining,
     predictions_of,
 )
+from heed_runtime.data import Data
 from heed_runtime.draws import Batches, Draws
 from heed_runtime.testing.contract import call, refusal, spoken
 
@@ -180,6 +181,26 @@ def test_a_batch_of_positive_balance_holds_no_picture_twice(tmp_path: Path):
         names = [file.name for lot in lots for file in lot.files]
         assert len(names) == len(set(names))
         assert [lot.files[0].label for lot in lots] == ["negative", "positive"] * 4
+
+
+def test_batches_shrink_to_the_positives_and_stay_even(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    write_chests(tmp_path, train=40, test=2, side=32)
+    path = tmp_path / "train_COVIDx_phantom.txt"
+    rows = path.read_text().splitlines()
+    few = [row for row in rows if "positive" in row][:4]  # one is for validation
+    path.write_text("\n".join([row for row in rows if "negative" in row] + few) + "\n")
+    data = replace(SETTINGS.data, balance="positive", val_share=0.02)
+    trainer = replace(SETTINGS.trainer, batch=5)
+    settings = replace(SETTINGS, data=data, trainer=trainer)
+    found = [
+        batch["label"].tolist()
+        for batch in Data(RECIPE, settings, root=tmp_path).train_dataloader()
+    ]
+    assert len(found) > 1
+    assert all(labels == [0, 1] * 3 for labels in found)
+    assert "3 groups of training samples that share no batch, fewer than batch=5" in caplog.text
 
 
 def test_attention_none_has_no_maps_but_evidence(made: Path):

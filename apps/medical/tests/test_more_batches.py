@@ -1,5 +1,8 @@
 """Which studies MoRE puts into a batch: one of a subject, unless that is not wanted."""
 
+import csv
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +11,13 @@ import pytest
 from PIL import Image
 
 from heed_core.errors import InputError
+from heed_medical_cli import APP
 from heed_medical_cli.more import RECIPE, MoreRecipe, MoreSettings, small
 from heed_medical_cli.more_findings import RECIPE as FINDINGS
 from heed_medical_cli.more_findings import MoreFindingsRecipe
 from heed_runtime.data import Data
 from heed_runtime.settings import TrainerSettings
+from heed_runtime.testing.contract import refusal
 
 SUBJECTS = ("a", "a", "a", "b", "b", "b", "c", "c", "d", "", "", "")
 """Of the training studies; empty: not named."""
@@ -101,3 +106,27 @@ def test_one_subject_alone_is_refused_and_can_be_allowed(tmp_path: Path):
     with pytest.raises(InputError, match=r"one subject alone.*no-one-per-subject"):
         RECIPE.train_data(settings(root), root)
     assert len(subjects_of_batches(settings(root, one_per_subject=False), root)) == 3
+
+
+@pytest.mark.parametrize("system", ["more", "more-findings"])
+def test_a_batch_of_one_has_no_spread_and_is_refused(system: str, tmp_path: Path):
+    root = write(tmp_path, SUBJECTS)
+    words = ("train", system, "--data", root, "--out", tmp_path / "run")
+    assert "trainer.batch must be at least 2, got 1" in refusal(APP, *words, "--trainer.batch", 1)
+
+
+@pytest.mark.slow
+def test_a_batch_of_two_may_be_shared_by_two_processes(tmp_path: Path):
+    """Each has one row; batch normalisation sees both."""
+    root = write(tmp_path, SUBJECTS)
+    words = ("train", "more", "--data", root, "--out", tmp_path / "run", "--device", "cpu")
+    tiny = ("--model.tower.depth", 1, "--model.text.depth", 1, "--trainer.max-steps", 2)
+    start = Path(sys.executable).with_name("heed-medical")
+    shared = ("--trainer.batch", 2, "--trainer.devices", 2)
+    command = [str(start), *map(str, (*words, *tiny, *shared))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "run" / "metrics.csv").open() as stream:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(stream)]
+    assert np.isfinite(losses).all()
+    assert max(losses) > 0

@@ -15,7 +15,13 @@ from heed_medical.bags.bag import BagFile, patch_side
 from heed_medical.bags.checking import check_data
 from heed_medical.bags.data import BagSet, pad_bags, plan_data, thin_out
 from heed_medical.bags.files import read_bag, read_table
-from heed_medical.bags.listing import find_bags, find_inputs, list_bags
+from heed_medical.bags.listing import (
+    broken_rows,
+    find_bags,
+    find_inputs,
+    known_bags,
+    list_bags,
+)
 from heed_medical.bags.settings import BagData
 from heed_medical.bags.splits import patients_in_several_splits, read_splits
 
@@ -301,6 +307,31 @@ def test_check_lists_every_problem(tmp_path: Path):
     assert find_bags(tmp_path, skipping, "train")
 
 
+def test_every_broken_row_of_labels_is_told_and_may_be_skipped(tmp_path: Path):
+    clam(tmp_path)
+    with (tmp_path / "labels.csv").open("a") as stream:
+        stream.write("p0,s00,tumor\np1,s03,tumor\np9,s04,\np9,s05,tumor,x\np9,,normal\n")
+    told = "\n".join(check_data(BagData(), tmp_path).problems)
+    for said in (
+        "row 22: lists slide 's00' twice, as in row 2",
+        "row 23: lists slide 's03' twice, with other values than in row 5",
+        "row 24: has no label",
+        "row 25: has another number of fields",
+        "row 26: has no slide_id",
+    ):
+        assert said in told
+    with pytest.raises(InputError, match="row 25: has another number of fields"):
+        plan_data(BagData(), tmp_path)
+    data = plan_data(BagData(on_error="skip"), tmp_path)
+    splits = ("train", "val", "test")
+    found = {f.name: f.label for split in splits for f in find_bags(tmp_path, data, split)}
+    assert (found["s00"], found["s04"], len(found)) == ("tumor", "tumor", 19)
+    assert "s03" not in found  # nobody knows which of its labels is right
+    assert len(broken_rows(tmp_path, data)) == 5
+    with pytest.raises(InputError, match=r"row 25: has another .*and 4 more such rows"):
+        known_bags(tmp_path, data)
+
+
 def test_labels_that_look_like_one_class_are_refused(tmp_path: Path):
     rows = [f"s{number},{label}\n" for number, label in enumerate(("0", "1", "0.0", "1.0"))]
     for number in range(4):
@@ -410,7 +441,7 @@ def test_a_blank_in_json_lines_is_a_blank(tmp_path: Path):
     assert {file.patient for file in list_bags(tmp_path, BagData()).files} == {None}
     table.write_text(table.read_text().replace('"label": 1', '"label": null'))
     with pytest.raises(InputError, match=r"labels\.jsonl, row 3: has no label"):
-        list_bags(tmp_path, BagData())
+        plan_data(BagData(), tmp_path)
 
 
 def test_labels_of_other_slides_are_not_called_missing(tmp_path: Path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from heed_core.errors import InputError
-from heed_medical.ecg.ptbxl import ptbxl_records
+from heed_medical.ecg.ptbxl import list_ptbxl, ptbxl_records
 from heed_medical.ecg.reading import LEADS, Ecg, lead_name, read_ecg
 from heed_medical.ecg.signals import cut, prepare_ecg
 from heed_medical.ecg.writing import write_record
@@ -203,3 +203,18 @@ def test_broken_ptbxl(tmp_path: Path):
         table.write_text((head + row).replace(old, new))
         with pytest.raises(InputError, match=match):
             list(ptbxl_records(tmp_path))
+    bad = [
+        row.replace(",3,", ",11,").strip(),
+        row.replace("{'NORM': 100.0}", "{'NORM'").strip(),
+        "2,3.0,cut off",
+        row.replace("records100/a", "").strip(),
+    ]
+    table.write_text(head + row + "\n".join(bad) + "\n")
+    listing = list_ptbxl(tmp_path)
+    assert [record.place for record in listing.records] == [f"{table}, row 2"]
+    told = "\n".join(listing.problems)
+    for said in ("row 3: has strat_fold '11'", "row 4: has scp_codes", "row 5: has another number"):
+        assert f"{table}, {said}" in told
+    assert "row 6: has no filename_lr" in told
+    with pytest.raises(InputError, match="row 5: has another number of fields"):
+        list(ptbxl_records(tmp_path))

@@ -1,6 +1,5 @@
 """Identities of MoRE's parts: dropped keys, losses, text, retrieval, maps, studies."""
 
-import json
 import math
 import os
 import subprocess
@@ -13,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from heed_core import observe
 from heed_core.errors import InputError
 from heed_medical.more import (
     More,
     MoreClassifier,
+    MoreConfig,
     TextConfig,
     TextTower,
     TowerConfig,
@@ -70,6 +71,54 @@ def test_share_of_dropped_keys():
     off = ~torch.eye(50, dtype=torch.bool)
     assert (~kept[:, :, off]).float().mean().item() == pytest.approx(0.3, abs=0.003)
     assert kept.diagonal(dim1=2, dim2=3).all()
+
+
+def test_no_dropping_changes_nothing():
+    assert kept_keys((2, 3, 5, 5), 0.0).all()
+    torch.manual_seed(0)
+    config = TowerConfig(dim=16, depth=2, heads=2, hidden=32, key_drop=0.0)
+    tower = Tower(config, ImageStem(16, patch=4), tokens=4)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(tower.train()(x), tower.eval()(x))
+
+
+def tower_of_three(share: float, **sizes: object) -> Tower:
+    """A tower of 3 tokens and the class token."""
+    config = TowerConfig(dim=16, heads=2, hidden=32, key_drop=share, **sizes)  # type: ignore[arg-type]
+    return Tower(config, ImageStem(16, patch=4), tokens=3)
+
+
+def test_rows_of_attention_sum_to_one_however_many_keys_are_dropped():
+    torch.manual_seed(0)
+    tower = tower_of_three(0.99, depth=2, schedule="constant").train()
+    with observe(tower, keep="all") as record:
+        tower(torch.randn(50, 3, 4, 12))
+    assert len(list(record)) == 2
+    for name in record:
+        weights = record.calls(name)[0]
+        assert weights.shape == (50, 2, 4, 4)
+        assert torch.allclose(weights.sum(dim=-1), torch.ones(50, 2, 4), atol=1e-6)
+        assert (weights == 0).float().mean() > 0.7
+
+
+def test_each_block_drops_its_share_of_keys():
+    torch.manual_seed(0)
+    tower = tower_of_three(0.3, depth=4).train()
+    with observe(tower, keep="all") as record:
+        tower(torch.randn(2000, 3, 4, 12))
+    off = ~torch.eye(4, dtype=torch.bool)
+    shares = [(record.calls(name)[0][..., off] == 0).float().mean().item() for name in record]
+    assert shares == pytest.approx([0.3, 0.2, 0.1, 0.0], abs=0.006)
+
+
+@pytest.mark.parametrize(("given", "used"), [(0.001, 0.005), (0.02, 0.02), (3.0, 0.5)])
+def test_the_temperature_stays_in_its_range(given: float, used: float):
+    with torch.device("meta"):
+        model = More(small_config())
+    model.log_temperature = torch.nn.Parameter(torch.tensor(math.log(given)))
+    assert model.temperature.item() == pytest.approx(used, rel=1e-5)
+    with pytest.raises(ValueError, match=r"temperature must be in \[0.005, 0.5\], got 0.6"):
+        MoreConfig(temperature=0.6)
 
 
 def test_tower_drops_keys_in_training_only():
@@ -177,7 +226,7 @@ def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path: Path):
 def test_adapters_change_nothing_at_first():
     torch.manual_seed(0)
     tower = TextTower(TINY_TEXT).eval()
-    ids, mask = tower.tokens([("clear lungs", "sinus rhythm"), ("edema", "")])
+    ids, mask, _ = tower.tokens([("clear lungs", "sinus rhythm"), ("edema", "")])
     before = tower(ids, mask)
     adapters = [p for n, p in tower.named_parameters() if "lora_" in n]
     assert len(adapters) == 8
@@ -193,7 +242,7 @@ def test_adapters_change_nothing_at_first():
 def test_padding_does_not_count():
     torch.manual_seed(0)
     tower = TextTower(TINY_TEXT).eval()
-    ids, mask = tower.tokens([("edema", "")])
+    ids, mask, _ = tower.tokens([("edema", "")])
     padded = torch.nn.functional.pad(ids, (0, 40), value=1)
     wide = torch.nn.functional.pad(mask, (0, 40))
     assert torch.allclose(tower(ids, mask), tower(padded, wide), atol=1e-5)
@@ -274,6 +323,11 @@ def test_index_on_disk(tmp_path: Path):
     every = vectors["xray"][:2] @ vectors["text"].T
     assert np.array_equal(rows, np.argsort(-every, axis=1)[:, :3])
     assert np.allclose(cosines, -np.sort(-every, axis=1)[:, :3])
+    index.save(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert set(arrays.files) == {"xray", "xray_names", "text", "text_names"}
+        assert np.array_equal(arrays["text"], vectors["text"])
+        assert arrays["text_names"].tolist() == names["text"]
     (tmp_path / "b").mkdir()
     np.savez(tmp_path / "b" / "one.npz", xray=vectors["xray"][0])
     assert EmbeddingIndex.load(tmp_path / "b").names == {"xray": ["one"]}
@@ -312,6 +366,10 @@ def test_rollout():
     single = torch.eye(5) + by_score.clamp(min=0).mean(dim=0)
     single = single / single.sum(dim=1, keepdim=True)
     assert torch.allclose(rollout([weights.detach()], [by_weight]), single, atol=1e-6)
+    plain = torch.eye(5) + (by_weight * weights.detach()).clamp(min=0).mean(dim=0)
+    published = rollout([weights.detach()], [by_weight], relevance="published")
+    assert torch.allclose(published, plain / plain.sum(dim=1, keepdim=True), atol=1e-6)
+    assert not torch.allclose(published, single, atol=1e-3)
     found = rollout(maps, [torch.rand_like(m) for m in maps])
     assert torch.allclose(found.sum(dim=1), torch.ones(5))
     assert (found >= 0).all()
@@ -393,6 +451,8 @@ def test_manifest(tmp_path: Path):
     assert batch.xray is not None
     assert batch.xray.shape == (2, 3, 64, 64)
     assert rows_to_encode(batch.valid["text"]).tolist() == [0, 1]
+    for valid, rows in (([0, 0, 1], [2, 0]), ([0, 0, 0], [0, 1]), ([0, 1, 1], [1, 2]), ([0], [0])):
+        assert rows_to_encode(torch.tensor(valid).bool()).tolist() == rows
 
 
 @pytest.mark.parametrize(
@@ -516,47 +576,6 @@ def test_xrays_are_standardised():
     found = prepare_xray(grey, (64, 64), equalise=False)
     assert found.shape == (64, 64)
     assert found == pytest.approx((0.5 - 0.499) / 0.293, abs=1e-5)
-
-
-def test_a_text_tower_from_a_folder(tmp_path: Path):
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    from heed_medical.more.text import folder_config
-
-    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "edema": 4, "lungs": 5, "clear": 6}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>",
-    )  # fmt: skip
-    fast.save_pretrained(tmp_path)
-    theirs = transformers.RobertaModel(
-        transformers.RobertaConfig(
-            vocab_size=7, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=32, max_position_embeddings=40, type_vocab_size=1,
-            layer_norm_eps=1e-5,
-        )
-    ).eval()  # fmt: skip
-    theirs.save_pretrained(tmp_path)
-    config = folder_config(tmp_path, TINY_TEXT)
-    assert (config.vocabulary, config.max_tokens, config.positions) == (7, 38, 40)
-    tower = TextTower(config).eval()
-    tower.load_folder(tmp_path)
-    ids, mask = tower.tokens([("clear lungs", "edema")])
-    assert ids.tolist() == [[0, 6, 5, 2, 2, 4, 2]]
-    with torch.no_grad():
-        wanted = theirs(input_ids=ids, attention_mask=mask.long()).last_hidden_state.mean(1)
-        assert torch.allclose(tower(ids, mask), wanted, atol=1e-6)
-    again = TextTower(config).eval()
-    again.load_state_dict(tower.state_dict())
-    assert again.tokens([("clear lungs", "edema")])[0].tolist() == ids.tolist()
-    document = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(document | {"model_type": "bert"}))
-    with pytest.raises(InputError, match="'bert'"):
-        folder_config(tmp_path, TINY_TEXT)
 
 
 def test_probe_is_a_logistic_regression():

@@ -13,6 +13,7 @@ from heed_medical.ecg.reading import Ecg
 from heed_medical.ecg.signals import remove_baseline, resample, to_unit_range
 from heed_medical.more import More, MoreClassifier, MoreConfig, TextConfig, TowerConfig, info_nce
 from heed_medical.more.network import Projector
+from heed_medical.more.studies import GREY_MEAN, GREY_STD, prepare_xray
 from heed_medical.more.weights import load_official_state, official_name
 
 GOLDEN = Path(__file__).parent / "golden" / "more"
@@ -151,6 +152,29 @@ def test_ecg_preprocessing(golden: dict[str, Tensor]):
     flat = remove_baseline(leads)
     assert np.abs(flat[:, ::3] - golden["output.ecg_baseline_removed"].numpy()).max() < 1e-6
     assert np.abs(to_unit_range(flat) - golden["output.ecg_normalised"].numpy()).max() < 1e-6
+
+
+def chest() -> np.ndarray:
+    """Two dark lungs and a heart in 224 x 224, with a fine pattern; from 0.19 to 0.66."""
+    y, x = np.mgrid[:224, :224] / 224
+    picture = 0.35 + 0.3 * np.exp(-((x - 0.5) ** 2 + (y - 0.6) ** 2) / 0.08)
+    for column in (0.28, 0.72):
+        picture -= 0.25 * np.exp(-((x - column) ** 2 + (y - 0.45) ** 2) / 0.02)
+    return picture + 0.04 * np.sin(40 * y + 6 * x) * np.cos(23 * x)
+
+
+def test_xray_contrast_is_near_to_that_of_scikit_image():
+    wanted = np.load(GOLDEN / "xray_contrast.npy") / 255
+    grey = chest().astype(np.float32)
+    found = prepare_xray(grey, (224, 224)) * GREY_STD + GREY_MEAN
+    assert np.allclose((found.min(), found.max()), (0, 1), atol=1e-6)
+    assert np.allclose(found * 255, np.round(found * 255), atol=1e-3)
+    error = np.abs(found[::7, ::7] - wanted)
+    assert error.mean() < 0.02
+    assert error.max() < 0.07
+    brighter = prepare_xray(0.1 + 0.8 * grey, (224, 224)) * GREY_STD + GREY_MEAN
+    assert np.abs(found - brighter).mean() < 0.005
+    assert np.isfinite(prepare_xray(np.full((9, 9), 0.5, dtype=np.float32), (64, 64))).all()
 
 
 PUBLISHED = json.loads((GOLDEN / "meta.json").read_text())["published_variants"]

@@ -131,12 +131,15 @@ def test_a_report_of_several_lines_keeps_its_words_apart(tmp_path):
 
 
 def test_a_report_with_a_comma_and_no_quotes_is_named(tmp_path):
-    rows = "file,text,patient\na.png,Clear.,p1\nb.png,The heart, is normal. Lungs clear.,p0\n"
-    (tmp_path / "labels.csv").write_text(rows)
+    rows = "file,text,split\na.png,Clear.,train\nb.png,The heart, is normal. Clear.,train\n"
+    (tmp_path / "labels.csv").write_text(rows + "c.png,Clear, too.,train\nd.png,Clear.,none\n")
     said = r"labels\.csv, row 3: has another number of fields than the header"
     with pytest.raises(InputError, match=said):
-        list_studies(tmp_path, SMALL)
-    assert "row 3" in check_reports(SMALL, tmp_path).problems[0]
+        studies_of(tmp_path, SMALL, "train")
+    (study,) = studies_of(tmp_path, replace(SMALL, on_error="skip"), "train")
+    assert study.name == "a"
+    told = "\n".join(check_reports(SMALL, tmp_path).problems)
+    assert all(f"row {number}: has " in told for number in (3, 4, 5))
 
 
 def test_a_table_without_reports_is_refused(tmp_path):
@@ -201,6 +204,38 @@ def test_the_raw_sources_of_indiana(tmp_path):
     assert [p.name for p in study.pictures] == ["a.png", "b.png"]
 
 
+def test_every_broken_row_of_indiana_is_told(tmp_path):
+    (tmp_path / "indiana_reports.csv").write_text(
+        "uid,findings\n1,Clear lungs.\nx,Clear.\n2,a,b\n2,Clear.\n3,\n1,Large heart.\n"
+    )
+    (tmp_path / "indiana_projections.csv").write_text(
+        "uid,filename,projection\n1,a.png,Frontal\n,b.png,Frontal\n2,,Frontal\n"
+    )
+    listing = list_studies(tmp_path, SMALL)
+    assert [(s.name, s.report) for s in listing.studies] == [("1", "Clear lungs.")]
+    assert listing.left_out == 2
+    assert [line.partition(", ")[2].partition(";")[0] for line in listing.problems[:-1]] == [
+        "row 4: has another number of fields than the header",
+        "row 3: has no uid or filename",
+        "row 4: has no uid or filename",
+        "row 3: has no uid that is a number",
+    ]
+    assert "holds the study '1' twice" in listing.problems[-1]
+
+
+def test_a_study_that_comes_twice_is_told_and_the_first_counts(tmp_path):
+    first, again = (
+        {"id": "z", "report": text, "image_path": ["train/0.png"]} for text in ("Clear.", "Large.")
+    )
+    root = annotated(tmp_path, {"train": [first, again, again]})
+    told = [x for x in check_reports(SMALL, root).problems if "holds the study 'z' twice" in x]
+    assert len(told) == 2
+    with pytest.raises(InputError, match="holds the study 'z' twice"):
+        plan_reports(SMALL, root)
+    (study,) = studies_of(root, replace(SMALL, on_error="skip"), "train")
+    assert study.report == "Clear."
+
+
 def test_mimic_joins_split_and_reports(tmp_path):
     rows = "dicom_id,study_id,subject_id,split\nd1,5,10000032,train\nd2,6,10000032,validate\n"
     (tmp_path / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(gzip.compress(rows.encode()))
@@ -213,6 +248,14 @@ def test_mimic_joins_split_and_reports(tmp_path):
     assert study.report == "Clear\n lungs."
     assert study.pictures == (folder / "s5" / "d1.jpg",)
     assert "s6.txt: the report is missing" in listing.problems[0]
+    (tmp_path / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(
+        gzip.compress((rows + "d3,5,10000032,dev2\nd4,,10000032,test\nd5,5\n").encode())
+    )
+    listing = list_studies(tmp_path, SMALL)
+    assert len(listing.studies) == 1
+    told = "\n".join(listing.problems)
+    for said in ("row 4: has the unknown split 'dev2'", "row 5: lacks", "row 6: has another numb"):
+        assert said in told
 
 
 def test_folders_without_a_list_are_refused(tmp_path):
@@ -229,6 +272,32 @@ def test_an_empty_report_is_learnt_as_a_full_stop_and_told(tmp_path):
     root = annotated(tmp_path, {"val": [entry]})
     assert clean_report(entry["report"]).split() == ["."]
     assert any("report of e is empty" in line for line in check_reports(SMALL, root).warnings)
+
+
+RELEASES = {
+    (2069, 296, 590): "this is IU X-Ray as released with R2Gen",
+    (3062, 382, 382): "this is another circulated copy of IU X-Ray, not that of R2Gen's numbers",
+    (2069, 296, 589): "no release that is known",
+    (270790, 2130, 3858): "this is MIMIC-CXR as released with R2Gen",
+}
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [pytest.param(c, marks=[pytest.mark.slow] if sum(c) > 9999 else []) for c in RELEASES],
+)
+def test_check_says_which_release_an_annotation_is(tmp_path, counts):
+    entries = {
+        split: [
+            {"id": f"{split}{n}", "report": "Clear.", "image_path": ["a.png"]} for n in range(c)
+        ]
+        for split, c in zip(("train", "val", "test"), counts, strict=True)
+    }
+    (tmp_path / "annotation.json").write_text(json.dumps(entries))
+    found = check_reports(replace(SMALL, pictures="ignored"), tmp_path)
+    assert not found.problems
+    told = " / ".join(map(str, counts))
+    assert found.warnings[0] == f"{tmp_path}: {told} studies: {RELEASES[counts]}"
 
 
 def test_words_that_are_all_rare_are_refused(tmp_path):

@@ -27,9 +27,15 @@ def test_rows_have_the_numbers_that_a_spreadsheet_shows(tmp_path: Path):
         assert [(place.rpartition(" ")[2], row["file"]) for place, row in table.numbered()] == [
             ("3", "a.png"), ("5", "b.png"),
         ]  # fmt: skip
-    path.write_text(CSV + "c.png\n")
+    path.write_text(CSV + "c.png\nd.png,y,z\ne.png,y,z,\n")
     with pytest.raises(InputError, match="row 7: has another number of fields"):
         read_rows(path)
+    table = read_rows(path, lenient=True)
+    assert [row["file"] for row in table.rows] == ["a.png", "b.png", "d.png"]
+    assert [line.partition(":")[0][-5:] for line in table.problems] == ["row 7", "row 9"]
+    path.write_text("file,label\nd.png\n")
+    with pytest.raises(InputError, match="row 2: has another number of fields"):
+        read_rows(path, lenient=True)
 
 
 def test_json_lines_break_at_line_feeds_alone(tmp_path: Path):
@@ -40,6 +46,14 @@ def test_json_lines_break_at_line_feeds_alone(tmp_path: Path):
     table = read_rows(path)
     assert [row["note"] for row in table.rows] == ["one\u2028two", ""]
     assert list(table.numbers) == [1, 3]
+    path.write_text("\n".join(["{", lines[0], "[]"]))
+    with pytest.raises(InputError, match="row 1: is not JSON"):
+        read_rows(path)
+    table = read_rows(path, lenient=True)
+    assert len(table.rows) == 1
+    assert ["row 1: is not JSON" in table.problems[0], table.problems[1].partition(", ")[2]] == [
+        True, "row 3: is not a JSON object",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sign", "name"), [(";", "semicolons"), ("\t", "tabs")])

@@ -42,6 +42,7 @@ from heed_medical_cli.bag_pictures import (
     draw_concentration,
     draw_confusion,
     draw_heatmaps,
+    draw_mean_concentration,
     draw_roc,
 )
 from heed_medical_cli.leaks import warn_of_leaks, warn_of_left_out
@@ -61,7 +62,9 @@ from heed_runtime.settings import TrainerSettings
 
 BENCH_PATCHES = 50_000
 TOP = 10
-"""Patches whose share of the attention is reported."""
+"""Patches whose share of the attention is the headline."""
+TOPS = (1, 2, 5, TOP, 20, 50, 100, 200, 500, 1000)
+"""Patches whose share of the attention is in the curve over a data set."""
 
 LAYOUT = """\
 CLAM      h5_files/SLIDE.h5 or pt_files/SLIDE.pt   features, coords; patches/SLIDE.h5 for sizes
@@ -332,12 +335,12 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
                 "predicted": names[best],
                 **{f"p({name})": value for name, value in probabilities},
                 "patches": len(mean),
-                f"top{TOP}_attention": top_mass(mean, TOP),
+                **{f"top{count}_attention": top_mass(mean, count) for count in TOPS},
             }
         ]
 
     def report(self, settings: AcmilSettings, rows: Sequence[Row]) -> Report:
-        """Accuracy, macro F1 and AUC with bootstrap intervals, and per class."""
+        """Accuracy, macro F1 and AUC with bootstrap intervals, per class; concentration."""
         names = settings.data.class_names
         probabilities = np.array([[float(row[f"p({n})"] or 0.0) for n in names] for row in rows])
         labels = np.array([names.index(str(row["label"])) for row in rows])
@@ -345,6 +348,7 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
         spans = bootstrap_intervals(probabilities, labels, seed=settings.trainer.seed)
         counts = confusion(probabilities.argmax(axis=1), labels, len(names))
         masses = [float(row[f"top{TOP}_attention"] or 0.0) for row in rows]
+        curve = _mean_concentration(rows)
         table: list[Row] = [
             {"score": name, "value": value, "low (95 %)": spans[name][0], "high": spans[name][1]}
             for name, value in scores.items()
@@ -354,10 +358,12 @@ class AcmilRecipe(Recipe[AcmilSettings, Bag, BagPrediction]):
             tables=[
                 Table(title="scores", rows=table),
                 Table(title="per class", rows=_per_class(counts, probabilities, labels, names)),
+                Table(title="concentration", rows=curve),
             ],
             plots={
                 "roc": draw_roc(probabilities, labels, names),
                 "confusion": draw_confusion(counts, names),
+                "concentration": draw_mean_concentration(curve),
             },
         )
 
@@ -513,6 +519,31 @@ def _refused(settings: AcmilSettings) -> Mapping[Literal["export", "onnx"], str]
         return {}
     why = "the square layout of transmil depends on the number of patches"
     return {"export": why, "onnx": why}
+
+
+def _mean_concentration(rows: Sequence[Row]) -> list[Row]:
+    """How much of the attention of a slide its most attended patches hold, over all slides.
+
+    A slide with fewer patches holds all of its attention in them. The curve ends where that is so
+    for every slide.
+    """
+    patches = np.array([int(row["patches"] or 0) for row in rows])
+    curve: list[Row] = []
+    for count in TOPS:
+        shares = np.array([float(row[f"top{count}_attention"] or 0.0) for row in rows])
+        low, high = np.quantile(shares, (0.25, 0.75))
+        curve.append(
+            {
+                "most attended patches": count,
+                "mean share": float(shares.mean()),
+                "low quartile": float(low),
+                "high quartile": float(high),
+                "even attention": float(np.minimum(count / patches, 1).mean()),
+            }
+        )
+        if count >= patches.max():
+            break
+    return curve
 
 
 def _per_class(

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64, UInt8
 from heed_medical.bags.heatmap import lay_out
 from heed_medical.bags.metrics import concentration, roc_auc
 from heed_medical.bags.prediction import BagPrediction
+from heed_runtime.recipe import Row
 from heed_runtime.report import new_figure, style
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ def draw_heatmaps(
 ) -> Figure:
     """The slide and the attention of all branches together, and below it that of each branch.
 
-    Colours give the attention of a patch as a multiple of even attention: grey is 1, no
-    preference, blue is less and red more. Under a map the slide is grey, so that no colour is the
+    Colours give the attention of a patch as a multiple of even attention, n times its weight, which
+    is the released code's 100 n times it in readable units: grey is 1, no preference, blue is less
+    and red more. Under a map the slide is grey, so that no colour is the
     stain's.
     """
     attention = prediction.attention
@@ -86,6 +88,31 @@ def draw_concentration(prediction: BagPrediction) -> Figure:
         axes.plot(ranks, ranks / count, color="0.6", linestyle=":", label="even attention")
         axes.set(xscale="log", xlabel="most attended patches", ylabel="share of the attention")
         axes.set_title(f"{prediction.name}: the top 10 hold {mean[min(10, count) - 1]:.0%}")
+        axes.legend(fontsize=7)
+    return figure
+
+
+def draw_mean_concentration(curve: Sequence[Row]) -> Figure:
+    """The share of the attention that the k most attended patches hold, over all slides.
+
+    Args:
+        curve: Rows of the table `concentration` of `evaluate`.
+    """
+    columns = {name: [float(row[name] or 0.0) for row in curve] for name in curve[0]}
+    counts = columns["most attended patches"]
+    with style():
+        figure = new_figure(width_in=4.4, height_in=3.2)
+        axes = figure.add_subplot()
+        axes.fill_between(
+            counts, columns["low quartile"], columns["high quartile"],
+            color="0.8", label="middle half of the slides",
+        )  # fmt: skip
+        axes.plot(counts, columns["mean share"], color="black", marker=".", label="mean")
+        axes.plot(
+            counts, columns["even attention"], color="0.6", linestyle=":", label="even attention"
+        )
+        axes.set(xscale="log", xlabel="most attended patches", ylabel="share of the attention")
+        axes.set(ylim=(0, 1.02), title="Concentration over the slides")
         axes.legend(fontsize=7)
     return figure
 

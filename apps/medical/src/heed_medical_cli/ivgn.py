@@ -19,27 +19,27 @@ from PIL import Image
 from torch import Tensor, nn
 
 from heed_core import observe
-from heed_medical.files import unique_names
 from heed_medical.ivgn import Ivgn, IvgnConfig, load_backbone, report_loss
 from heed_medical.pictures.reading import read_grey, resize_grey
 from heed_medical.reports.checking import check_reports, patients_in_several_splits
 from heed_medical.reports.data import (
     ReportBatch,
     ReportCase,
-    StudyData,
     cut_case,
     plan_reports,
     to_batch,
     to_images,
 )
 from heed_medical.reports.efficacy import FINDINGS, clinical_efficacy, match_findings
-from heed_medical.reports.layouts import Study, find_inputs, list_studies, studies_of
+from heed_medical.reports.layouts import find_inputs, list_studies, studies_of
 from heed_medical.reports.meteor import meteor_by_program, meteor_es
 from heed_medical.reports.metrics import bleu, cider, rouge_l
 from heed_medical.reports.phantoms import write_studies
 from heed_medical.reports.settings import ReportData
 from heed_medical.reports.words import Vocabulary
+from heed_medical_cli.ivgn_studies import ToldReports, distinct
 from heed_medical_cli.leaks import warn_of_leaks
+from heed_medical_cli.pretrained import BackboneWeights, weights_file
 from heed_medical_cli.report_pictures import draw_scores, draw_words
 from heed_runtime import distributed
 from heed_runtime.recipe import (
@@ -86,8 +86,9 @@ class IvgnTraining:
     """Probability of mirroring; 0.5 in R2Gen, though reports tell left from right."""
     validation_beam: int = 1
     """Beams of the reports that validation scores."""
-    backbone_weights: Path | None = None
-    """Weights of the torchvision ResNet to start the extractor from."""
+    backbone_weights: BackboneWeights = None
+    """Weights of the torchvision ResNet to start the extractor from: a file, or imagenet for
+    torchvision's own, which are downloaded unless the folder of torch.hub has them."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "extractor_learning_rate", "gamma"):
@@ -356,7 +357,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
         model = replace(settings.model, words=len(data.vocabulary))
         return replace(settings, model=model, data=data)
 
-    def train_data(self, settings: IvgnSettings, root: Path) -> StudyData:
+    def train_data(self, settings: IvgnSettings, root: Path) -> ToldReports:
         """The training studies."""
         return self._studies(settings, root, "train", training=settings.training.augment)
 
@@ -372,7 +373,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
         """Pictures and words of all samples."""
         return to_batch(samples)
 
-    def cases(self, settings: IvgnSettings, root: Path, split: str) -> StudyData:
+    def cases(self, settings: IvgnSettings, root: Path, split: str) -> ToldReports:
         """The studies of a split, with their reports.
 
         Labels for clinical efficacy that cannot be used are told here, before reports are written.
@@ -382,9 +383,10 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
             match_findings(data.truth_findings, data.found_findings)
         return self._studies(settings, root, split)
 
-    def inputs(self, settings: IvgnSettings, paths: Sequence[Path]) -> StudyData:
+    def inputs(self, settings: IvgnSettings, paths: Sequence[Path]) -> ToldReports:
         """Pictures, and folders of the pictures of studies."""
-        return StudyData(_distinct(find_inputs(paths, views=settings.data.views)), settings.data)
+        studies = distinct(find_inputs(paths, views=settings.data.views))
+        return ToldReports(studies, settings.data, place="inputs")
 
     def model(self, settings: IvgnSettings) -> Ivgn:
         """The network, random at first."""
@@ -393,8 +395,8 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
     def start(self, settings: IvgnSettings, model: nn.Module) -> None:
         """Take over the weights that the settings name."""
         assert isinstance(model, Ivgn)
-        if settings.training.backbone_weights is not None:
-            load_backbone(model, settings.training.backbone_weights)
+        if (named := settings.training.backbone_weights) is not None:
+            load_backbone(model, weights_file(named, settings.model.backbone))
 
     def module(self, settings: IvgnSettings, model: nn.Module) -> IvgnModule:
         """The network with its loss."""
@@ -539,23 +541,12 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
 
     def _studies(
         self, settings: IvgnSettings, root: Path, split: str, *, training: bool = False
-    ) -> StudyData:
+    ) -> ToldReports:
         data = settings.data
         skipped = list_studies(root, data).problems if data.on_error == "skip" else ()
         found = studies_of(root, data, split)
-        return StudyData(found, data, training=training, skipped=skipped)
-
-
-def _distinct(studies: Sequence[Study]) -> list[Study]:
-    """Each study once, and under a name of its own: many data sets call every picture 0.png."""
-    once = list(dict.fromkeys(studies))
-    places = []
-    for study in once:
-        picture = study.pictures[0]
-        alone = picture.stem == study.name.rpartition("/")[2]
-        places.append(picture if alone else picture.parent)
-    names = unique_names([study.name for study in once], places)
-    return [replace(study, name=name) for study, name in zip(once, names, strict=True)]
+        place = f"{root}, {split}"
+        return ToldReports(found, data, place=place, training=training, skipped=skipped)
 
 
 def _write_json(prediction: IvgnPrediction, path: Path) -> None:

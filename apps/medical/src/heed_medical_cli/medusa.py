@@ -50,6 +50,7 @@ from heed_medical_cli.medusa_parts import (
     PictureTraining,
     bench_inputs,
     small_model,
+    warn_of_scale,
 )
 from heed_runtime import distributed
 from heed_runtime.recipe import Card, Check, Contender, Explanation, Report, Row, Table
@@ -239,7 +240,7 @@ class MedusaRecipe(PictureRecipe[MedusaSettings, MedusaPrediction]):
         "0.997 to 1, on 90 in seven runs (30 epochs; HOG and logistic regression: 0.97), bacterial "
         "or viral AUC 0.90 on 60 (15 epochs; 0.89)",
         reproduced="none: no layers and no training loop were released, COVIDx is not at hand",
-        notice="research use only: not a medical device",
+        notice="research use only: not a medical device; MEDUSA is a reconstruction",
     )
     settings: ClassVar[type[MedusaSettings]] = MedusaSettings
     presets: ClassVar[Mapping[str, Callable[[], MedusaSettings]]] = {"small": small, "paper": paper}
@@ -263,6 +264,7 @@ class MedusaRecipe(PictureRecipe[MedusaSettings, MedusaPrediction]):
         data = plan_pictures(settings.data, root)
         listing = list_pictures(root, data)
         warn_of_left_out(listing.left_out)
+        warn_of_scale(settings)
         warn_of_leaks(root, patients_in_several_splits(listing.pictures))
         weights = settings.training.class_weights
         if weights and len(weights) != len(data.classes):

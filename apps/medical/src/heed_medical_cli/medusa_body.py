@@ -168,7 +168,7 @@ class BodyRecipe(SegmentationRecipe[BodySettings]):
         verified="reconstructed: the paper says that the body is a U-Net, not how wide it is",
         trained="57 X-rays with lung masks, preset small, a minute: Dice 0.87 on 17 others",
         reproduced="none: the paper gives no numbers for it",
-        notice="research use only: not a medical device",
+        notice="research use only: not a medical device; MEDUSA is a reconstruction",
     )
     settings: ClassVar[type[BodySettings]] = BodySettings
     presets: ClassVar[Mapping[str, Callable[[], BodySettings]]] = {"small": small, "paper": paper}

@@ -36,6 +36,7 @@ from heed_medical_cli.medusa_parts import (
     PictureTraining,
     bench_inputs,
     small_model,
+    warn_of_scale,
 )
 from heed_runtime.recipe import Card, Check, Contender, Explanation
 from heed_runtime.settings import TrainerSettings
@@ -137,7 +138,7 @@ class MedusaFindingsRecipe(
         trained="its sample, 15 epochs: AUC 1.00 for a wide heart and for a device, 0.67 for a "
         "shadow; CheXpert and MIMIC-CXR are not at hand",
         reproduced="none: the paper tells two or three classes apart",
-        notice="research use only: not a medical device",
+        notice="research use only: not a medical device; MEDUSA is a reconstruction",
     )
     settings: ClassVar[type[FindingsSettings]] = FindingsSettings
     presets: ClassVar[Mapping[str, Callable[[], FindingsSettings]]] = {
@@ -174,6 +175,7 @@ class MedusaFindingsRecipe(
             )
         listing = list_pictures(root, data)
         warn_of_left_out(listing.left_out)
+        warn_of_scale(settings)
         warn_of_leaks(root, patients_in_several_splits(listing.pictures))
         model = replace(settings.model, classes=len(data.findings))
         return replace(settings, model=model, data=data)

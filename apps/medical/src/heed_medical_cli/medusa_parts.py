@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,11 @@ from heed_medical.medusa.maps import picture_maps
 from heed_medical.pictures.augmentation import PictureAugmentation
 from heed_medical.pictures.layouts import broken_rows, find_inputs, find_pictures
 from heed_medical_cli.classification_plots import draw_maps
+from heed_medical_cli.pretrained import BackboneWeights, of_imagenet, weights_file
 from heed_runtime.recipe import Explanation, Exportable, Named, Recipe
 from heed_runtime.settings import TrainerSettings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,9 @@ class PictureTraining:
     augment: bool = True
     """Whether training pictures are varied."""
     augmentation: PictureAugmentation = field(default_factory=PictureAugmentation)
-    backbone_weights: Path | None = None
-    """Weights of the torchvision network to start the backbone from."""
+    backbone_weights: BackboneWeights = None
+    """Weights of the torchvision network to start the backbone from: a file, or imagenet for
+    torchvision's own, which are downloaded unless the folder of torch.hub has them."""
     body_weights: Path | None = None
     """Weights of a body to start from: of a run of medusa-body, or of another MEDUSA."""
 
@@ -120,8 +125,9 @@ class PictureRecipe(Recipe[SettingsT, MedusaCase, PredictionT], Generic[Settings
     def start(self, settings: SettingsT, model: nn.Module) -> None:
         """Take over the weights that the settings name."""
         assert isinstance(model, Medusa)
-        if settings.training.backbone_weights is not None:
-            load_backbone(model, settings.training.backbone_weights)
+        named, config = settings.training.backbone_weights, settings.model
+        if named is not None:
+            load_backbone(model, weights_file(named, config.backbone))
         if settings.training.body_weights is not None:
             load_body(model, settings.training.body_weights)
 
@@ -135,6 +141,16 @@ class PictureRecipe(Recipe[SettingsT, MedusaCase, PredictionT], Generic[Settings
             dynamic_shapes=(free, free),
             input_names=("main", "body"),
             output_names=("logits",),
+        )
+
+
+def warn_of_scale(settings: PictureSettings) -> None:
+    """Log that weights of ImageNet are about to be given pictures of another scale."""
+    weights, model = settings.training.backbone_weights, settings.model
+    if model.normalise == "unit" and of_imagenet(weights, model.backbone):
+        logger.warning(
+            "weights of ImageNet expect --model.normalise imagenet, but the backbone is given "
+            "values within 0..1"
         )
 
 

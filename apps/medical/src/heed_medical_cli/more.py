@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from heed_core.errors import InputError
 from heed_medical.more import MODALITIES, More, MoreConfig, gather_rows, pair_losses, small_config
-from heed_medical.more.attribution import ecg_map, text_map, xray_map
+from heed_medical.more.attribution import ecg_map, maps_text, text_map, xray_map
 from heed_medical.more.batches import Augmentation, StudyBatch, join, rows_to_encode
 from heed_medical.more.checking import check_studies
 from heed_medical.more.prediction import (
@@ -78,6 +79,8 @@ from heed_runtime.recipe import (
 )
 from heed_runtime.settings import TrainerSettings
 
+logger = logging.getLogger(__name__)
+
 VALIDATION_BATCH = 512
 """Studies among which the loss of the validation is computed."""
 
@@ -106,7 +109,8 @@ class MoreTraining(TowerTraining):
     weights: Path | None = None
     """A checkpoint of the released code to start from."""
     text_folder: Path | None = None
-    """A folder of transformers with a RoBERTa and its tokenizer to start the text tower from."""
+    """A folder of transformers with an encoder (RoBERTa, BERT, ...) and its tokenizer to start the
+    text tower from."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -358,6 +362,7 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
         "data.blank",
         "data.missing_leads",
         "data.ecg_part",
+        "data.relevance",
         "data.index",
         "data.neighbours",
     )
@@ -501,19 +506,22 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
             for name, vector in module._embed(case).items()
         }
         batch = join([case]).to(module.device)
+        model, kind = module.model, settings.data.relevance
         arrays: dict[str, np.ndarray] = {}
         found = Relevance()
         if case.xray is not None and batch.xray is not None:
             target = _target(module, vectors, "xray")
-            arrays["xray"] = xray_map(module.model, batch.xray, target)
+            arrays["xray"] = xray_map(model, batch.xray, target, relevance=kind)
             found = replace(found, xray=(case.xray * GREY_STD + GREY_MEAN, arrays["xray"]))
         if case.ecg is not None and batch.ecg is not None:
             target = _target(module, vectors, "ecg")
-            arrays["ecg"], arrays["ecg_leads"] = ecg_map(module.model, batch.ecg, target)
+            arrays["ecg"], arrays["ecg_leads"] = ecg_map(model, batch.ecg, target, relevance=kind)
             found = replace(found, ecg=(case.ecg, arrays["ecg"]))
-        if case.text is not None:
+        if case.text is not None and not maps_text(model):
+            logger.warning("the text tower shows no attention, so that words have no relevance")
+        elif case.text is not None:
             target = _target(module, vectors, "text")
-            words, arrays["text"] = text_map(module.model, case.text, target)
+            words, arrays["text"] = text_map(model, case.text, target, relevance=kind)
             arrays["words"] = np.array(words)
             found = replace(found, text=(words, arrays["text"]))
         figures = {"relevance": draw_relevance(found)}

@@ -1,4 +1,8 @@
-"""The recipe of a fine-tuned MoRE: findings from an X-ray, an ECG or both (arXiv 2410.16239)."""
+"""The recipe of a fine-tuned MoRE: findings from an X-ray, an ECG or both (arXiv 2410.16239).
+
+A finding is present or absent: the paper's grades of edema (0 to 3) are out of scope. "Severe
+edema" against the rest can be a finding of its own, in a column that --data.labels names.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from heed_core.errors import InputError
-from heed_medical.more import More, MoreClassifier, MoreConfig, small_config
+from heed_medical.more import More, MoreClassifier, MoreConfig, TowerConfig, small_config
 from heed_medical.more.attribution import finding_maps
 from heed_medical.more.batches import Augmentation, join
 from heed_medical.more.checking import check_studies
@@ -59,13 +63,15 @@ class ClassifierConfig:
     """All that is needed to rebuild the network."""
 
     more: MoreConfig = field(default_factory=MoreConfig)
-    """The towers; those of the pre-trained run where one is given."""
+    """The towers; those of the pre-trained run where one is given, apart from the keys that are
+    dropped."""
     inputs: tuple[Input, ...] = ("xray", "ecg")
     """What is seen: xray, ecg or both."""
     findings: int = 2
     """Taken from the data."""
-    dropout: float = 0.2
-    """Before the last layer; 0.1 in the paper where one modality is seen."""
+    dropout: float | None = None
+    """Before the last layer. None: as in the paper, 0.2 where both modalities are seen, 0.1 where
+    one is."""
     ecg_drop: float = 0.3
     """Probability of hiding the ECGs of a batch in training, where both are seen."""
 
@@ -75,8 +81,16 @@ class ClassifierConfig:
         if self.findings < 1:
             raise ValueError(f"findings must be at least 1, got {self.findings}")
         for name in ("dropout", "ecg_drop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be at least 0, below 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} must be at least 0, below 1, got {value}")
+
+    @property
+    def head_dropout(self) -> float:
+        """The dropout before the last layer."""
+        if self.dropout is not None:
+            return self.dropout
+        return 0.2 if len(self.inputs) > 1 else 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +155,7 @@ def small() -> TuningSettings:
 def paper() -> TuningSettings:
     """The published sizes and recipe; give the pre-trained run with --training.start-from."""
     return TuningSettings(
+        model=ClassifierConfig(more=MoreConfig(tower=TowerConfig(key_drop=0.2))),
         training=TuningTraining(certain_only=True),
         trainer=TrainerSettings(max_epochs=20, batch=64, patience=3),
     )
@@ -214,7 +229,7 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
     monitor: ClassVar[tuple[str, Literal["max", "min"]]] = ("val/macro_auc", "max")
     changeable: ClassVar[tuple[str, ...]] = (
         "data.on_error", "data.manifest", "data.root", "data.ptbxl_rate", "data.uncertain",
-        "data.blank", "data.missing_leads", "data.ecg_part",
+        "data.blank", "data.missing_leads", "data.ecg_part", "data.relevance",
     )  # fmt: skip
 
     def sample(self, out: Path, *, seed: int) -> None:
@@ -231,7 +246,10 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
         model, data = settings.model, settings.data
         if settings.training.start_from is not None:
             before = pretrained(settings.training.start_from)
-            model = replace(model, more=before.model)
+            own = model.more.tower
+            dropping = {"key_drop": own.key_drop, "schedule": own.schedule}
+            tower = replace(before.model.tower, **dropping)  # type: ignore[arg-type]
+            model = replace(model, more=replace(before.model, tower=tower))
             data = replace(data, equalise=before.data.equalise, ecg_part=before.data.ecg_part)
         warn_of_leaks(root, subjects_in_several_splits(list_studies(root, data).studies))
         train = find_studies(root, data, "train")
@@ -301,7 +319,7 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
             config.more,
             classes=config.findings,
             inputs=config.inputs,
-            dropout=config.dropout,
+            dropout=config.head_dropout,
             ecg_drop=config.ecg_drop,
         )
 
@@ -334,7 +352,8 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
         assert isinstance(module, TuningModule)
         prediction = module.predict_step([case], 0)[0]
         target = int(np.argmax(prediction.probabilities))
-        arrays = finding_maps(module.model, module.inputs_of([case]), target)
+        inputs, kind = module.inputs_of([case]), settings.data.relevance
+        arrays = finding_maps(module.model, inputs, target, relevance=kind)
         found = Relevance()
         if "xray" in arrays and case.xray is not None:
             found = replace(found, xray=(case.xray * GREY_STD + GREY_MEAN, arrays["xray"]))

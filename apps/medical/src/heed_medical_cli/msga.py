@@ -25,6 +25,7 @@ from heed_medical.segmentation.splits import patients_in_several_splits
 from heed_medical_cli.attention_maps import attention_maps
 from heed_medical_cli.leaks import warn_of_leaks
 from heed_medical_cli.pictures import draw_attention
+from heed_medical_cli.pretrained import BackboneWeights, weights_file
 from heed_medical_cli.segmentation_recipe import SegmentationRecipe, mean_dice
 from heed_runtime.recipe import Card, Contender, Explanation, Exportable
 from heed_runtime.settings import TrainerSettings
@@ -63,8 +64,9 @@ class MsgaTraining:
     augmentation: SliceAugmentation = field(default_factory=SliceAugmentation)
     weights: Path | None = None
     """An official MSGA checkpoint to start from."""
-    backbone_weights: Path | None = None
-    """Weights of a torchvision ResNet or ResNeXt to start the backbone from."""
+    backbone_weights: BackboneWeights = None
+    """Weights of the torchvision ResNet or ResNeXt to start the backbone from: a file, or imagenet
+    for torchvision's own, which are downloaded unless the folder of torch.hub has them."""
     backbone_stem: Literal["sum", "mean"] = "sum"
     """How the colour channels of those weights' first convolution become the image's channels."""
 
@@ -229,7 +231,8 @@ class MsgaRecipe(SegmentationRecipe[MsgaSettings]):
         if training.weights is not None:
             load_official(model, training.weights)
         if training.backbone_weights is not None:
-            load_backbone(model, training.backbone_weights, stem=training.backbone_stem)
+            path = weights_file(training.backbone_weights, settings.model.backbone)
+            load_backbone(model, path, stem=training.backbone_stem)
 
     def module(self, settings: MsgaSettings, model: nn.Module) -> MsgaModule:
         """The network with its loss."""

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from heed_core.errors import InputError
-from heed_medical.more.pairing import pair_mimic, write_manifest
+from heed_medical.more.pairing import (
+    MOST_STATEMENTS,
+    STATEMENTS,
+    pair_mimic,
+    write_manifest,
+)
 from heed_medical.splits import SPLITS
 from heed_runtime.files import atomic_write, make_folder
 from heed_runtime.options import CommonOptions, Flag, OptionalPath, OutPath
@@ -45,6 +50,8 @@ class Options(CommonOptions):
     """Share of the training subjects that becomes validation beside the official ones."""
     seed: int = 42
     """Of their choice."""
+    statements: int = STATEMENTS
+    """How many of the machine's statements (report_0, ...) are the report of an ECG; 18 is all."""
     overwrite: Flag = False
     """Replace the file."""
 
@@ -53,6 +60,10 @@ class Options(CommonOptions):
             raise ValueError(f"days must not be negative, got {self.days}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be at least 0, below 1, got {self.val_share}")
+        if not 1 <= self.statements <= MOST_STATEMENTS:
+            raise ValueError(
+                f"statements must be from 1 to {MOST_STATEMENTS}, got {self.statements}"
+            )
         if self.out.suffix != ".csv":
             raise ValueError(f"out must be a .csv, got {self.out}")
 
@@ -73,6 +84,7 @@ def run(app: App, options: Options) -> Result:
         days=options.days,
         val_share=options.val_share,
         seed=options.seed,
+        statements=options.statements,
     )
     make_folder(options.out.parent)
     with atomic_write(options.out) as path:

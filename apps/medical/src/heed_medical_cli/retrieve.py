@@ -2,7 +2,9 @@
 
 Queries are files, folders or manifests (as for predict) and any --text. They are searched in
 --among: a data set, whose studies are embedded first (--save-index keeps them), an index saved
-before, or a folder that predict wrote. Indices of 20,000 and more vectors are searched by faiss
+before, or a folder that predict wrote. Without a query the embeddings are only kept: as .npz they
+are the arrays xray, ecg, text (n, p) and xray_names, ecg_names, text_names (n) that any other
+program reads. Indices of 20,000 and more vectors are searched by faiss
 where it is installed. evaluate tells how well a run finds: recall@k, median rank, precision.
 """
 
@@ -20,7 +22,7 @@ from heed_core.checkpoints import state_digest
 from heed_core.errors import InputError
 from heed_medical.more.network import MODALITIES, More
 from heed_medical.more.prediction import StudyPrediction
-from heed_medical.more.retrieval import EmbeddingIndex, index_of
+from heed_medical.more.retrieval import INDEX_SUFFIXES, EmbeddingIndex, index_of
 from heed_medical.more.studies import introduced
 from heed_medical_cli.more_embeddings import (
     embed,
@@ -58,7 +60,7 @@ class Options(UseOptions):
     k: int = 5
     """How many are found."""
     save_index: OptionalPath = None
-    """Keep the embeddings of --among in this .safetensors."""
+    """Keep the embeddings of --among in this .safetensors, to search again, or this .npz."""
     out: OptionalPath = None
     """Also write the table to this csv."""
     overwrite: Flag = False
@@ -68,9 +70,13 @@ class Options(UseOptions):
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if not self.inputs and not self.text:
-            raise ValueError("a query is needed: an INPUT or --text")
-        if self.save_index is not None and self.save_index.suffix != ".safetensors":
-            raise ValueError(f"save_index must be a .safetensors, got {self.save_index}")
+            if self.save_index is None:
+                raise ValueError("a query is needed: an INPUT or --text")
+            if self.out is not None:
+                raise ValueError(f"out has no effect without an INPUT or --text, got {self.out}")
+        if self.save_index is not None and self.save_index.suffix not in INDEX_SUFFIXES:
+            suffixes = " or ".join(INDEX_SUFFIXES)
+            raise ValueError(f"save_index must be a {suffixes}, got {self.save_index}")
 
 
 def run(app: App, options: Options, settings: Any) -> Result:
@@ -87,7 +93,8 @@ def run(app: App, options: Options, settings: Any) -> Result:
         wanted = MODALITIES if options.to == "all" else (options.to,)
         for target in [m for m in wanted if m in index.vectors and m in vector]:
             rows += _nearest(name, modality, vector[target], target, index, options)
-    if not rows:
+    asked = bool(options.inputs or options.text)
+    if asked and not rows:
         held = ", ".join(index.vectors)
         raise InputError(f"holds no embeddings of {options.to} ({held})", path=options.among)
     files = []
@@ -100,8 +107,8 @@ def run(app: App, options: Options, settings: Any) -> Result:
     counts = {name: len(found) for name, found in index.names.items()}
     held = ", ".join(f"{count} {name}" for name, count in counts.items())
     return Result(
-        title=f"nearest among {held}",
-        tables=[Table(title="", rows=rows), *skipped_table(skipped)],
+        title=f"nearest among {held}" if asked else f"embeddings of {held}",
+        tables=[*([Table(title="", rows=rows)] if asked else []), *skipped_table(skipped)],
         data={"index": counts, "found": rows, "skipped": skipped},
         files=files,
     )
@@ -147,7 +154,7 @@ def _text_vectors(trained: Trained, text: str) -> dict[str, np.ndarray]:
     with torch.no_grad():
         for name, pair in pairs.items():
             assert pair is not None
-            vectors[name] = model.embed_text([pair])[0].float().cpu().numpy()
+            vectors[name] = model.embed_text([pair], prompt=True)[0].float().cpu().numpy()
     return vectors | {"text": vectors["xray"]}
 
 

@@ -54,7 +54,7 @@ class Card:
     reproduced: str
     """The number of the paper that was reproduced, or "none: ..." with the reason."""
     notice: str = ""
-    """A caution that train, evaluate and predict print once."""
+    """A caution that train, evaluate, predict and explain print once."""
 
 
 class SystemSettings(Protocol):

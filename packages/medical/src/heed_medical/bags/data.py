@@ -112,7 +112,10 @@ def plan_data(data: BagData, root: Path) -> BagData:
             that look like one class.
     """
     if not data.classes:
-        labels = {str(file.label) for file in list_bags(root, data).files}
+        listing = list_bags(root, data)
+        if listing.problems and data.on_error == "stop":
+            raise InputError(listing.problems[0], remedy="or --data.on-error skip")
+        labels = {str(file.label) for file in listing.files}
         refuse_look_alikes(labels, root)
         if len(labels) < 2:
             raise InputError(

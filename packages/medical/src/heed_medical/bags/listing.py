@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from heed_medical.bags.files import H5_SUFFIXES, SUFFIXES, read_table, slide_gro
 from heed_medical.bags.settings import BagData
 from heed_medical.bags.splits import assign_splits, few_shot, names_without_bag, strip_suffix
 from heed_medical.files import unique_names
-from heed_medical.pictures.records import read_rows
-from heed_medical.splits import SPLITS, Split
+from heed_medical.manifests import folder_and_table, is_table
+from heed_medical.pictures.records import JSON_LINES, read_rows
+from heed_medical.splits import SPLIT_NAMES, SPLITS, Split
 
 SLIDE_COLUMNS = ("slide_id", "slide", "bag", "name", "image", "file", "path", "id")
 PATIENT_COLUMNS = ("case_id", "patient", "patient_id")
@@ -50,32 +52,40 @@ class LabelRow:
 @dataclass
 class _Found:
     files: list[BagFile] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """Rows of the table that cannot be used, a line each."""
     problems: list[str] = field(default_factory=list)
+    """These, and rows without features."""
     warnings: list[str] = field(default_factory=list)
+    table: Path | None = None
+    """Of the labels."""
+    by_rows: bool = False
+    """Whether the user gave the table as the data, so that it has the last word on splits."""
 
 
 def list_bags(root: Path, data: BagData) -> Listing:
-    """All labelled bags of a data folder; what is wrong with the lists comes back as lines.
+    """All labelled bags of a data set; what is wrong with the lists comes back as lines.
+
+    Args:
+        root: The folder, a file of features, or a table (csv, jsonl) of slides and labels, whose
+            paths are relative to it. Such a table's own splits count before any split file that
+            lies beside it.
+        data: The settings.
 
     Raises:
         InputError: There is no such folder, no feature or no label in it, or a table is broken.
     """
-    if not root.exists():
-        raise InputError("no such file or folder", path=root)
-    found = _Found(files=find_features(root, data))
-    table = _label_file(root, data)
-    if table is not None:
-        _join(root, table, found)
+    found = _find(root, data)
     labelled = [file for file in found.files if file.label is not None]
     if not labelled:
-        raise _no_labels(root, table)
+        raise InputError(_first_of(found.faults)) if found.faults else _no_labels(root, found.table)
     if len(labelled) < len(found.files):
         names = [file.name for file in found.files if file.label is None]
         found.warnings.append(
             f"{root}: {len(names)} slides have no label and are left out ({', '.join(names[:5])})"
         )
-    files = assign_splits(root, labelled, data)
-    found.warnings += names_without_bag(root, found.files, data)
+    files = assign_splits(root, labelled, data, by_rows=found.by_rows)
+    found.warnings += names_without_bag(root, found.files, data, by_rows=found.by_rows)
     left_out = [file.name for file in files if file.split is None]
     if left_out:
         found.warnings.append(
@@ -85,21 +95,50 @@ def list_bags(root: Path, data: BagData) -> Listing:
 
 
 def known_bags(root: Path, data: BagData) -> list[BagFile]:
-    """Every bag of a data folder, with label and split where they are known or can be drawn.
+    """Every bag of a data set, with label and split where they are known or can be drawn.
+
+    Args:
+        root: As of `list_bags`.
+        data: The settings; rows that cannot be used raise whatever `on_error` says.
 
     Raises:
         InputError: There is no such folder, no feature in it, or a table is broken.
     """
-    if not root.exists():
-        raise InputError("no such file or folder", path=root)
-    found = _Found(files=find_features(root, data))
-    table = _label_file(root, data)
-    if table is not None:
-        _join(root, table, found)
+    found = _find(root, data)
+    if found.faults:
+        raise InputError(_first_of(found.faults))
     labelled = [file for file in found.files if file.label is not None]
-    placed = assign_splits(root, labelled, data) if labelled else []
+    placed = assign_splits(root, labelled, data, by_rows=found.by_rows) if labelled else []
     settled = {file.name: file for file in placed}
     return [settled.get(file.name, file) for file in found.files]
+
+
+def _find(root: Path, data: BagData) -> _Found:
+    """The bags of a data set with what its table says of them."""
+    if not root.exists():
+        raise InputError("no such file or folder", path=root)
+    by_rows = is_manifest(root)
+    folder = root
+    if by_rows:
+        folder, name = folder_and_table(root, data.labels or "", option="--data.labels")
+        data = replace(data, labels=name)
+    table = _label_file(folder, data)
+    rows, faults = ([], []) if table is None else read_labels(table)
+    found = _Found(faults=faults, problems=list(faults), table=table, by_rows=by_rows)
+    if not by_rows or any(row.path is None for row in rows):
+        found.files = _features_in(folder, data)
+    if table is not None:
+        _join(folder, table, rows, found)
+    if not found.files:
+        listed = by_rows or any(row.path is not None for row in rows)
+        raise InputError(_first_of(found.problems)) if listed else _no_features(folder, data)
+    return found
+
+
+def _first_of(problems: Sequence[str]) -> str:
+    """The first, and how many there are."""
+    more = len(problems) - 1
+    return problems[0] + (f" (and {more} more such rows)" if more else "")
 
 
 def find_bags(root: Path, data: BagData, split: str) -> list[BagFile]:
@@ -131,13 +170,23 @@ def find_inputs(paths: Sequence[Path], data: BagData) -> list[BagFile]:
     for path in paths:
         if not path.exists():
             raise InputError("no such file or folder", path=path)
-        found |= {(f.path, f.group, f.name): f for f in find_features(path, data)}
+        found |= {(f.path, f.group, f.name): f for f in _inputs_of(path, data)}
     files = list(found.values())
     names = unique_names([file.name for file in files], [file.path for file in files])
     return [
         replace(file, name=name, label=None, split=None)
         for file, name in zip(files, names, strict=True)
     ]
+
+
+def _inputs_of(path: Path, data: BagData) -> list[BagFile]:
+    """The bags of a file or folder, or of the rows of a table of slides."""
+    if not is_manifest(path):
+        return find_features(path, data)
+    found = _find(path, replace(data, labels=None))
+    if found.problems:
+        raise InputError(_first_of(found.problems))
+    return found.files
 
 
 def broken_rows(root: Path, data: BagData) -> tuple[str, ...]:
@@ -171,7 +220,15 @@ def find_features(root: Path, data: BagData) -> list[BagFile]:
     Raises:
         InputError: There is none, or one slide lies there twice.
     """
-    start = root / data.features if data.features is not None and root.is_dir() else root
+    files = _features_in(root, data)
+    if not files:
+        raise _no_features(root, data)
+    return files
+
+
+def _features_in(root: Path, data: BagData) -> list[BagFile]:
+    """As `find_features`; nothing where there is none."""
+    start = _start(root, data)
     if not start.exists():
         raise InputError("no such file or folder", path=start, remedy="correct --data.features")
     if start.is_file():
@@ -186,15 +243,36 @@ def find_features(root: Path, data: BagData) -> list[BagFile]:
     files = [file for path in _preferred(paths) for file in _in_file(path, alone=open_all)]
     if not files:
         tables = [path for path in _visible(start, "*.csv*") if is_bag_table(path)]
-        if len(tables) != 1:
-            raise InputError(
-                "holds no features",
-                path=start,
-                remedy=f"give files of {', '.join(SUFFIXES)} or one csv of bags",
-            )
-        return read_table(tables[0])
+        return read_table(tables[0]) if len(tables) == 1 else []
     _refuse_twins(start, files)
     return files
+
+
+def _start(root: Path, data: BagData) -> Path:
+    """The folder or file that holds the features of a data folder."""
+    return root / data.features if data.features is not None and root.is_dir() else root
+
+
+def _no_features(root: Path, data: BagData) -> InputError:
+    return InputError(
+        "holds no features",
+        path=_start(root, data),
+        remedy=f"give files of {', '.join(SUFFIXES)}, one csv of bags, or paths in a table",
+    )
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a table with a row per slide: jsonl, or a csv with a column of slides.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    if not (path.is_file() and is_table(path)):
+        return False
+    if path.suffix.lower() in JSON_LINES:
+        return True
+    head = {name.lower() for name in _columns(_first_line(path))}
+    return bool(head & set(SLIDE_COLUMNS)) and not is_bag_table(path)
 
 
 def is_bag_table(path: Path) -> bool:
@@ -206,7 +284,12 @@ def is_bag_table(path: Path) -> bool:
     if not path.name.endswith((".csv", ".csv.gz")):
         return False
     head = [name.lower() for name in _columns(_first_line(path))]
-    return len(head) > 2 and ({"bag", "label"} <= set(head) or _numeric(head[2:]))
+    named = {"bag", "label"} <= set(head) and bool(set(head) - _NO_FEATURE)
+    return len(head) > 2 and (named or _numeric(head[2:]))
+
+
+_NO_FEATURE = {*SLIDE_COLUMNS, *PATIENT_COLUMNS, "label", "split"}
+"""Columns that are no feature of an instance."""
 
 
 def _numeric(fields: Sequence[str]) -> bool:
@@ -287,7 +370,7 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
 
 def _has_labels(path: Path) -> bool:
     line = _first_line(path)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() in JSON_LINES:
         return '"label"' in line
     head = {name.lower() for name in _columns(line)}
     return "label" in head and bool(head & set(SLIDE_COLUMNS)) and not is_bag_table(path)
@@ -339,13 +422,17 @@ def _header_in_words(path: Path) -> str:
     return f"has the columns {', '.join(_columns(line)[:12])}"
 
 
-def read_labels(path: Path) -> list[LabelRow]:
+def read_labels(path: Path) -> tuple[list[LabelRow], list[str]]:
     """Read a table of labels: csv, or jsonl with an object per line.
 
+    Returns:
+        The rows, each slide once, and a line for each row that cannot be used. Of a slide that is
+        listed again alike the first row counts; where its rows contradict each other none does.
+
     Raises:
-        InputError: It cannot be read, lacks a column, or lists a slide twice.
+        InputError: It cannot be read, or lacks a column.
     """
-    table = read_rows(path)
+    table = read_rows(path, lenient=True)
     rows = [
         (f"row {number}", {key.lower(): value for key, value in row.items()})
         for number, row in zip(table.numbers, table.rows, strict=True)
@@ -363,12 +450,33 @@ def read_labels(path: Path) -> list[LabelRow]:
         )
     patient = next((name for name in PATIENT_COLUMNS if name in head), None)
     found: dict[str, LabelRow] = {}
+    problems = list(table.problems)
+    unlike: set[str] = set()
     for place, row in rows:
-        one = _label_row(path, place, row, slide, patient)
-        if one.name in found:
-            raise InputError(f"lists slide {one.name!r} twice", path=path, place=place)
-        found[one.name] = one
-    return list(found.values())
+        try:
+            one = _label_row(path, place, row, slide, patient)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        first = found.setdefault(one.name, one)
+        if first is not one:
+            alike = replace(one, place=first.place) == first
+            problems.append(_twice(path, first, one, alike=alike))
+            unlike |= set() if alike else {one.name}
+    return [row for row in found.values() if row.name not in unlike], problems
+
+
+def _twice(path: Path, first: LabelRow, again: LabelRow, *, alike: bool) -> str:
+    """The line for a slide that is listed again."""
+    how = "as" if alike else "with other values than"
+    return str(
+        InputError(
+            f"lists slide {again.name!r} twice, {how} in {first.place}",
+            path=path,
+            place=again.place,
+            remedy="remove a row, or tell slides apart in the column slide_id",
+        )
+    )
 
 
 def _label_row(
@@ -379,33 +487,38 @@ def _label_row(
         raise InputError(
             f"has no {'label' if entry else slide}", path=path, place=place, remedy="fill it in"
         )
-    known: dict[str, Split | None] = {"valid": "val", "validation": "val", "": None}
-    known.update((name, name) for name in SPLITS)
-    if split not in known:
+    if split and split.lower() not in SPLIT_NAMES:
         raise InputError(
             f"has the split {split!r}; train, val and test are known", path=path, place=place
         )
+    paths = (text for text in (entry, row.get("path", ""), row.get("file", "")) if text)
     return LabelRow(
         name=strip_suffix(Path(entry).name),
         label=label,
         place=place,
-        path=entry if Path(entry).suffix.lower() in SUFFIXES else row.get("path") or None,
+        path=next((text for text in paths if Path(text).suffix.lower() in SUFFIXES), None),
         patient=(row.get(patient) or None) if patient else None,
-        split=known[split],
+        split=SPLIT_NAMES.get(split.lower()),
     )
 
 
-def _join(root: Path, table: Path, found: _Found) -> None:
+def _join(root: Path, table: Path, rows: Sequence[LabelRow], found: _Found) -> None:
     """Give the files the labels of a table; listed slides without a file are problems."""
     files = {file.name: file for file in found.files}
-    for row in read_labels(table):
+    several = Counter(row.path for row in rows)
+    for row in rows:
         file = files.get(row.name)
-        if file is None and row.path is not None and (table.parent / row.path).is_file():
-            file = BagFile(name=row.name, path=table.parent / row.path)
+        path = None if row.path is None else table.parent / row.path
+        if path is not None and path.is_file() and not _is_of(file, path):
+            many = several[row.path] > 1 and path.suffix.lower() in H5_SUFFIXES
+            file = BagFile(name=row.name, path=path, group=row.name if many else None)
         if file is None:
             found.problems.append(
                 f"{table}, {row.place}: slide {row.name!r} has no features in {root}; "
                 f"extract them or remove the row"
+                if path is None
+                else f"{table}, {row.place}: names {path}, which does not exist; "
+                f"add it or remove the row"
             )
             continue
         files[row.name] = replace(
@@ -415,4 +528,9 @@ def _join(root: Path, table: Path, found: _Found) -> None:
             split=row.split or file.split,
             place=f"{table.name} {row.place}",
         )
-    found.files = [files[name] for name in files]
+    names = {row.name for row in rows} if found.by_rows else set(files)
+    found.files = [file for name, file in files.items() if name in names]
+
+
+def _is_of(file: BagFile | None, path: Path) -> bool:
+    return file is not None and file.path.resolve() == path.resolve()

@@ -20,18 +20,27 @@ SHARES: Mapping[Split, float] = {"train": 0.7, "val": 0.1, "test": 0.2}
 """Shares of the patients of each class in a split that is drawn by a seed, at least one each."""
 
 
-def assign_splits(root: Path, files: Sequence[BagFile], data: BagData) -> list[BagFile]:
+def assign_splits(
+    root: Path, files: Sequence[BagFile], data: BagData, *, by_rows: bool = False
+) -> list[BagFile]:
     """Give every labelled bag a split; bags that a split file leaves out get none.
 
     Where the data have a training and no validation part, a tenth of the training patients of each
     class, drawn by the seed, becomes it.
+
+    Args:
+        root: The data set.
+        files: Its bags.
+        data: The settings.
+        by_rows: Whether splits that bags already have count before a split file that is found;
+            one that the settings name counts first.
 
     Raises:
         InputError: A split file that cannot be read or names no bag of the data.
     """
     if data.folds:
         return _folded(files, data)
-    source = _split_file(root, data)
+    source = _source(root, files, data, by_rows=by_rows)
     if source is not None:
         listed = _listed(source, files)
         placed = [replace(file, split=listed.get(file.name)) for file in files]
@@ -45,9 +54,11 @@ def assign_splits(root: Path, files: Sequence[BagFile], data: BagData) -> list[B
     return _drawn(files, data)
 
 
-def names_without_bag(root: Path, files: Sequence[BagFile], data: BagData) -> list[str]:
+def names_without_bag(
+    root: Path, files: Sequence[BagFile], data: BagData, *, by_rows: bool = False
+) -> list[str]:
     """A line where the split file names slides that are none of all the files."""
-    source = None if data.folds else _split_file(root, data)
+    source = None if data.folds else _source(root, files, data, by_rows=by_rows)
     if source is None:
         return []
     lost = sorted(set(_listed(source, files)) - {file.name for file in files})
@@ -55,6 +66,13 @@ def names_without_bag(root: Path, files: Sequence[BagFile], data: BagData) -> li
         return []
     some = ", ".join(lost[:5])
     return [f"{source}: names {len(lost)} slides that have no features in {root} ({some})"]
+
+
+def _source(root: Path, files: Sequence[BagFile], data: BagData, *, by_rows: bool) -> Path | None:
+    """The split file that counts, if one does."""
+    if by_rows and data.splits is None and any(file.split for file in files):
+        return None
+    return _split_file(root, data)
 
 
 def _listed(source: Path, files: Sequence[BagFile]) -> dict[str, Split]:

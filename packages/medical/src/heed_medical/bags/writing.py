@@ -83,7 +83,11 @@ def label_numbers(files: Iterable[BagFile]) -> dict[str, int]:
 
 
 def _write_clam(out: Path, bag: Bag) -> None:
-    """`h5_files/`, `pt_files/`, and in `patches/` the places with the size of a patch."""
+    """`h5_files/`, `pt_files/`, and in `patches/` the places with the size of a patch.
+
+    The places are those of the full slide, level 0. `save_path` is relative to the data, since a
+    folder that is written under a temporary name does not know its own.
+    """
     _write_h5(out / "h5_files" / f"{bag.name}.h5", bag, dtype=np.float32)
     _write_array(out / "pt_files" / f"{bag.name}.pt", bag)
     if bag.coords is None:
@@ -96,6 +100,9 @@ def _write_clam(out: Path, bag: Bag) -> None:
         if bag.patch_size is not None:
             coords.attrs["patch_size"], coords.attrs["patch_level"] = bag.patch_size, 0
             coords.attrs["downsample"] = np.ones(2)
+        if bag.slide_size is not None:
+            coords.attrs["level_dim"] = coords.attrs["downsampled_level_dim"] = bag.slide_size
+        coords.attrs["save_path"] = path.parent.name
 
 
 def _write_h5(path: Path, bag: Bag, dtype: Any = None) -> None:

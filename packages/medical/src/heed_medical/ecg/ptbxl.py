@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from heed_core.errors import InputError
+from heed_medical.pictures.records import Rows, read_rows
 
 SUPERCLASSES = ("NORM", "STTC", "MI", "HYP", "CD")
 DATABASE, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
@@ -32,69 +32,95 @@ class PtbxlRecord:
     place: str
 
 
+class PtbxlListing(NamedTuple):
+    """What a PTB-XL folder lists."""
+
+    records: list[PtbxlRecord]
+    problems: list[str]
+    """A line for each row of a table that cannot be used; it is left out."""
+
+
+def list_ptbxl(root: Path, *, rate_hz: Literal[100, 500] = 100) -> PtbxlListing:
+    """The records of a PTB-XL folder, in the order of its table, and what is wrong with it.
+
+    Raises:
+        InputError: A table is missing, cannot be read or has no such column.
+    """
+    statements = _rows(root / STATEMENTS, ("diagnostic", "diagnostic_class"))
+    classes = _diagnostic_classes(statements)
+    column = "filename_lr" if rate_hz == 100 else "filename_hr"
+    needed = ("ecg_id", "patient_id", "report", "scp_codes", "strat_fold", column)
+    table = _rows(root / DATABASE, needed)
+    records, problems = [], [*statements.problems, *table.problems]
+    for place, row in table.numbered():
+        try:
+            records.append(_record(root, row, column, classes, place))
+        except InputError as error:
+            problems.append(str(error))
+    return PtbxlListing(records, problems)
+
+
 def ptbxl_records(root: Path, *, rate_hz: Literal[100, 500] = 100) -> Iterator[PtbxlRecord]:
     """The records of a PTB-XL folder, in the order of its table.
 
     Raises:
-        InputError: A table is missing, has no such column or a value that cannot be read.
+        InputError: As `list_ptbxl`; a row that cannot be used.
     """
-    classes = _diagnostic_classes(root / STATEMENTS)
-    column = "filename_lr" if rate_hz == 100 else "filename_hr"
-    path = root / DATABASE
-    needed = ("ecg_id", "patient_id", "report", "scp_codes", "strat_fold", column)
-    for number, row in _rows(path, needed):
-        place = f"row {number}"
-        codes = _codes(row["scp_codes"], path, place)
-        yield PtbxlRecord(
-            number=row["ecg_id"],
-            path=root / row[column],
-            patient=row["patient_id"].removesuffix(".0"),
-            report=row["report"].strip(),
-            superclasses=frozenset(classes[code] for code in codes if code in classes),
-            split=_split(row["strat_fold"], path, place),
-            place=f"{path}, {place}",
-        )
+    listing = list_ptbxl(root, rate_hz=rate_hz)
+    if listing.problems:
+        raise InputError(listing.problems[0])
+    return iter(listing.records)
 
 
-def _diagnostic_classes(path: Path) -> dict[str, str]:
+def _record(
+    root: Path, row: Mapping[str, str], column: str, classes: Mapping[str, str], place: str
+) -> PtbxlRecord:
+    codes = _codes(row["scp_codes"], place)
+    if not row[column]:
+        raise InputError(f"has no {column}", place=place)
+    return PtbxlRecord(
+        number=row["ecg_id"],
+        path=root / row[column],
+        patient=row["patient_id"].removesuffix(".0"),
+        report=row["report"],
+        superclasses=frozenset(classes[code] for code in codes if code in classes),
+        split=_split(row["strat_fold"], place),
+        place=place,
+    )
+
+
+def _diagnostic_classes(table: Rows) -> dict[str, str]:
     """Statement -> superclass, of the diagnostic statements."""
-    found = {}
-    for _, row in _rows(path, ("diagnostic", "diagnostic_class")):
-        if row["diagnostic"].strip() in {"1", "1.0"}:
-            code = next(iter(row.values()))
-            found[code] = row["diagnostic_class"]
-    return found
+    code = table.columns[0]
+    return {
+        row[code]: row["diagnostic_class"]
+        for row in table.rows
+        if row["diagnostic"] in {"1", "1.0"}
+    }
 
 
-def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[tuple[int, Mapping[str, str]]]:
+def _rows(path: Path, needed: tuple[str, ...]) -> Rows:
     if not path.is_file():
         raise InputError("does not exist", path=path, remedy="give the folder of PTB-XL")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            for column in needed:
-                if column not in (reader.fieldnames or ()):
-                    raise InputError(f"has no column {column!r}", path=path)
-            for number, row in enumerate(reader, start=2):
-                if None in row.values():
-                    raise InputError("is cut off", path=path, place=f"row {number}")
-                yield number, row
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"is not a csv file ({error})", path=path) from None
+    table = read_rows(path, lenient=True)
+    for column in needed:
+        if column not in table.columns:
+            raise InputError(f"has no column {column!r}", path=path)
+    return table
 
 
-def _codes(text: str, path: Path, place: str) -> Mapping[str, float]:
+def _codes(text: str, place: str) -> Mapping[str, float]:
     try:
         codes = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         codes = None
     if not isinstance(codes, dict):
-        raise InputError(f"has scp_codes {text[:40]!r}, no dictionary", path=path, place=place)
+        raise InputError(f"has scp_codes {text[:40]!r}, no dictionary", place=place)
     return codes
 
 
-def _split(fold: str, path: Path, place: str) -> str:
-    number = fold.strip().removesuffix(".0")
+def _split(fold: str, place: str) -> str:
+    number = fold.removesuffix(".0")
     if not number.isdigit() or not 1 <= int(number) <= _TEST:
-        raise InputError(f"has strat_fold {fold!r}, 1 to 10 was expected", path=path, place=place)
+        raise InputError(f"has strat_fold {fold!r}, 1 to 10 was expected", place=place)
     return {_VALIDATION: "val", _TEST: "test"}.get(int(number), "train")

@@ -9,13 +9,15 @@ a query share:
 
 of a scalar S, the cosine of two embeddings. A query's weights sum to one, so that what its keys
 share moves nothing; as published it stays in, and a map is nearly even where attention is. The
-product is the gradient of the scores before the softmax. The row of C that S is read from, without
-the class token, is the map; a mean over tokens has no such row, see `row_of_mean`.
+product is the gradient of the scores before the softmax. With `relevance="published"` it stays.
+The row of C that S is read from, without the class token, is the map; a mean over tokens has no
+such row, see `row_of_mean`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,16 +26,21 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from heed_core import observe
+from heed_core.sites import attach_points
 from heed_medical.more.network import More, MoreClassifier
 from heed_medical.more.text import Text
 from heed_medical.more.towers import ECG_PATCH
 
+Relevance = Literal["centred", "published"]
 WINDOW = 5 * ECG_PATCH
 """Samples that a token of an ECG comes of."""
 
 
 def rollout(
-    attention: Sequence[Float[Tensor, "h n n"]], gradients: Sequence[Float[Tensor, "h n n"]]
+    attention: Sequence[Float[Tensor, "h n n"]],
+    gradients: Sequence[Float[Tensor, "h n n"]],
+    *,
+    relevance: Relevance = "centred",
 ) -> Float[Tensor, "n n"]:
     """C of the module's formula; first block first. Rows sum to one."""
     if len(attention) != len(gradients) or not attention:
@@ -42,19 +49,24 @@ def rollout(
     identity = torch.eye(count, dtype=attention[0].dtype, device=attention[0].device)
     total = identity
     for weights, gradient in zip(attention, gradients, strict=True):
-        shared = (gradient * weights).sum(dim=-1, keepdim=True)
-        relevance = identity + ((gradient - shared) * weights).clamp(min=0).mean(dim=0)
-        total = relevance / relevance.sum(dim=1, keepdim=True) @ total
+        if relevance == "centred":
+            gradient = gradient - (gradient * weights).sum(dim=-1, keepdim=True)
+        passed = identity + (gradient * weights).clamp(min=0).mean(dim=0)
+        total = passed / passed.sum(dim=1, keepdim=True) @ total
     return total
 
 
 def xray_map(
-    model: More, xray: Float[Tensor, "1 3 h w"], target: Float[Tensor, " p"]
+    model: More,
+    xray: Float[Tensor, "1 3 h w"],
+    target: Float[Tensor, " p"],
+    *,
+    relevance: Relevance = "centred",
 ) -> Float32[np.ndarray, "h w"]:
     """Relevance of the patches for the cosine with `target`, at the size of the image."""
     with torch.enable_grad(), observe(model, "xray.*", keep="all", grad=True) as record:
         score = (model.embed_xray(xray)[0] * target).sum()
-        found = _rolled(record, score)[0, 1:]
+        found = _rolled(record, score, relevance)[0, 1:]
     height, width = model.config.image_size
     patch = model.config.patch
     grid = found.view(1, 1, height // patch, width // patch)
@@ -62,7 +74,11 @@ def xray_map(
 
 
 def ecg_map(
-    model: More, ecg: Float[Tensor, "1 12 n"], target: Float[Tensor, " p"]
+    model: More,
+    ecg: Float[Tensor, "1 12 n"],
+    target: Float[Tensor, " p"],
+    *,
+    relevance: Relevance = "centred",
 ) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, "12 n"]]:
     """Relevance of each sample for the cosine with `target`, and of each lead.
 
@@ -72,7 +88,7 @@ def ecg_map(
     with torch.enable_grad(), observe(model, "ecg.*", keep="all", grad=True) as record:
         given = ecg.detach().clone().requires_grad_()
         score = (model.embed_ecg(given)[0] * target).sum()
-        tokens = _rolled(record, score)[0, 1:]
+        tokens = _rolled(record, score, relevance)[0, 1:]
         (gradient,) = torch.autograd.grad(score, given)
     product = (gradient * given).detach().abs()
     smooth = F.avg_pool1d(product, WINDOW, 1, WINDOW // 2, count_include_pad=False)
@@ -80,7 +96,11 @@ def ecg_map(
 
 
 def finding_maps(
-    model: MoreClassifier, inputs: Mapping[str, Float[Tensor, "1 ..."]], finding: int
+    model: MoreClassifier,
+    inputs: Mapping[str, Float[Tensor, "1 ..."]],
+    finding: int,
+    *,
+    relevance: Relevance = "centred",
 ) -> dict[str, np.ndarray]:
     """Relevance of what a classifier sees for one finding's score: as `xray_map` and `ecg_map`.
 
@@ -93,14 +113,14 @@ def finding_maps(
     with torch.enable_grad(), observe(model, sites, keep="all", grad=True) as record:
         score = model(**given)[0, finding]
         if "xray" in given:
-            tokens = _rolled(record, score, of="xray.")[0, 1:]
+            tokens = _rolled(record, score, relevance, of="xray.")[0, 1:]
             height, width = model.config.image_size
             patch = model.config.patch
             grid = tokens.view(1, 1, height // patch, width // patch)
             found["xray"] = _array(F.interpolate(grid, (height, width), mode="bilinear")[0, 0])
         if "ecg" in given:
             ecg = given["ecg"]
-            tokens = _rolled(record, score, of="ecg.")[0, 1:]
+            tokens = _rolled(record, score, relevance, of="ecg.")[0, 1:]
             (gradient,) = torch.autograd.grad(score, ecg)
             product = (gradient * ecg).detach().abs()
             smooth = F.avg_pool1d(product, WINDOW, 1, WINDOW // 2, count_include_pad=False)
@@ -118,19 +138,25 @@ def tokens_to_samples(tokens: Float[Tensor, " t"], samples: int) -> Float[Tensor
     return spread.index_add(0, places.flatten(), share.flatten())
 
 
+def maps_text(model: More) -> bool:
+    """Whether the text tower shows its attention: not those of MPNet, DeBERTa and few others."""
+    return any(name.startswith("text.") for name in attach_points(model))
+
+
 def text_map(
-    model: More, text: Text, target: Float[Tensor, " p"]
+    model: More, text: Text, target: Float[Tensor, " p"], *, relevance: Relevance = "centred"
 ) -> tuple[list[str], Float32[np.ndarray, " n"]]:
     """Words and their relevance for the cosine with `target`; pieces of a word are summed.
 
     The sentence vector is a mean over tokens, so the map is that of `row_of_mean`.
     """
-    ids, mask = model.text.tokens([text])
+    tokens = model.text.tokens([text])
+    mask = tokens.mask[0]
     with torch.enable_grad(), observe(model, "text.*", keep="all", grad=True) as record:
-        vector = F.normalize(model.projectors["text"](model.text(ids, mask)), dim=1)
-        total = _rolled(record, (vector[0] * target).sum())
-    relevance = _array(row_of_mean(total[mask[0]][:, mask[0]]))
-    return join_words(model.text.words(ids[0][mask[0]].tolist()), relevance)
+        vector = F.normalize(model.projectors["text"](model.text(*tokens)), dim=1)
+        total = _rolled(record, (vector[0] * target).sum(), relevance)
+    found = _array(row_of_mean(total[mask][:, mask]))
+    return join_words(model.text.words(text), found)
 
 
 def row_of_mean(total: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
@@ -165,11 +191,14 @@ def join_words(
     return words, np.array(sums, dtype=np.float32)
 
 
-def _rolled(record: object, score: Tensor, *, of: str = "") -> Float[Tensor, "n n"]:
+def _rolled(
+    record: object, score: Tensor, relevance: Relevance, *, of: str = ""
+) -> Float[Tensor, "n n"]:
     names = [name for name in record if name.startswith(of)]  # type: ignore[attr-defined]
     maps = [record.calls(name)[0] for name in names]  # type: ignore[attr-defined]
     gradients = torch.autograd.grad(score, maps, retain_graph=True)
-    return rollout([m[0].detach() for m in maps], [g[0] for g in gradients])
+    found = [m[0].detach() for m in maps]
+    return rollout(found, [g[0] for g in gradients], relevance=relevance)
 
 
 def _array(tensor: Float[Tensor, "*n"] | Bool[Tensor, "*n"]) -> np.ndarray:

@@ -81,7 +81,8 @@ def _number(text: str) -> int:
 def rows_to_encode(valid: Bool[Tensor, " b"]) -> Int64[Tensor, " k"]:
     """Rows that a tower is given: the valid ones, and others where these are fewer than two.
 
-    Batch normalisation needs two rows, and every process must run every tower.
+    Batch normalisation needs two rows, which one process must have alone; of several, whose
+    statistics are shared, each has one at least. And every process must run every tower.
     """
     rows = valid.nonzero()[:, 0]
     if len(rows) >= 2:

@@ -137,10 +137,10 @@ class More(nn.Module):
         """Unit vectors of ECGs as of `heed_medical.ecg.signals.prepare_ecg`."""
         return F.normalize(self.projectors["ecg"](self.ecg(x)), dim=1)
 
-    def embed_text(self, texts: Sequence[Text]) -> Float[Tensor, "b p"]:
-        """Unit vectors of reports."""
-        ids, mask = self.text.tokens(texts)
-        return F.normalize(self.projectors["text"](self.text(ids, mask)), dim=1)
+    def embed_text(self, texts: Sequence[Text], *, prompt: bool = False) -> Float[Tensor, "b p"]:
+        """Unit vectors of reports, or of prompts, which have fewer tokens."""
+        tokens = self.text.tokens(texts, prompt=prompt)
+        return F.normalize(self.projectors["text"](self.text(*tokens)), dim=1)
 
 
 class MoreClassifier(nn.Module):

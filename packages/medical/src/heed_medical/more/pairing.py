@@ -29,7 +29,10 @@ ManifestRow = Mapping[str, str]
 _CXR = "mimic-cxr-2.0.0-{}.csv"
 _FRONTAL = {"PA", "AP"}
 _SPLITS = {"train": "train", "validate": "val", "test": "test"}
-_STATEMENTS = tuple(f"report_{number}" for number in range(18))
+STATEMENTS = 7
+"""Of the machine (report_0 to report_6) that are the report of an ECG, as in the released code."""
+MOST_STATEMENTS = 18
+"""Columns of MIMIC-IV-ECG's machine_measurements.csv."""
 COLUMNS = (
     "name", "subject_id", "xray_study_id", "ecg_study_id", "xray_path", "ecg_path",
     "xray_report", "ecg_report", "days", "split", *CHEXPERT,
@@ -69,6 +72,7 @@ def pair_mimic(
     days: int = 60,
     val_share: float = 0.02,
     seed: int = 42,
+    statements: int = STATEMENTS,
 ) -> Pairing:
     """The rows of a manifest of all pairs, in the order of subjects, X-rays and ECGs.
 
@@ -80,6 +84,7 @@ def pair_mimic(
         days: The most days between the two.
         val_share: Share of the training subjects that becomes validation.
         seed: Of their choice.
+        statements: How many of the machine's statements are the report of an ECG.
 
     Raises:
         InputError: A table is missing, damaged, has no such column or a date that is none; no pair.
@@ -89,7 +94,7 @@ def pair_mimic(
         row["dicom_id"]: (_split(row["split"], place), row["subject_id"])
         for place, row in _stream(_table(cxr, "split"), ("dicom_id", "subject_id", "split"))
     }
-    ecgs = _ecgs(ecg, set(xrays))
+    ecgs = _ecgs(ecg, set(xrays), statements)
     findings = {
         row["study_id"]: {name: _plain(row[name]) for name in CHEXPERT}
         for _, row in _stream(_table(cxr, "chexpert"), ("study_id", *CHEXPERT))
@@ -168,9 +173,10 @@ def _frontal_xrays(path: Path) -> dict[str, list[_Xray]]:
     return found
 
 
-def _ecgs(root: Path, subjects: set[str]) -> dict[str, list[_Ecg]]:
+def _ecgs(root: Path, subjects: set[str], statements: int) -> dict[str, list[_Ecg]]:
+    columns = [f"report_{number}" for number in range(statements)]
     said = {
-        row["study_id"]: " ".join(filter(None, (row.get(n, "").strip() for n in _STATEMENTS)))
+        row["study_id"]: " ".join(filter(None, (row.get(n, "").strip() for n in columns)))
         for _, row in _stream(
             _either(root / "machine_measurements.csv"), ("subject_id", "study_id")
         )

@@ -85,7 +85,7 @@ def ask(model: More, data: MoreData, finding: str, modality: Literal["xray", "ec
         if not texts:
             return np.zeros((0, model.config.projection), dtype=np.float32)
         with torch.no_grad():
-            return model.embed_text(texts).float().cpu().numpy()
+            return model.embed_text(texts, prompt=True).float().cpu().numpy()
 
     prompts, denials = vectors(data.prompts_of(finding)), vectors(data.denials_of(finding))
     if not len(prompts):

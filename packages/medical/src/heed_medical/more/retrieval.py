@@ -18,6 +18,7 @@ from heed_medical.more.network import MODALITIES, More
 
 LARGE = 20_000
 """Rows from which faiss searches, where it is installed."""
+INDEX_SUFFIXES = (".safetensors", ".npz")
 _BLOCK = 1024
 _NAMES, _MODEL = "names", "model"
 
@@ -49,7 +50,16 @@ class EmbeddingIndex:
             )
 
     def save(self, path: Path) -> None:
-        """Write one `.safetensors`."""
+        """Write one `.safetensors`, or one `.npz` for other programs.
+
+        The npz holds `<modality>` (n, p) and `<modality>_names` (n) of each modality; it is not
+        read again.
+        """
+        if path.suffix == ".npz":
+            lists = {f"{key}_names": np.array(value) for key, value in self.names.items()}
+            with path.open("wb") as file:
+                np.savez(file, **dict(self.vectors), **lists)  # type: ignore[arg-type]
+            return
         from safetensors.numpy import save_file
 
         names = json.dumps({key: list(value) for key, value in self.names.items()})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from heed_medical.more.attribution import Relevance
 from heed_medical.more.network import MODALITIES
 from heed_medical.pictures.settings import Blank, Uncertain
 
@@ -59,7 +60,8 @@ class MoreData:
     that with the nearest prompt."""
     contrast: bool = False
     """Whether findings of CheXpert that neither of these names are denied with "no FINDING", as in
-    CheXzero; it misleads where the reports of the training deny nothing."""
+    CheXzero. Off, because it misleads where the reports of the training deny nothing, as those that
+    are written of findings."""
     prompt_file: Path | None = None
     """A csv or jsonl with the columns finding, prompt, denial, of which a finding may have several
     rows."""
@@ -74,6 +76,9 @@ class MoreData:
     """Which part of a longer ECG is read."""
     equalise: bool = True
     """Whether the contrast of X-rays is made even (CLAHE)."""
+    relevance: Relevance = "centred"
+    """What explain calls relevant. centred: without what all keys of a query share, which makes
+    maps even; published: with it, as Chefer et al. have it."""
     index: Path | None = None
     """Where predict looks for neighbours: an index, or a folder that an earlier predict wrote."""
     neighbours: int = 5

@@ -1,30 +1,41 @@
-"""The text tower of MoRE: a RoBERTa with low-rank adapters, and its tokenizers.
+"""The text tower of MoRE: an encoder of text with low-rank adapters, and its tokenizer.
 
-The tower and a tokenizer are all in the model: the tokenizer of a checkpoint folder lies in its
-state as bytes, so that a trained model needs no other file. Without a checkpoint the tower is
-random and its tokens are the bytes of UTF-8.
+The tower and a tokenizer are all in the model: the architecture of a checkpoint folder is in its
+settings and the tokenizer lies in its state as bytes, so that a trained model needs no other file.
+Without a checkpoint the tower is a random RoBERTa and its tokens are the bytes of UTF-8.
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from heed_core.errors import InputError, MissingExtra, reason_of
+from heed_core.errors import InputError, reason_of
+from heed_medical.more.encoders import (
+    architecture_of,
+    build_encoder,
+    most_tokens,
+    read_configuration,
+    read_weights,
+    tokenizer_json,
+    transformers_library,
+    with_adapters,
+)
 from heed_medical.more.towers import initial_std
 
 START, PADDING, END = 0, 1, 2
-"""Numbers of RoBERTa's special tokens."""
+"""Numbers of the special tokens among bytes, as RoBERTa's."""
 SPECIALS = 4
 BYTE_VOCABULARY = 256 + SPECIALS
-_FAMILY = ("roberta", "xlm-roberta", "camembert")
+FEWEST = 8
+"""Tokens of a text, special ones among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +62,29 @@ class TextConfig:
     lora_dropout: float = 0.1
     pool: Literal["mean", "mean-all"] = "mean"
     """Mean over the tokens of a text; mean-all: over the padding to max_tokens too, as released."""
+    prompt_tokens: int = 128
+    """Length to which prompts and queries are cut, and padded with mean-all."""
     tokenizer_bytes: int = 0
     """Size of the tokenizer's file in the model; 0: tokens are bytes. Settled by the checkpoint."""
+    padding: int = PADDING
+    """Number of the token that fills up. Settled by the checkpoint."""
+    architecture: str = ""
+    """JSON of the encoder in transformers; empty: a RoBERTa of the sizes above. Settled by the
+    checkpoint, with its sizes and dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "dim", "depth", "heads", "hidden", "max_tokens", "lora_alpha"):
+        for name in ("vocabulary", "dim", "depth", "heads", "hidden", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_tokens", "prompt_tokens"):
+            if getattr(self, name) < FEWEST:
+                raise ValueError(f"{name} must be at least {FEWEST}, got {getattr(self, name)}")
         for name in ("lora_rank", "tokenizer_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads={self.heads}, got {self.dim}")
-        if self.positions < self.max_tokens + 2:
+        if not self.architecture and self.positions < self.max_tokens + 2:
             raise ValueError(
                 f"positions must be max_tokens + 2 = {self.max_tokens + 2} at least, got "
                 f"{self.positions}"
@@ -76,93 +97,132 @@ Text = tuple[str, str]
 """The report of an X-ray and of an ECG; either may be empty."""
 
 
+class Tokens(NamedTuple):
+    """Texts as numbers."""
+
+    ids: Int64[Tensor, "b n"]
+    mask: Bool[Tensor, "b n"]
+    """True for a token, False for padding."""
+    types: Int64[Tensor, "b n"]
+    """0 in the first text of a pair, 1 in the second, where the tokenizer tells them apart."""
+
+
 class TextTower(nn.Module):
-    """RoBERTa, and the mean of its last hidden states.
+    """An encoder of text, and the mean of its last hidden states.
 
     Raises:
         MissingExtra: The libraries transformers or peft are not installed.
+        ValueError: The encoder of a checkpoint has no place for adapters.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = _roberta(config)
+        encoder = build_encoder(config.architecture) if config.architecture else _roberta(config)
+        self._typed = _takes_types(encoder)
+        if config.lora_rank:
+            encoder = with_adapters(
+                encoder,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                dropout=config.lora_dropout,
+            )
+        self.encoder = encoder
         self.register_buffer("tokenizer", torch.zeros(config.tokenizer_bytes, dtype=torch.uint8))
         self._parsed: Any = None
 
-    def forward(self, ids: Int64[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b d"]:
-        """The sentence vectors of tokens; `mask` is True for a token, False for padding."""
-        hidden = self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    def forward(
+        self,
+        ids: Int64[Tensor, "b n"],
+        mask: Bool[Tensor, "b n"],
+        types: Int64[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b d"]:
+        """The sentence vectors of tokens as of `tokens`."""
+        typed = {"token_type_ids": types} if self._typed and types is not None else {}
+        found = self.encoder(input_ids=ids, attention_mask=mask.long(), **typed)
+        hidden = found.last_hidden_state
         if self.config.pool == "mean-all":
             vectors = hidden.mean(dim=1)
         else:
             share = mask.unsqueeze(2).to(hidden.dtype)
             vectors = (hidden * share).sum(dim=1) / share.sum(dim=1).clamp(min=1)
-        if self.training:  # the pooler is unused, but all biases are trained: DDP wants a gradient
-            unused = [p for p in self.encoder.pooler.parameters() if p.requires_grad]
+        pooler = getattr(self.encoder, "pooler", None)
+        if self.training and pooler is not None:  # unused, but its bias is trained: DDP wants a
+            unused = [p for p in pooler.parameters() if p.requires_grad]  # gradient
             vectors = vectors + 0.0 * sum(p.sum() for p in unused)
         return cast(Tensor, vectors)
 
-    def tokens(self, texts: Sequence[Text]) -> tuple[Int64[Tensor, "b n"], Bool[Tensor, "b n"]]:
-        """Token numbers and their mask, on the device of the tower."""
-        rows = [self.encode(text) for text in texts]
-        longest = max(map(len, rows))
+    def tokens(self, texts: Sequence[Text], *, prompt: bool = False) -> Tokens:
+        """Numbers of tokens, on the device of the tower.
+
+        Args:
+            texts: Pairs of reports.
+            prompt: Whether they are prompts or queries, which are shorter than reports.
+        """
+        most = self.config.max_tokens
+        if prompt:
+            most = min(most, self.config.prompt_tokens)
+        rows = [self._numbered(text, most) for text in texts]
+        longest = max(len(ids) for ids, _ in rows)
         if self.config.pool == "mean-all":
-            longest = self.config.max_tokens
-        ids = torch.full((len(rows), longest), PADDING)
-        for number, row in enumerate(rows):
+            longest = most
+        ids = torch.full((len(rows), longest), self.config.padding)
+        types = torch.zeros_like(ids)
+        for number, (row, kinds) in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
-        device = self.encoder.embeddings.word_embeddings.weight.device
-        lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+            types[number, : len(row)] = torch.tensor(kinds)
+        device = self.encoder.get_input_embeddings().weight.device
+        lengths = torch.tensor([len(row) for row, _ in rows]).unsqueeze(1)
         mask = torch.arange(longest) < lengths
-        return ids.to(device), mask.to(device)
+        return Tokens(ids.to(device), mask.to(device), types.to(device))
 
     def encode(self, text: Text) -> list[int]:
-        """`<s> a </s></s> b </s>`, cut to the longest text."""
-        parts = [self.pieces(part) for part in text if part]
-        most = self.config.max_tokens - 2 * max(len(parts), 1)
-        parts = _cut_longest(parts, most)
+        """A pair of texts, cut at the longer: among bytes `<s> a </s></s> b </s>`."""
+        return self._numbered(text, self.config.max_tokens)[0]
+
+    def _numbered(self, text: Text, most: int) -> tuple[list[int], list[int]]:
+        """The numbers of the tokens, `most` at most, and of their types."""
+        if self.config.tokenizer_bytes:
+            found = self._encoding(text, most)
+            return found.ids, found.type_ids
+        parts = [[SPECIALS + byte for byte in part.encode()] for part in text if part]
+        parts = _cut_longest(parts, most - 2 * max(len(parts), 1))
         row = [START]
         for number, part in enumerate(parts):
             row += [*([END] if number else []), *part, END]
-        return row if parts else [START, END]
+        row = row if parts else [START, END]
+        return row, [0] * len(row)
 
-    def pieces(self, text: str) -> list[int]:
-        """The tokens of a text, without special ones."""
+    def words(self, text: Text) -> list[str]:
+        """Each token of a pair as text, with the white space before it; special ones are empty."""
         if not self.config.tokenizer_bytes:
-            return [SPECIALS + byte for byte in text.encode()]
-        ids: list[int] = self._tokenizer().encode(text, add_special_tokens=False).ids
-        return ids
-
-    def words(self, ids: Sequence[int]) -> list[str]:
-        """Each token as text; special tokens are empty."""
-        if not self.config.tokenizer_bytes:
+            ids = self.encode(text)
             return [bytes([i - SPECIALS]).decode("latin-1") if i >= SPECIALS else "" for i in ids]
-        return [self._tokenizer().decode([i], skip_special_tokens=True) for i in ids]
+        found = self._encoding(text, self.config.max_tokens)
+        parts = [part for part in text if part]
+        return [
+            "" if number is None else _piece(parts[number], *span)
+            for number, span in zip(found.sequence_ids, found.offsets, strict=True)
+        ]
 
-    def _tokenizer(self) -> Any:
+    def _encoding(self, text: Text, most: int) -> Any:
+        """What the tokenizer makes of a pair, of which either may be empty."""
         if self._parsed is None:
             from tokenizers import Tokenizer
 
-            text = bytes(cast(Tensor, self.tokenizer).cpu().numpy()).decode()
-            self._parsed = Tokenizer.from_str(text)
+            document = bytes(cast(Tensor, self.tokenizer).cpu().numpy()).decode()
+            self._parsed = Tokenizer.from_str(document)
             self._parsed.no_padding()
-            self._parsed.no_truncation()
-        return self._parsed
+        self._parsed.enable_truncation(most, strategy="longest_first")
+        return self._parsed.encode(*([part for part in text if part] or [""]))
 
     def load_folder(self, folder: Path) -> None:
         """Take weights and tokenizer from a checkpoint folder of transformers.
 
         Raises:
-            InputError: The folder is not of a RoBERTa of this size.
+            InputError: The folder is not of an encoder of this architecture.
         """
-        transformers = _transformers()
-        try:
-            found = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of many kinds, for a damaged or foreign folder
-            reason = reason_of(error)
-            raise InputError(f"cannot be read as a text model ({reason})", path=folder) from error
-        theirs = found.state_dict()
+        theirs = read_weights(folder)
         own = self.encoder.state_dict()
         names = {name: name.replace(".base_layer.", ".") for name in own if ".lora_" not in name}
         wrong = [
@@ -179,7 +239,8 @@ class TextTower(nn.Module):
             )
         weights = {n: theirs[other] for n, other in names.items() if other in theirs}
         self.encoder.load_state_dict(weights, strict=False)
-        blob = torch.frombuffer(bytearray(tokenizer_json(folder)), dtype=torch.uint8)
+        document, _ = tokenizer_json(folder, self.config.vocabulary)
+        blob = torch.frombuffer(bytearray(document), dtype=torch.uint8)
         if len(blob) != self.config.tokenizer_bytes:
             raise InputError("has another tokenizer than at the start of training", path=folder)
         cast(Tensor, self.tokenizer).copy_(blob)
@@ -187,64 +248,42 @@ class TextTower(nn.Module):
 
 
 def folder_config(folder: Path, config: TextConfig) -> TextConfig:
-    """`config` with the sizes of a checkpoint folder.
+    """`config` with the architecture and sizes of a checkpoint folder.
 
     Raises:
-        InputError: It is not a folder of a RoBERTa with a tokenizer.
+        InputError: It is not a folder of an encoder of text with a tokenizer, or adapters are
+            wanted and it has no place for them.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError("does not exist", path=path, remedy="give a folder of transformers")
+    found = read_configuration(folder)
+    architecture = architecture_of(found)
+    document, padding = tokenizer_json(folder, found.vocab_size)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"is not JSON ({error})", path=path) from None
-    if found.get("model_type") not in _FAMILY:
-        raise InputError(
-            f"is of the type {found.get('model_type')!r}, not of {', '.join(_FAMILY)}", path=path
-        )
-    try:
-        positions = int(found.get("max_position_embeddings", 514))
-        return replace(
+        room = most_tokens(found, architecture)
+        settled = replace(
             config,
-            vocabulary=int(found["vocab_size"]),
-            dim=int(found["hidden_size"]),
-            depth=int(found["num_hidden_layers"]),
-            heads=int(found["num_attention_heads"]),
-            hidden=int(found["intermediate_size"]),
-            positions=positions,
-            max_tokens=min(config.max_tokens, positions - 2),
-            norm_eps=float(found.get("layer_norm_eps", 1e-5)),
-            tokenizer_bytes=len(tokenizer_json(folder)),
+            vocabulary=found.vocab_size,
+            dim=found.hidden_size,
+            depth=getattr(found, "num_hidden_layers", config.depth),
+            heads=getattr(found, "num_attention_heads", config.heads),
+            hidden=getattr(found, "intermediate_size", getattr(found, "hidden_dim", config.hidden)),
+            positions=getattr(found, "max_position_embeddings", config.positions),
+            max_tokens=config.max_tokens if room is None else min(config.max_tokens, room),
+            norm_eps=getattr(found, "layer_norm_eps", config.norm_eps),
+            tokenizer_bytes=len(document),
+            padding=padding,
+            architecture=architecture,
         )
+        with torch.device("meta"):
+            TextTower(settled)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"has no usable {error}", path=path) from None
-
-
-def tokenizer_json(folder: Path) -> bytes:
-    """The tokenizer of a checkpoint folder as one JSON document.
-
-    Raises:
-        InputError: There is none that can be read, or its special tokens are not RoBERTa's.
-    """
-    transformers = _transformers()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        text: str = tokenizer.backend_tokenizer.to_str()
-    except Exception as error:  # of many kinds, for a damaged or foreign folder
-        reason = reason_of(error)
-        raise InputError(f"has no tokenizer that can be read ({reason})", path=folder) from error
-    found = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    if found != (START, PADDING, END):
-        raise InputError(
-            f"numbers <s>, <pad>, </s> as {found}, not {(START, PADDING, END)}", path=folder
-        )
-    return text.encode()
+        path = folder / "config.json"
+        raise InputError(f"makes no text tower ({reason_of(error)})", path=path) from error
+    return settled
 
 
 def _roberta(config: TextConfig) -> Any:
-    transformers = _transformers()
-    encoder = transformers.RobertaModel(
+    transformers = transformers_library()
+    return transformers.RobertaModel(
         transformers.RobertaConfig(
             vocab_size=config.vocabulary,
             hidden_size=config.dim,
@@ -262,28 +301,18 @@ def _roberta(config: TextConfig) -> Any:
             eos_token_id=END,
         )
     )
-    if not config.lora_rank:
-        return encoder
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtra("peft", "heed-medical[text]") from None
-    adapters = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=["query", "value"],
-        bias="all",
-    )
-    return peft.inject_adapter_in_model(adapters, encoder)
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers", "heed-medical[text]") from None
-    return transformers
+def _takes_types(encoder: Any) -> bool:
+    """Whether an encoder tells the two texts of a pair apart."""
+    several = (getattr(encoder.config, "type_vocab_size", 0) or 0) > 1
+    return several and "token_type_ids" in inspect.signature(encoder.forward).parameters
+
+
+def _piece(text: str, start: int, end: int) -> str:
+    """A part of a text, with a space where white space is before it."""
+    apart = start > 0 and text[start - 1].isspace() and not text[start:end][:1].isspace()
+    return (" " if apart else "") + text[start:end]
 
 
 def _cut_longest(parts: list[list[int]], most: int) -> list[list[int]]:

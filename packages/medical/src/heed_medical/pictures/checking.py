@@ -19,19 +19,46 @@ from heed_medical.splits import SPLITS
 
 CountRow = Mapping[str, str | int | float | None]
 _ONE_SOURCE = 0.9
-_KNOWN_COUNTS = {
-    "9B": ({"negative": 13992, "positive": 16490}, {"negative": 200, "positive": 200}),
-    "9A": (
-        {"normal": 8085, "pneumonia": 5555, "COVID-19": 16490},
-        {"normal": 100, "pneumonia": 100, "COVID-19": 200},
+Counts = Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What a release of COVIDx holds, as its authors' lists count it."""
+
+    train: Counts
+    """Pictures per class."""
+    test: Counts
+    patients: tuple[int, int] | None = None
+    """In train and test; None: not known."""
+    spaced: Counts
+    """Training pictures per class of patients whose id holds a space: such a row has five fields,
+    and whoever takes the third for the label loses it."""
+
+
+COVIDX: Mapping[str, Release] = {
+    "9B": Release(
+        train={"negative": 13992, "positive": 16490},
+        test={"negative": 200, "positive": 200},
+        patients=(16648, 378),
+        spaced={},
     ),
-    "8B": ({"negative": 13794, "positive": 2158}, {"negative": 200, "positive": 200}),
-    "8A": (
-        {"normal": 7966, "pneumonia": 5475, "COVID-19": 2158},
-        {"normal": 100, "pneumonia": 100, "COVID-19": 200},
+    "9A": Release(
+        train={"normal": 8085, "pneumonia": 5555, "COVID-19": 16490},
+        test={"normal": 100, "pneumonia": 100, "COVID-19": 200},
+        spaced={},
+    ),
+    "8B": Release(
+        train={"negative": 13794, "positive": 2158},
+        test={"negative": 200, "positive": 200},
+        spaced={"positive": 943},
+    ),
+    "8A": Release(
+        train={"normal": 7966, "pneumonia": 5475, "COVID-19": 2158},
+        test={"normal": 100, "pneumonia": 100, "COVID-19": 200},
+        spaced={"COVID-19": 943},
     ),
 }
-"""Release of COVIDx -> pictures per class in train and test."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,26 +197,62 @@ def _source_warnings(root: Path, listing: Listing, data: PictureData) -> list[st
 
 
 def _release(root: Path, listing: Listing) -> list[str]:
-    """Whether the counts are those of a release of COVIDx; nothing for other layouts."""
+    """Whether the lists are those of the release they are called after; nothing elsewhere."""
     if listing.layout != "covidx":
         return []
     lists = {p.place.partition(",")[0] for p in listing.pictures}
-    counted = [
-        Counter(p.label for p in listing.pictures if Path(p.place).name.startswith(part))
-        for part in ("train", "test")
-    ]
     lines = []
-    for release, wanted in _KNOWN_COUNTS.items():
-        if not any(f"COVIDx{release}" in name for name in lists):
-            continue
-        for part, found, expected in zip(("train", "test"), counted, wanted, strict=True):
-            if found != expected:
-                lines.append(
-                    f"{root}: the {part} list is called {release}, whose counts are "
-                    f"{_text(expected)}; here are {_text(found)}"
-                )
+    for name, release in COVIDX.items():
+        if any(f"COVIDx{name}" in path for path in lists):
+            lines += compare_release(root, name, release, listing.pictures)
     return lines
 
 
-def _text(counts: Mapping[str, int] | Counter[str | None]) -> str:
+def compare_release(
+    root: Path, name: str, release: Release, pictures: Sequence[PictureFile]
+) -> list[str]:
+    """A line for each count that is another than a release's; one line where all are the same.
+
+    Args:
+        root: The data set, for the lines.
+        name: Of the release.
+        release: Its counts.
+        pictures: Those of its lists that are there, each with the place in its list.
+    """
+    train, test = (
+        [p for p in pictures if Path(p.place).name.startswith(part)] for part in ("train", "test")
+    )
+    pairs = {
+        "in train": (_by_label(train), release.train),
+        "in test": (_by_label(test), release.test),
+        "in train of patients with a space in the id (rows of five fields)": (
+            _by_label([p for p in train if " " in p.patient]),
+            release.spaced,
+        ),
+    }
+    if release.patients is not None:
+        for part, found, count in zip(
+            ("train", "test"), (train, test), release.patients, strict=True
+        ):
+            patients = {"patients": len({p.patient for p in found})}
+            pairs[f"in {part}, counted by id"] = (patients, {"patients": count})
+    lines = [
+        f"{root}: the lists are called {name}, which has {_text(expected)} {where}; here are "
+        f"{_text(found)}"
+        for where, (found, expected) in pairs.items()
+        if found != expected
+    ]
+    if lines:
+        return lines
+    counted = f"{len(train)} and {len(test)} pictures"
+    if release.patients is not None:
+        counted += " of {} and {} patients".format(*release.patients)
+    return [f"{root}: these are the lists of COVIDx {name}: {counted} in train and test"]
+
+
+def _by_label(pictures: Sequence[PictureFile]) -> Counts:
+    return dict(Counter(str(p.label) for p in pictures))
+
+
+def _text(counts: Counts) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

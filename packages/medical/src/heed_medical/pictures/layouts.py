@@ -11,14 +11,19 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_core.folders import files_under
 from heed_medical.files import unique_names
+from heed_medical.manifests import folder_and_table
 from heed_medical.other_layout import other_layout
 from heed_medical.pictures.findings import findings_of
 from heed_medical.pictures.listers import (
     LISTERS,
+    RSNA_BOXES,
+    RSNA_CLASS,
+    TABLE_OPTION,
     covidx_lists,
     find_table,
     is_picture,
     list_folders,
+    mimic_labels,
     other_table,
 )
 from heed_medical.pictures.records import PictureFile, first_line, plain_or_packed
@@ -32,7 +37,9 @@ _KNOWN = (
 _READABLE = "png, jpg, tif, bmp and DICOM are read"
 _TEST_SHARE = 0.2
 ONE_CLASS = ("covidx", "rsna", "folders")
-"""Layouts without columns that could be labels or findings."""
+"""Layouts without columns that could be findings."""
+_ONE_LABEL = ("covidx", "folders")
+"""Layouts without columns that could be labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +59,14 @@ class Listing:
 def list_pictures(root: Path, data: PictureData) -> Listing:
     """List a data set and settle its splits; the pictures themselves are not read.
 
+    Args:
+        root: The folder of the data set, or its table (csv, jsonl).
+        data: The settings.
+
     Raises:
         InputError: No folder, no known layout, a list that cannot be read, no picture at all.
     """
+    root, data = _opened(root, data)
     layout = layout_of(root, data)
     _refuse_unused(layout, data)
     elsewhere = partial(other_layout, root, data.layout, lambda: _seen(root, data))
@@ -91,18 +103,21 @@ def layout_of(root: Path, data: PictureData) -> Layout:
     Raises:
         InputError: No folder, or none of the known layouts.
     """
+    root, data = _opened(root, data)
     if not root.is_dir():
-        raise InputError("is not a folder", path=root, remedy="give the folder of a data set")
+        raise InputError(
+            "is not a folder", path=root, remedy="give the folder of a data set, or a csv or jsonl"
+        )
     if data.layout != "auto":
         return data.layout
-    if data.table:
-        return "covidx" if covidx_lists(root, data.table) else "table"
-    if covidx_lists(root):
+    if covidx_lists(root, data.table):
         return "covidx"
-    if (root / "stage_2_train_labels.csv").is_file():
-        return "rsna"
-    if any(root.glob("mimic-cxr-2.0.0-chexpert.csv*")):
+    if mimic_labels(root, data.table) is not None:
         return "mimic"
+    if data.table:
+        return "table"
+    if (root / RSNA_BOXES).is_file():
+        return "rsna"
     header = first_line(plain_or_packed(root / "train.csv"))
     if "Path" in header and "No Finding" in header:
         return "chexpert"
@@ -115,6 +130,12 @@ def layout_of(root: Path, data: PictureData) -> Layout:
     )
 
 
+def _opened(root: Path, data: PictureData) -> tuple[Path, PictureData]:
+    """The folder of a data set, and the settings with the table that was given in its place."""
+    folder, table = folder_and_table(root, data.table, option=TABLE_OPTION, layout=data.layout)
+    return folder, data if folder == root else replace(data, table=table)
+
+
 def _seen(root: Path, data: PictureData) -> Layout:
     """The layout by what lies in the folder alone."""
     return layout_of(root, replace(data, layout="auto", table=""))
@@ -123,7 +144,7 @@ def _seen(root: Path, data: PictureData) -> Layout:
 def _refuse_unused(layout: str, data: PictureData) -> None:
     if data.only and layout != "table":
         raise InputError(f"--data.only has no effect in the layout {layout}", remedy="leave it out")
-    if data.table and layout not in {"table", "covidx"}:
+    if data.table and layout not in {"table", "covidx", "mimic"}:
         raise InputError(
             f"--data.table has no effect in the layout {layout}", remedy="leave it out"
         )
@@ -132,7 +153,12 @@ def _refuse_unused(layout: str, data: PictureData) -> None:
             f"--data.findings has no effect in the layout {layout}",
             remedy="pictures with several findings are read from a table, CheXpert or MIMIC",
         )
-    if data.label and layout in ONE_CLASS:
+    if layout == "rsna" and data.label not in ("", "Target", RSNA_CLASS):
+        raise InputError(
+            f"--data.label {data.label} is no column of RSNA",
+            remedy=f"use Target, or {RSNA_CLASS} for its three classes",
+        )
+    if data.label and layout in _ONE_LABEL:
         raise InputError(
             f"--data.label has no effect in the layout {layout}", remedy="leave it out"
         )

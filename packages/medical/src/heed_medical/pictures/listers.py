@@ -13,10 +13,11 @@ from heed_core.errors import InputError
 from heed_core.folders import files_under
 from heed_medical.dicom import is_dicom
 from heed_medical.images import PICTURE_SUFFIXES
+from heed_medical.manifests import folder_and_table
 from heed_medical.pictures.findings import finding_value
 from heed_medical.pictures.records import PictureFile, Rows, plain_or_packed, read_rows
 from heed_medical.pictures.settings import PictureData, parse_only
-from heed_medical.splits import in_several_splits
+from heed_medical.splits import SPLIT_NAMES, in_several_splits
 
 
 class Found(NamedTuple):
@@ -31,11 +32,6 @@ class Found(NamedTuple):
 FILE_COLUMNS = ("file", "path", "image", "filename", "image_path", "file_name")
 LABEL_COLUMNS = ("label", "class", "target", "diagnosis")
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id")
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training", "tr"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "ts"), "test"),
-}
 CHEXPERT_FINDINGS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
     "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
@@ -45,8 +41,16 @@ CHEXPERT_FINDINGS = (
 
 _FIRST_TABLES = ("labels.csv", "manifest.csv", "manifest.jsonl", "cases.csv")
 _CHEXPERT_SPLITS = (("train.csv", "train"), ("valid.csv", "test"))
+RSNA_BOXES, _RSNA_CLASSES = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
+RSNA_CLASS = "class"
+"""The label of RSNA by which its detailed classes are read."""
 _MIMIC = "mimic-cxr-2.0.0-{}.csv"
+_LABELLERS = ("chexpert", "negbio")
+"""Of MIMIC-CXR-JPG; the first that is there is read where none is named."""
 _FRONTAL = {"PA", "AP"}
+
+
+TABLE_OPTION = "--data.table"
 
 
 def is_picture(path: Path) -> bool:
@@ -57,9 +61,13 @@ def is_picture(path: Path) -> bool:
 
 
 def find_table(root: Path, name: str = "") -> Rows | None:
-    """The table of a folder that names pictures: the one called `name`, or the first there is."""
+    """The table of a folder that names pictures: the one called `name`, or the first there is.
+
+    Where `root` is a table itself, it is this one.
+    """
+    root, name = folder_and_table(root, name, option=TABLE_OPTION)
     if name:
-        return read_rows(root / name)
+        return read_rows(root / name, lenient=True)
     return next((rows for rows in _tables(root) if rows.column(FILE_COLUMNS)), None)
 
 
@@ -68,7 +76,7 @@ def _tables(root: Path) -> Iterator[Rows]:
     paths.sort(key=lambda p: _FIRST_TABLES.index(p.name) if p.name in _FIRST_TABLES else 9)
     for path in paths:
         if not path.name.startswith("."):
-            yield read_rows(path)
+            yield read_rows(path, lenient=True)
 
 
 def other_table(root: Path) -> str:
@@ -92,7 +100,7 @@ def list_table(root: Path, data: PictureData) -> Found:
     patient, source = table.column(PATIENT_COLUMNS), table.column(("source",))
     split = table.column(("split",))
     wanted = _conditions(table, data)
-    pictures, problems = [], []
+    pictures, problems = [], list(table.problems)
     for place, row in table.numbered():
         if any(row[column] not in values for column, values in wanted.items()):
             continue
@@ -231,29 +239,64 @@ def _lines(path: Path) -> list[str]:
 
 
 def list_rsna(root: Path, data: PictureData) -> Found:
-    """RSNA Pneumonia: a picture is positive if any of its rows has the target 1."""
-    table = read_rows(root / "stage_2_train_labels.csv")
-    patient, target = table.need("patientId"), table.need("Target")
-    targets: dict[str, str] = {}
-    places: dict[str, str] = {}
-    problems = []
-    for place, row in table.numbered():
-        if row[target] not in {"0", "1"}:
-            problems.append(f"{place}: has the target {row[target]!r}, 0 or 1 was expected")
-            continue
-        places.setdefault(row[patient], place)
-        targets[row[patient]] = max(targets.get(row[patient], "0"), row[target])
+    """RSNA Pneumonia: a picture is positive if any of its rows has the target 1.
+
+    With the label `class` it is of one of the three classes of stage_2_detailed_class_info.csv.
+    """
+    detailed = data.label == RSNA_CLASS
+    labels, problems = (_rsna_classes if detailed else _rsna_targets)(root)
     pictures = [
         PictureFile(
             name=name,
             path=root / "stage_2_train_images" / f"{name}.dcm",
-            label="positive" if targets[name] == "1" else "negative",
+            label=label,
             patient=name,
-            place=places[name],
+            place=place,
         )
-        for name in targets
+        for name, (label, place) in labels.items()
     ]
     return Found(pictures, problems)
+
+
+def _rsna_targets(root: Path) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Patient -> positive or negative, and the place of the first row; what is wrong, a line each.
+
+    A patient has a row per box.
+    """
+    table = read_rows(root / RSNA_BOXES, lenient=True)
+    patient, target = table.need("patientId"), table.need("Target")
+    found: dict[str, tuple[str, str]] = {}
+    problems = list(table.problems)
+    for place, row in table.numbered():
+        name = row[patient]
+        if not name or row[target] not in {"0", "1"}:
+            wrong = f"the target {row[target]!r}, 0 or 1 was expected" if name else "no patientId"
+            problems.append(f"{place}: has {wrong}")
+            continue
+        label, first = found.get(name, ("negative", place))
+        found[name] = ("positive" if row[target] == "1" else label, first)
+    return found, problems
+
+
+def _rsna_classes(root: Path) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """As `_rsna_targets`, with the class; a patient whose rows disagree is left out."""
+    table = read_rows(root / _RSNA_CLASSES, lenient=True)
+    patient, column = table.need("patientId"), table.need(RSNA_CLASS)
+    found: dict[str, tuple[str, str]] = {}
+    problems = list(table.problems)
+    unlike: set[str] = set()
+    for place, row in table.numbered():
+        name, label = row[patient], row[column]
+        if not name or not label:
+            problems.append(f"{place}: has no {column if name else patient}; fill it in")
+            continue
+        before, _ = found.setdefault(name, (label, place))
+        if before != label:
+            unlike.add(name)
+            problems.append(
+                f"{place}: has the class {label!r} of {name}, in an earlier row it is {before!r}"
+            )
+    return {name: value for name, value in found.items() if name not in unlike}, problems
 
 
 def list_chexpert(root: Path, data: PictureData) -> Found:
@@ -265,7 +308,8 @@ def list_chexpert(root: Path, data: PictureData) -> Found:
         file = plain_or_packed(root / name)
         if name == "valid.csv" and not file.is_file():
             continue
-        table = read_rows(file)
+        table = read_rows(file, lenient=True)
+        problems += table.problems
         path, finding = table.need("Path"), table.need(finding_of(data))
         findings = _finding_columns(table, data)
         view = table.column(("Frontal/Lateral",))
@@ -321,9 +365,36 @@ def _finding_label(value: str, data: PictureData) -> str | None:
         return ""
 
 
+def mimic_labels(root: Path, table: str = "") -> Path | None:
+    """The labels of MIMIC-CXR-JPG in a folder: of the labeller that `table` names, or the first.
+
+    Args:
+        root: The folder.
+        table: chexpert or negbio, or the name of a file of theirs; empty: chexpert where it is
+            there.
+
+    Returns:
+        The file; None where there is none.
+    """
+    for labeller in _LABELLERS:
+        path = plain_or_packed(root / _MIMIC.format(labeller))
+        named = table in ("", labeller, path.name, _MIMIC.format(labeller))
+        if named and path.is_file():
+            return path
+    return None
+
+
 def list_mimic(root: Path, data: PictureData) -> Found:
     """MIMIC-CXR-JPG: labels of studies, split and view of pictures, joined by their ids."""
-    labels = _mimic_table(root, "chexpert")
+    path = mimic_labels(root, data.table)
+    if path is None:
+        names = ", ".join(_MIMIC.format(name) for name in _LABELLERS)
+        raise InputError(
+            f"has no labels of {data.table}" if data.table else "has no labels",
+            path=root,
+            remedy=f"add one of {names} (or .gz)",
+        )
+    labels = read_rows(path, lenient=True)
     split_rows, views = _mimic_table(root, "split"), _mimic_table(root, "metadata")
     finding, study = labels.need(finding_of(data)), labels.need("study_id")
     view_of = {row[views.need("dicom_id")]: row for row in views.rows}
@@ -331,7 +402,8 @@ def list_mimic(root: Path, data: PictureData) -> Found:
     findings = _finding_columns(labels, data)
     by_study = {row[study]: (place, row) for place, row in labels.numbered()}
     columns = [split_rows.need(n) for n in ("dicom_id", "study_id", "subject_id", "split")]
-    pictures, problems = [], []
+    pictures = []
+    problems = [*labels.problems, *split_rows.problems, *views.problems]
     lost: dict[str, list[str]] = defaultdict(list)
     for place, row in split_rows.numbered():
         dicom, number, subject, split = (row[c] for c in columns)
@@ -393,7 +465,7 @@ _NAMED = 3
 
 
 def _mimic_table(root: Path, part: str) -> Rows:
-    return read_rows(plain_or_packed(root / _MIMIC.format(part)))
+    return read_rows(plain_or_packed(root / _MIMIC.format(part)), lenient=True)
 
 
 def list_folders(root: Path, data: PictureData) -> Found:

@@ -23,8 +23,9 @@ _ORDERS = (
     ("negative", "positive"),
     ("normal", "pneumonia", "COVID-19"),
     ("level2", "level1"),
+    ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity"),
 )
-"""The lists of COVIDx: its classes 0, 1, 2."""
+"""The lists of COVIDx with its classes 0, 1, 2, and RSNA from healthy to pneumonia."""
 _NONE_FIRST = ("normal", "negative", "no finding", "healthy", "benign", "control", "none", "no")
 
 

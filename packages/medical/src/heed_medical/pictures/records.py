@@ -46,6 +46,8 @@ class Rows:
     rows: Sequence[Mapping[str, str]]
     numbers: Sequence[int]
     """Of each row in the file, from 1 on; the header and blank lines count."""
+    problems: Sequence[str] = ()
+    """A line for each row of the file that cannot be read and is not among the rows."""
 
     def numbered(self) -> Iterator[tuple[str, Mapping[str, str]]]:
         """The place of each row, for messages, and the row."""
@@ -78,7 +80,8 @@ class Rows:
         return _no_commas(self.columns) or f"its columns are {', '.join(self.columns)}"
 
 
-_JSON_LINES = {".jsonl", ".ndjson"}
+JSON_LINES = (".jsonl", ".ndjson")
+"""Suffixes of tables with an object per line."""
 
 
 def _no_commas(columns: Sequence[str]) -> str | None:
@@ -105,8 +108,13 @@ def first_line(path: Path) -> str:
         return ""
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path, *, lenient: bool = False) -> Rows:
     """Read a csv, csv.gz or jsonl file as text.
+
+    Args:
+        path: The file.
+        lenient: Leave out each row that cannot be read, with a line in `problems`; else the first
+            of them raises. Where no row can be read, it raises in either case.
 
     Raises:
         InputError: Missing, damaged, empty, not such a file, or a row of another length.
@@ -121,8 +129,13 @@ def read_rows(path: Path) -> Rows:
             path=path,
             remedy="save it as UTF-8, or copy it again",
         ) from None
-    if path.suffix.lower() in _JSON_LINES:
-        return _json_rows(path, text)
+    rows = (_json_rows if path.suffix.lower() in JSON_LINES else _csv_rows)(path, text)
+    if rows.problems and not (lenient and rows.rows):
+        raise InputError(rows.problems[0])
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> Rows:
     try:
         found = list(enumerate(csv.reader(io.StringIO(text, newline="")), start=1))
     except csv.Error as error:
@@ -133,19 +146,19 @@ def read_rows(path: Path) -> Rows:
         raise InputError("is empty", path=path, remedy="a header and a row per picture are needed")
     if twice := [name for name, count in Counter(columns).items() if name and count > 1]:
         raise InputError(f"has the column {twice[0]!r} twice", path=path, remedy="rename one")
-    for number, fields in lines[1:]:
-        if len(fields) != len(columns):
-            raise InputError(
-                "has another number of fields than the header",
-                path=path,
-                place=f"row {number}",
-                remedy=_no_commas(columns) or "put a field that holds commas in quotes",
-            )
+    remedy = _no_commas(columns) or "put a field that holds commas in quotes"
+    ragged = [
+        f"{path}, row {number}: has another number of fields than the header; {remedy}"
+        for number, fields in lines[1:]
+        if len(fields) != len(columns)
+    ]
+    sound = [(number, fields) for number, fields in lines[1:] if len(fields) == len(columns)]
     return Rows(
         path=path,
         columns=columns,
-        rows=[dict(zip(columns, fields, strict=True)) for _, fields in lines[1:]],
-        numbers=[number for number, _ in lines[1:]],
+        rows=[dict(zip(columns, fields, strict=True)) for _, fields in sound],
+        numbers=[number for number, _ in sound],
+        problems=ragged,
     )
 
 
@@ -159,6 +172,7 @@ def _text(path: Path) -> str:
 def _json_rows(path: Path, text: str) -> Rows:
     rows: list[Mapping[str, str]] = []
     numbers: list[int] = []
+    problems: list[str] = []
     columns: dict[str, None] = {}
     for number, line in enumerate(text.split("\n"), start=1):  # texts may hold other line breaks
         if not line.strip():
@@ -166,15 +180,17 @@ def _json_rows(path: Path, text: str) -> Rows:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"is not JSON ({error.msg})", path=path, place=f"row {number}") from (
-                None
-            )
+            problems.append(f"{path}, row {number}: is not JSON ({error.msg})")
+            continue
         if not isinstance(entry, dict):
-            raise InputError("is not a JSON object", path=path, place=f"row {number}")
+            problems.append(f"{path}, row {number}: is not a JSON object")
+            continue
         rows.append({str(k): "" if v is None else str(v).strip() for k, v in entry.items()})
         numbers.append(number)
         columns |= dict.fromkeys(rows[-1])
-    if not rows:
+    if not rows and not problems:
         raise InputError("is empty", path=path, remedy="a JSON object per picture is needed")
     complete = [{name: row.get(name, "") for name in columns} for row in rows]
-    return Rows(path=path, columns=tuple(columns), rows=complete, numbers=numbers)
+    return Rows(
+        path=path, columns=tuple(columns), rows=complete, numbers=numbers, problems=problems
+    )

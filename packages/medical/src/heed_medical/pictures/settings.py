@@ -25,9 +25,11 @@ class PictureData:
     """What a broken picture or row does: stop, or be skipped, counted and listed."""
     table: str = ""
     """The csv or jsonl of the layout table, relative to the data; in COVIDx the end of the lists'
-    names, such as 9B. Empty: the one there is."""
+    names, such as 9B; in MIMIC the labeller, chexpert or negbio. Empty: the one there is, or
+    chexpert."""
     label: str = ""
-    """The column of the labels; in CheXpert and MIMIC the finding. Empty: label; Pneumonia."""
+    """The column of the labels; in CheXpert and MIMIC the finding, in RSNA Target, or class for its
+    three classes. Empty: label; Pneumonia; Target."""
     classes: tuple[str, ...] = ()
     """The classes in order; the second of two, or the last, is the positive one. Empty: those of
     the training pictures."""

@@ -15,10 +15,11 @@ from heed_core.errors import InputError
 from heed_core.folders import files_under
 from heed_medical.dicom import is_dicom
 from heed_medical.images import file_kind
+from heed_medical.manifests import folder_and_table
 from heed_medical.other_layout import other_layout
 from heed_medical.pictures.records import read_rows
 from heed_medical.reports.settings import Layout, ReportData
-from heed_medical.splits import SPLITS
+from heed_medical.splits import SPLIT_NAMES, SPLITS
 
 _TEXTS = ("report", "text", "caption")
 _PICTURES = ("image", "image_path", "file", "path", "filename")
@@ -55,26 +56,52 @@ class Listing:
 def list_studies(root: Path, data: ReportData) -> Listing:
     """All studies of a data set, splits drawn by patient where there are none.
 
+    Of studies with one name the first counts; the others are problems.
+
+    Args:
+        root: The folder of the data set, or its table (csv, jsonl).
+        data: The settings.
+
     Raises:
         InputError: The folder or its lists are missing or broken, or hold no study.
     """
+    given = root
+    root, table = folder_and_table(
+        root, data.annotation, option="--data.annotation", layout=data.layout
+    )
+    if root != given:
+        data = replace(data, annotation=table)
     if not root.is_dir():
-        raise InputError("no such folder", path=root, remedy="give the folder of the data set")
+        raise InputError(
+            "is not a folder" if root.exists() else "no such folder",
+            path=root,
+            remedy="give the folder of the data set, or a csv or jsonl",
+        )
     layout = _detect(root, data) if data.layout == "auto" else data.layout
     elsewhere = partial(other_layout, root, data.layout, lambda: _detect(root, data))
     try:
         listing = _LISTERS[layout](root, data)
     except InputError as error:
         raise (elsewhere() or error) from None
-    seen: dict[str, int] = {}
-    for study in listing.studies:
-        seen[study.name] = seen.get(study.name, 0) + 1
-    if twice := next((name for name, count in seen.items() if count > 1), None):
-        raise InputError(f"holds the study {twice!r} twice", path=root, remedy="rename one")
     if not listing.studies:
-        first = listing.problems[0] if listing.problems else f"{root}: holds no study"
+        more = f" (and {len(listing.problems) - 1} more)" if len(listing.problems) > 1 else ""
+        first = listing.problems[0] + more if listing.problems else f"{root}: holds no study"
         raise elsewhere() or InputError(first)
-    return replace(listing, studies=_with_splits(listing.studies, data))
+    studies, twice = _of_one_name(listing.studies, root)
+    return replace(
+        listing, studies=_with_splits(studies, data), problems=(*listing.problems, *twice)
+    )
+
+
+def _of_one_name(studies: Sequence[Study], root: Path) -> tuple[list[Study], list[str]]:
+    """The first study of each name, and a line for each other one."""
+    found: dict[str, Study] = {}
+    problems = []
+    for study in studies:
+        if found.setdefault(study.name, study) is not study:
+            fault = f"holds the study {study.name!r} twice"
+            problems.append(str(InputError(fault, path=root, remedy="rename or remove one")))
+    return list(found.values()), problems
 
 
 def studies_of(root: Path, data: ReportData, split: str) -> tuple[Study, ...]:
@@ -248,19 +275,19 @@ def _annotated(entry: Any, split: str, images: Path, path: Path, place: str) -> 
 
 def _table(root: Path, data: ReportData) -> Listing:
     """A csv or jsonl with a row per picture; rows of one study share its id."""
-    path = _table_path(root, data)
-    table = read_rows(path)
+    table = read_rows(_table_path(root, data), lenient=True)
     text, picture = table.need(*_TEXTS), table.need(*_PICTURES)
     name_of, split_of = table.column(_NAMES), table.column(("split",))
     patient_of = table.column(_PATIENTS)
     images = _folder(root, data)
     studies: dict[str, Study] = {}
-    problems = []
+    problems = list(table.problems)
     for place, row in table.numbered():
         file, report = row[picture], row[text]
-        split = (row[split_of] if split_of else "") or None
-        if not file or (split is not None and split not in SPLITS):
-            fault = f"has the unknown split {split!r}" if file else f"has no {picture}"
+        told = row[split_of] if split_of else ""
+        split = SPLIT_NAMES.get(told.lower())
+        if not file or (told and split is None):
+            fault = f"has the unknown split {told!r}" if file else f"has no {picture}"
             problems.append(str(InputError(fault, place=place)))
             continue
         name = row[name_of] if name_of else Path(file).with_suffix("").as_posix()
@@ -340,26 +367,32 @@ def _openi(root: Path, data: ReportData) -> Listing:
 def _kaggle(root: Path, data: ReportData) -> Listing:
     """The tables of Kaggle's copy of Open-i; frontal pictures come first."""
     images = _folder(root, data, "images/images_normalized", "images_normalized", "images")
-    table = root / "indiana_projections.csv"
+    views = read_rows(root / "indiana_projections.csv", lenient=True)
+    reports = read_rows(root / "indiana_reports.csv", lenient=True)
+    problems = [*views.problems, *reports.problems]
     pictures: dict[str, list[tuple[bool, str]]] = {}
-    for place, row in read_rows(table).numbered():
+    for place, row in views.numbered():
         if not row.get("uid") or not row.get("filename"):
-            raise InputError("has no uid or filename", place=place)
+            problems.append(str(InputError("has no uid or filename", place=place)))
+            continue
         lateral = row.get("projection", "").lower() != "frontal"
         pictures.setdefault(row["uid"], []).append((lateral, row["filename"]))
-    studies, rows = [], 0
-    for place, row in read_rows(root / "indiana_reports.csv").numbered():
-        rows += 1
+    studies, left_out = [], 0
+    for place, row in reports.numbered():
         uid = row.get("uid", "")
         if not uid.isdigit():
-            raise InputError("has no uid that is a number", place=place)
-        sections = {name: row.get(name, "") for name in data.sections}
-        if report := _join(sections, data):
-            files = tuple(images / name for _, name in sorted(pictures.get(uid, [])))
-            if files or data.pictures == "ignored":
-                split = _by_number(int(uid))
-                studies.append(Study(name=uid, pictures=files, report=report, split=split))
-    return Listing(layout="kaggle", studies=tuple(studies), left_out=rows - len(studies))
+            problems.append(str(InputError("has no uid that is a number", place=place)))
+            continue
+        report = _join({name: row.get(name, "") for name in data.sections}, data)
+        files = tuple(images / name for _, name in sorted(pictures.get(uid, [])))
+        if not report or not (files or data.pictures == "ignored"):
+            left_out += 1
+            continue
+        split = _by_number(int(uid))
+        studies.append(Study(name=uid, pictures=files, report=report, split=split))
+    return Listing(
+        layout="kaggle", studies=tuple(studies), problems=tuple(problems), left_out=left_out
+    )
 
 
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z ]{3,}):", re.MULTILINE)
@@ -386,15 +419,17 @@ def _mimic(root: Path, data: ReportData) -> Listing:
     if not tables:
         raise InputError("has no mimic-cxr-2.0.0-split.csv", path=root)
     files = _folder(root, data, "files")
-    names = {"train": "train", "validate": "val", "test": "test"}
+    table = read_rows(tables[0], lenient=True)
+    columns = [table.need(name) for name in ("subject_id", "study_id", "dicom_id", "split")]
     texts: dict[Path, str] = {}
-    studies, problems, left_out = [], [], 0
-    for place, row in read_rows(tables[0]).numbered():
-        try:
-            patient, exam, picture = (row[k] for k in ("subject_id", "study_id", "dicom_id"))
-            split = names[row["split"]]
-        except KeyError as error:
-            raise InputError(f"has no {error}", place=place) from None
+    studies, problems, left_out = [], list(table.problems), 0
+    for place, row in table.numbered():
+        patient, exam, picture, told = (row[column] for column in columns)
+        split = SPLIT_NAMES.get(told.lower())
+        if not (patient and exam and picture) or split is None:
+            fault = f"has the unknown split {told!r}" if split is None else "lacks one of its ids"
+            problems.append(str(InputError(fault, place=place)))
+            continue
         folder = files / f"p{patient[:2]}" / f"p{patient}"
         note = folder / f"s{exam}.txt"
         if note not in texts:

@@ -11,13 +11,8 @@ import numpy as np
 from heed_core.errors import InputError
 from heed_medical.images import file_kind, file_stem
 from heed_medical.segmentation.cases import CaseFiles
-from heed_medical.splits import SPLITS, in_several_splits
+from heed_medical.splits import SPLIT_NAMES, SPLITS, in_several_splits
 
-_SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training", "tr"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing", "ts"), "test"),
-}
 _CASE_COLUMNS = ("case", "file", "image", "name", "id")
 _PATIENT_COLUMNS = ("patient", "patient_id", "subject", "subject_id")
 _FIRST_TABLES = ("labels.csv", "cases.csv", "splits.csv")
@@ -106,7 +101,7 @@ def _listed_splits(root: Path) -> tuple[dict[str, str], dict[str, str], list[str
                 patients.setdefault(name, row[patient_column])
             if split_column is None or name in listed:
                 continue
-            split = _SPLIT_NAMES.get(row[split_column].strip().lower())
+            split = SPLIT_NAMES.get(row[split_column].strip().lower())
             if split is None:
                 problems.append(
                     f"{table.path}, row {number}: has split {row[split_column]!r}; "
@@ -130,19 +125,19 @@ def _read_splits_json(path: Path) -> dict[str, str]:
     content = read_json(path)
     if isinstance(content, list) and content:
         content = content[0]
-    if not isinstance(content, dict) or not set(content) & set(_SPLIT_NAMES):
+    if not isinstance(content, dict) or not set(content) & set(SPLIT_NAMES):
         raise InputError(
             "has no lists of cases by split",
             path=path,
             remedy='write {"train": [names], "val": [names], "test": [names]}',
         )
-    listed = {}
+    listed: dict[str, str] = {}
     for key, names in content.items():
-        if key not in _SPLIT_NAMES or not isinstance(names, list):
+        if key not in SPLIT_NAMES or not isinstance(names, list):
             raise InputError(
                 f"has the entry {key!r}, a list under train, val or test was expected", path=path
             )
-        listed.update({case_name(str(name)): _SPLIT_NAMES[key] for name in names})
+        listed.update({case_name(str(name)): SPLIT_NAMES[key] for name in names})
     return listed
 
 

@@ -11,8 +11,10 @@ transformers" (arXiv 2303.13755). The mask has no gradient: the predictor learns
 of dense attention alone (`ConnectivityAttention.reconstruct`), with signed U and all coefficients.
 
 Cost for N tokens of width C, keeping b keys with rank r: prediction N r (C + N), attention N b C;
-memory N^2 for the scores, plus N b C where keys are gathered. Below `GATHER_FROM` tokens attention
-is dense under a mask, which is faster there.
+memory N^2 for the scores, plus N b C where keys are gathered. Below `GATHER_FROM` tokens, and where
+more than one key in `GATHER_SHARE` is seen, attention is dense under a mask, which is faster there.
+It saves products, not time on a CPU: to choose among N^2 scores alone takes longer than fused exact
+attention does (`tools/bench attention connectivity-long`).
 
 Differs from the published code: with pruned tokens the number of keys is that of each sample, and
 is not remembered; ties keep the lowest index.
@@ -37,7 +39,9 @@ from heed_core.sites import Attend
 from heed_core.tokens import Pattern, check_indices, check_real, check_shape, check_type
 
 GATHER_FROM = 1024
-"""Tokens from which `path="auto"` gathers keys."""
+"""Tokens from which `path="auto"` may gather keys."""
+GATHER_SHARE = 64
+"""Tokens per key seen from which it does: copies of more keys take more time than products."""
 
 Path = Literal["auto", "mask", "gather"]
 """Dense attention under a mask, the chosen keys alone, or by size."""
@@ -242,7 +246,8 @@ def connectivity_attention(
         pruned = ~kept[:, None, :, None]
         query, key, value = (part.masked_fill(pruned, 0) for part in (query, key, value))
     site, scores = Attend() if site is None else site, scores.detach()
-    gathers = path == "gather" or (path == "auto" and n >= GATHER_FROM)
+    few = n >= GATHER_FROM and GATHER_SHARE * keys <= n
+    gathers = path == "gather" or (path == "auto" and few)
     if gathers and site.attachments is None:
         return _gathered(site, query, key, value, scores, keys, kept, prune_rows)
     mask = connectivity_mask(scores, keys, kept=kept, prune_rows=prune_rows)

@@ -25,8 +25,13 @@ def check_card(app: App, system: str) -> None:
     card: Card = app.recipe(system).card
     assert card.name == system, f"card.name is {card.name!r}, the app says {system!r}"
     for item in dataclasses.fields(card):
-        if item.name != "notice":
+        if item.name != "notice":  # a system may need no caution
             assert getattr(card, item.name), f"card.{item.name} is empty"
+    code, out, _ = spoken(app, "train", system, "--help")
+    assert code == 0
+    told = " ".join(out.split())
+    for text in (card.title, card.verified, card.notice):
+        assert text in told, f"train {system} --help does not say: {text}"
 
 
 def check_settings(app: App, system: str, tmp_path: Path) -> None:
@@ -64,6 +69,8 @@ def check_life(
 ) -> Path:
     """Train, resume, evaluate, predict, explain; every result is written and can be read.
 
+    Each gives the notice of the system's card once.
+
     Args:
         app: The program.
         system: The system.
@@ -77,24 +84,26 @@ def check_life(
     """
     run = tmp_path / "run"
     words = (*QUICK, *flags)
-    first = call(app, "train", system, "--data", data, "--out", run, *words)
+    first = noticed(app, system, "train", system, "--data", data, "--out", run, *words)
     assert first["steps"] == 2
-    again = call(app, "train", system, "--resume", run, "--trainer.max-steps", 3)
+    again = noticed(app, system, "train", system, "--resume", run, "--trainer.max-steps", 3)
     assert again["steps"] == 3
     for name in ("config.yaml", "metrics.csv", "metrics.json", "curves.png", "environment.json"):
         assert (run / name).stat().st_size > 0, f"{name} is missing"
-    scores = call(app, "evaluate", run, "--split", "val", "--device", "cpu")
+    scores = noticed(app, system, "evaluate", run, "--split", "val", "--device", "cpu")
     assert scores["metrics"], "evaluate gave no metrics"
     assert scores["n"] > 0
     assert (run / "evaluation" / "val" / "cases.csv").stat().st_size > 0
-    predicted = call(
-        app, "predict", run, data / part, "--out", tmp_path / "predicted", "--device", "cpu"
+    predicted = noticed(
+        *(app, system, "predict", run, data / part),
+        *("--out", tmp_path / "predicted", "--device", "cpu"),
     )
     assert predicted["n"] > 0
     for name in predicted["files"]:
         assert Path(name).stat().st_size > 0, f"{name} is empty"
-    explained = call(
-        app, "explain", run, data / part, "--out", tmp_path / "explained", "--device", "cpu"
+    explained = noticed(
+        *(app, system, "explain", run, data / part),
+        *("--out", tmp_path / "explained", "--device", "cpu"),
     )
     suffixes = {Path(name).suffix for name in explained["files"]}
     assert {".npz", ".png"} <= suffixes, f"explain wrote {suffixes}"
@@ -147,13 +156,18 @@ def call(app: App, *words: object, code: int = 0) -> dict[str, Any]:
     Raises:
         AssertionError: Another exit code, or standard output is not one JSON document.
     """
-    got, out, err = spoken(app, *words, "--json", "--quiet")
-    told = f"{app.name} {' '.join(map(str, words))}: exit code {got}\n{err}"
-    assert got == code, told
-    if code:
-        return {}
-    document = json.loads(out)
-    assert isinstance(document, dict), told
+    return _documented(app, words, code=code)[0]
+
+
+def noticed(app: App, system: str, *words: object) -> dict[str, Any]:
+    """As `call`, of a command that must give the notice of the system's card, once.
+
+    Raises:
+        AssertionError: As of `call`, or standard error holds the notice not once.
+    """
+    document, err = _documented(app, words)
+    if notice := app.recipe(system).card.notice:
+        assert err.count(notice) == 1, f"{words[0]} does not give the notice once: {notice}\n{err}"
     return document
 
 
@@ -178,6 +192,18 @@ def spoken(app: App, *words: object) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = app.call([str(word) for word in words])
     return code, out.getvalue(), err.getvalue()
+
+
+def _documented(app: App, words: Sequence[object], *, code: int = 0) -> tuple[dict[str, Any], str]:
+    """The document of a command line, empty if it must fail, and its standard error."""
+    got, out, err = spoken(app, *words, "--json", "--quiet")
+    told = f"{app.name} {' '.join(map(str, words))}: exit code {got}\n{err}"
+    assert got == code, told
+    if code:
+        return {}, err
+    document = json.loads(out)
+    assert isinstance(document, dict), told
+    return document, err
 
 
 def _files(root: Path) -> list[Path]:
