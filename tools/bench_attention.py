@@ -167,7 +167,7 @@ def draw(name: str, family: Family, rows: list[dict[str, object]], folder: Path)
             axes = figure.add_subplot()
             for number, title in enumerate(dict.fromkeys(row["name"] for row in rows)):
                 mine = [row for row in rows if row["name"] == title]
-                line = "--" if title == "exact attention" else ("-", ":")[number % 2]
+                line = "--" if title == "exact attention" else ("-", ":", "-.")[number // 7]
                 axes.plot(
                     [row["size"] for row in mine],
                     [max(float(row[key]), 0.1) for row in mine],  # type: ignore[arg-type]

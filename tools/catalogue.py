@@ -15,7 +15,7 @@ CORE = Path(__file__).parents[1] / "shared" / "core"
 FOLDER = CORE / "src" / "heed_core" / "attention"
 PAGE = CORE / "MECHANISMS.md"
 MEASURED = CORE / "measured"
-BESIDE = ("context_parallel", "head_parallel")
+BESIDE = ("context_parallel", "context_parallel_attention", "head_parallel")
 """Files of `heed_core` that share attention among processes."""
 GROWS = {
     "tokens": "at 512 channels and 8 heads, in tokens",
@@ -29,7 +29,7 @@ docstring. "Checked as" names the rows of the conformance suite (`heed_core.test
 a float64 reference in outputs and gradients, masks, causality, symmetry, half precision, compile,
 export, cost. Patterns are those of modules of tokens: to themselves (self) or to a context (cross),
 causal or not. Growth is the exponent of the number of tokens in the counted operations. What a row
-cannot keep is named with its reason. The last two files share attention among processes.
+cannot keep is named with its reason. The last three files share attention among processes.
 """
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from heed_runtime.app import App
 
 KILLED = -signal.SIGKILL
@@ -27,7 +29,12 @@ def start(
         argv: The command line after the program.
         log: Takes standard output and standard error of the copy.
         environment: Variables to set there.
+
+    Raises:
+        RuntimeError: This process computes with several threads, for which a copy waits for ever.
     """
+    if torch.get_num_threads() > 1:
+        raise RuntimeError("set OMP_NUM_THREADS=1 before the tests, as tools/test does")
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
