@@ -369,6 +369,7 @@ def test_flex_equals_loops_forward_on_the_cpu(kind) -> None:
         assert_within_budget(out, exact=exact, eager=naive_attention(*tensors, **options))
 
 
+@pytest.mark.compile
 def test_blocks_of_causal_calls_are_made_once(monkeypatch) -> None:
     flex._causal_blocks.cache_clear()
     with torch.inference_mode():

@@ -82,6 +82,7 @@ def test_an_explicit_choice_never_falls_back() -> None:
     assert why_not("cuda", torch.float32, key_dim=64, chunk=64) is None
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("build", [partial(LinearAttention, causal=True), DeltaRuleAttention])
 def test_modules_reach_the_kernel(build) -> None:
     x = torch.randn(1, 4, 8)

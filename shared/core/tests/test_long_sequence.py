@@ -101,6 +101,7 @@ def test_decoding_equals_one_forward(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", ["local", "longshort", "s4d"])
 @torch.no_grad()
 def test_padding_masks_of_decoding_tell_of_all_tokens_so_far(name: str) -> None:

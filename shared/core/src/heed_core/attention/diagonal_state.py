@@ -101,7 +101,7 @@ def diagonal_state_mixing(
     skip: Float[Tensor, "r c"],
     *,
     causal: bool = True,
-    padding_mask: Bool[Tensor, "b m"] | None = None,
+    padding_mask: Bool[Tensor, "b far"] | None = None,
     cache: StateCache | None = None,
 ) -> Float[Tensor, "b r c n"]:
     """S4D before its activation: y of every response, in float32 inside.
@@ -258,7 +258,7 @@ class DiagonalStateMixer(nn.Module):
         self,
         x: Float[Tensor, "b n c"],
         *,
-        padding_mask: Bool[Tensor, "b m"] | None = None,
+        padding_mask: Bool[Tensor, "b far"] | None = None,
         cache: StateCache | None = None,
     ) -> Float[Tensor, "b n c"]:
         """Mix.
