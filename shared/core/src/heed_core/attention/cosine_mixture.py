@@ -131,8 +131,30 @@ def axis_offsets(
     return (steps * step + least).double() / 2, (2 * here[:, None] - twice_middle - least) // step
 
 
-class _CosineMixture(nn.Module):
-    """What both have in common; arguments as of `CosineMixture`."""
+class CosineMixture(nn.Module):
+    """A mixture of heads with length-scaled cosine scores between all places of a map.
+
+    Every head is computed for every token: the bias is a map of all pairs in any case.
+
+    Args:
+        dim: Channels of a token, in and out.
+        heads: All of them, the `shared` ones first.
+        shared: Heads that every token uses.
+        active: Routed heads that a token uses; 0 if all heads are shared.
+        head_dim: Channels of a head; dim / heads if not given.
+        qkv_bias: Whether queries, keys and values have a bias.
+        out_bias: Whether the output has a bias.
+        dropout: Probability of dropping a weight in training.
+        gating: As in `MixtureOfHeads`.
+        trained_on: As in `OffsetBias`.
+        sync_balance: Take the balance loss over all processes, see `head_routing.balance_loss`.
+        impl: Back-end of `attend`.
+
+    Example:
+        >>> result = CosineMixture(32, heads=4, shared=2, active=1)(torch.randn(1, 4, 5, 32))
+        >>> result.output.shape, result.gates.shape
+        (torch.Size([1, 4, 5, 32]), torch.Size([1, 4, 5, 4]))
+    """
 
     def __init__(
         self,
@@ -141,14 +163,14 @@ class _CosineMixture(nn.Module):
         heads: int,
         shared: int,
         active: int,
-        head_dim: int | None,
-        qkv_bias: bool,
-        out_bias: bool,
-        dropout: float,
-        gating: Gating,
-        trained_on: tuple[int, int] | None,
-        sync_balance: bool,
-        impl: Impl,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        gating: Gating = "code",
+        trained_on: tuple[int, int] | None = None,
+        sync_balance: bool = False,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
         check_heads(dim, heads, heads, head_dim)
@@ -202,7 +224,18 @@ class _CosineMixture(nn.Module):
 
     def _mixed(self, x: Tensor, query: Tensor) -> Tensor:
         """What the heads give for queries of length 1, (b, h, n, d)."""
-        raise NotImplementedError
+        tokens, shape = x.flatten(1, 2), (x.shape[1], x.shape[2])
+        key = F.normalize(self._heads(self.key(tokens)), dim=-1)
+        bias = self.offset_bias(shape)
+        # as a tensor: a number would hold a graph to one size
+        count = tokens.new_ones(tokens.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+        mixed: Tensor = self.attend(
+            self._heated(query, count.sum().log()),
+            key,
+            self._heads(self.value(tokens)),
+            bias=bias.to(query.dtype),
+        )
+        return mixed
 
     def _heated(self, query: Tensor, logarithm: Tensor) -> Tensor:
         """Queries for the scores, of the logarithm of their numbers of keys."""
@@ -220,69 +253,7 @@ class _CosineMixture(nn.Module):
         )
 
 
-class CosineMixture(_CosineMixture):
-    """A mixture of heads with length-scaled cosine scores between all places of a map.
-
-    Every head is computed for every token: the bias is a map of all pairs in any case.
-
-    Args:
-        dim: Channels of a token, in and out.
-        heads: All of them, the `shared` ones first.
-        shared: Heads that every token uses.
-        active: Routed heads that a token uses; 0 if all heads are shared.
-        head_dim: Channels of a head; dim / heads if not given.
-        qkv_bias: Whether queries, keys and values have a bias.
-        out_bias: Whether the output has a bias.
-        dropout: Probability of dropping a weight in training.
-        gating: As in `MixtureOfHeads`.
-        trained_on: As in `OffsetBias`.
-        sync_balance: Take the balance loss over all processes, see `head_routing.balance_loss`.
-        impl: Back-end of `attend`.
-
-    Example:
-        >>> result = CosineMixture(32, heads=4, shared=2, active=1)(torch.randn(1, 4, 5, 32))
-        >>> result.output.shape, result.gates.shape
-        (torch.Size([1, 4, 5, 32]), torch.Size([1, 4, 5, 4]))
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        heads: int,
-        shared: int,
-        active: int,
-        head_dim: int | None = None,
-        qkv_bias: bool = True,
-        out_bias: bool = True,
-        dropout: float = 0.0,
-        gating: Gating = "code",
-        trained_on: tuple[int, int] | None = None,
-        sync_balance: bool = False,
-        impl: Impl = "auto",
-    ) -> None:
-        super().__init__(
-            dim, heads=heads, shared=shared, active=active, head_dim=head_dim, qkv_bias=qkv_bias,
-            out_bias=out_bias, dropout=dropout, gating=gating, trained_on=trained_on,
-            sync_balance=sync_balance, impl=impl,
-        )  # fmt: skip
-
-    def _mixed(self, x: Tensor, query: Tensor) -> Tensor:
-        tokens, shape = x.flatten(1, 2), (x.shape[1], x.shape[2])
-        key = F.normalize(self._heads(self.key(tokens)), dim=-1)
-        bias = self.offset_bias(shape)
-        # as a tensor: a number would hold a graph to one size
-        count = tokens.new_ones(tokens.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-        mixed: Tensor = self.attend(
-            self._heated(query, count.sum().log()),
-            key,
-            self._heads(self.value(tokens)),
-            bias=bias.to(query.dtype),
-        )
-        return mixed
-
-
-class PooledCosineMixture(_CosineMixture):
+class PooledCosineMixture(CosineMixture):
     """The same for large maps: each place attends to its neighbours and to a pooled map.
 
     Args:

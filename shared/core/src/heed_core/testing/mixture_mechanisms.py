@@ -77,7 +77,7 @@ def _finished(mixture: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
 
 def _cosine(module: nn.Module, inputs: Inputs) -> Tensor:
     """Pair by pair."""
-    mixture, x = cast(CosineMixture, cast(_OutputOnMap, module).mixture), inputs["x"]
+    mixture, x = cast(_OutputOnMap, module).mixture, inputs["x"]
     tokens, width = x.flatten(1, 2), mixture.head_dim
     places = list(itertools.product(range(x.shape[1]), range(x.shape[2])))
     bias = _bias(mixture, x, [[(a - c, b - d) for c, d in places] for a, b in places])
