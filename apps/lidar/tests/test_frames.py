@@ -1,10 +1,8 @@
 """Scans of other frames than the one that a network learnt, and what is kept for export."""
 
 import csv
-import io
 import json
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from heed_lidar.clouds.reading import read_cloud
 from heed_lidar.scenes.files import SceneSet, write_scenes
 from heed_lidar.scenes.sensor import Sensor
 from heed_lidar_cli import APP
+from heed_runtime.testing.contract import spoken
 
 QUICK = [
     *("--trainer.max-steps", "1", "--trainer.batch", "2", "--device", "cpu"),
@@ -26,11 +25,9 @@ SENSOR = Sensor(beams=24, azimuth_step_deg=1.0, field_of_view_deg=180.0)
 
 def call(*words: object) -> tuple[dict, str]:
     """What a command says as JSON, and the lines of its standard error."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([*(str(word) for word in words), "--json"])
-    assert code == 0, err.getvalue()
-    return json.loads(out.getvalue()), err.getvalue()
+    code, out, err = spoken(APP, *words, "--json")
+    assert code == 0, err
+    return json.loads(out), err
 
 
 def scan(data: Path, number: int = 0, sequence: str = "00") -> Path:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pytest
 from heed_lidar.scenes.files import SceneSet, write_scenes
 from heed_lidar.scenes.sensor import Sensor
 from heed_lidar_cli import APP
+from heed_runtime.testing.contract import call
 from heed_runtime.testing.processes import KILLED, kill_when, start, wait
 
 QUICK = [
@@ -158,20 +159,12 @@ def record(path: Path, kind: str, clouds: list[np.ndarray]) -> Path:
     return path if kind == "bag" else next(path.glob("*.mcap"))
 
 
-def said(*words: object) -> dict:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([*(str(word) for word in words), "--json", "--quiet"])
-    assert code == 0, err.getvalue()
-    return json.loads(out.getvalue())
-
-
 @pytest.mark.parametrize("kind", ["bag", "mcap"])
 def test_a_recording_is_predicted_scan_by_scan_and_resumed(tmp_path: Path, kind: str):
     sensor = Sensor(beams=24, azimuth_step_deg=1.0, field_of_view_deg=180.0)
     write_scenes(tmp_path / "data", SceneSet(sequences={"00": 3, "02": 1}, sensor=sensor))
     few = ("--training.min-rings", "2", "--training.height-stds-m", "0.01")
-    said("train", "classical", "--data", tmp_path / "data", "--out", tmp_path / "run", *few)
+    call(APP, "train", "classical", "--data", tmp_path / "data", "--out", tmp_path / "run", *few)
     scans = sorted((tmp_path / "data/sequences/00/velodyne").glob("*.bin"))
     clouds = [np.fromfile(path, "<f4").reshape(-1, 4) for path in scans]
     drive = record(tmp_path / ("drive.bag" if kind == "bag" else "drive"), kind, clouds)
@@ -180,7 +173,7 @@ def test_a_recording_is_predicted_scan_by_scan_and_resumed(tmp_path: Path, kind:
     with redirect_stderr(io.StringIO()) as err:
         assert APP.call([str(word) for word in words]) == 2
     assert "2 topics with point clouds: /rear, /top; choose one with --data.topic" in err.getvalue()
-    found = said(*words, "--data.topic", "/top")
+    found = call(APP, *words, "--data.topic", "/top")
     names = [f"{drive.stem}/{number:06d}" for number in range(3)]
     assert [row["case"] for row in found["predictions"]] == names
     for number, name in enumerate(names):
@@ -190,7 +183,7 @@ def test_a_recording_is_predicted_scan_by_scan_and_resumed(tmp_path: Path, kind:
         assert {(p["stamp"], p["frame_id"]) for p in told} == {(7 + 10**8 * number * 1e-9, "top")}
     whole = (out / f"{names[1]}.label").read_bytes()
     (out / f"{names[1]}.label").unlink()
-    again = said(*words, "--data.topic", "/top", "--resume")
+    again = call(APP, *words, "--data.topic", "/top", "--resume")
     assert [row["case"] for row in again["predictions"]] == names[1:2]
     assert again["earlier"] == 2
     assert (out / f"{names[1]}.label").read_bytes() == whole

@@ -1,9 +1,7 @@
 """How networks are trained: what the loss is taken over, parts of scans, precision."""
 
 import dataclasses
-import io
 import math
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from heed_lidar.scenes.sensor import Sensor
 from heed_lidar_cli import APP, curbnet, curbnet_released, cylinder3d
 from heed_lidar_cli.settings import NetworkData, NetworkTraining
 from heed_lidar_cli.street import SegmentationModule, prepare
+from heed_runtime.testing.contract import refusal
 
 GRID = CylindricalGrid(shape=(48, 36, 8))
 SETTINGS = curbnet.CurbNetSettings(
@@ -150,12 +149,8 @@ def test_a_cut_is_a_setting_of_the_command_line(data: Path, tmp_path: Path):
 @pytest.mark.parametrize("system", ["curbnet", "curbnet-released", "cylinder3d"])
 def test_mixed_precision_is_of_gpus_alone(data: Path, tmp_path: Path, system: str):
     words = ["train", system, "--data", str(data), "--out", str(tmp_path / "run"), "--precision"]
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([*words, "bf16-mixed"])
-    assert code == 2
-    assert err.getvalue().splitlines() == [
+    assert refusal(APP, *words, "bf16-mixed") == (
         "heed-lidar: error: precision=bf16-mixed trains sparse networks on a GPU alone; leave "
         "--precision out on the CPU"
-    ]
+    )
     assert not (tmp_path / "run").exists()

@@ -1,11 +1,9 @@
 """What draws the pictures of scans: our own renderer anywhere, open3d where it can."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from heed_lidar import drawing3d
 from heed_lidar.scenes.files import SceneSet, write_scenes
 from heed_lidar.scenes.sensor import Sensor
 from heed_lidar_cli import APP, diagnoses, view
+from heed_runtime.testing.contract import spoken
 
 WITHOUT_GL = """
 import sys
@@ -45,13 +44,6 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "sequences" / "00" / "velodyne" / "000000.bin"
 
 
-def call(*words: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([str(word) for word in words])
-    return code, out.getvalue(), err.getvalue()
-
-
 def test_pictures_need_neither_a_display_nor_opengl(scan: Path, tmp_path: Path):
     hidden = {"DISPLAY", "WAYLAND_DISPLAY", "EGL_PLATFORM", "LIBGL_DRIVERS_PATH", "MPLBACKEND"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -71,7 +63,7 @@ def test_a_renderer_that_cannot_draw_is_refused_and_told_of_by_doctor(
 ):
     for module in (view, diagnoses):
         monkeypatch.setattr(module, "why_not_open3d", lambda: "no Vulkan")
-    code, out, err = call("view", scan, "--out", tmp_path / "out", "--renderer", "open3d")
+    code, out, err = spoken(APP, "view", scan, "--out", tmp_path / "out", "--renderer", "open3d")
     assert (code, out) == (2, "")
     assert "error: open3d cannot draw here: no Vulkan; use --renderer own" in err
     assert not (tmp_path / "out").exists()
@@ -79,7 +71,7 @@ def test_a_renderer_that_cannot_draw_is_refused_and_told_of_by_doctor(
         ("own", "yes"), ("open3d", "no"),
     ]  # fmt: skip
     assert diagnoses.renderers()[1]["why"] == "no Vulkan"
-    code, _, err = call("view", scan, "--window", "--renderer", "open3d")
+    code, _, err = spoken(APP, "view", scan, "--window", "--renderer", "open3d")
     assert (code, "renderer has no effect with window" in err) == (2, True)
 
 
@@ -97,7 +89,7 @@ def test_open3d_draws_the_view_with_the_legend_of_our_own(scan: Path, tmp_path: 
     drawn = {}
     for renderer in ("own", "open3d"):
         out = tmp_path / renderer
-        code, _, err = call("view", scan, "--out", out, "--renderer", renderer)
+        code, _, err = spoken(APP, "view", scan, "--out", out, "--renderer", renderer)
         assert code == 0, err
         maps = (out / "000000_birds-eye.png").read_bytes()
         with Image.open(out / "000000_view.png") as picture:
