@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import io
 import json
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +41,7 @@ from heed_lidar_cli.scoring import score
 from heed_lidar_cli.settings import NetworkData, NetworkTraining, StreetData
 from heed_lidar_cli.street import SegmentationModule, cosine_to_a_hundredth, prepare, scattered
 from heed_runtime.recipe import Recipe
+from heed_runtime.testing.contract import call
 
 GRID = CylindricalGrid(shape=(48, 36, 8))
 SENSOR = Sensor(beams=24, azimuth_step_deg=1.0, field_of_view_deg=180.0)
@@ -50,14 +49,6 @@ QUICK = [
     *("--trainer.max-steps", "1", "--trainer.batch", "2", "--device", "cpu"),
     *("--model.width", "4", "--model.grid.shape", "48", "36", "8"),
 ]
-
-
-def call(*words: object) -> dict:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        code = APP.call([*(str(word) for word in words), "--json", "--quiet"])
-    assert code == 0, err.getvalue()
-    return json.loads(out.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "run"
-    call("train", "curbnet", "--data", data, "--out", path, *QUICK)
+    call(APP, "train", "curbnet", "--data", data, "--out", path, *QUICK)
     return path
 
 
@@ -299,7 +290,7 @@ def test_predict_writes_a_label_for_every_row_and_what_else_is_asked_for(
     run: Path, data: Path, tmp_path: Path
 ):
     source = data / "sequences" / "11" / "velodyne" / "000000.bin"
-    found = call("predict", run, source, "--out", tmp_path / "all", "--device", "cpu")
+    found = call(APP, "predict", run, source, "--out", tmp_path / "all", "--device", "cpu")
     names = {Path(name).name for name in found["files"]}
     assert names == {
         "000000.label", "000000_classes.ply", "000000_curbs.csv",
@@ -313,7 +304,7 @@ def test_predict_writes_a_label_for_every_row_and_what_else_is_asked_for(
     with Image.open(tmp_path / "all" / "000000_view.png") as picture:
         assert np.asarray(picture).std() > 5
     words = ("--data.write", "label", "geojson", "osm", "--data.map-origin", "48.1,11.5,500,30")
-    few = call("predict", run, source, "--out", tmp_path / "few", "--device", "cpu", *words)
+    few = call(APP, "predict", run, source, "--out", tmp_path / "few", "--device", "cpu", *words)
     assert {Path(name).name for name in few["files"]} == {
         "000000.label", "000000_curbs.geojson", "000000_curbs.osm",
     }  # fmt: skip
@@ -332,16 +323,16 @@ def test_a_stream_is_in_natural_order_and_resumed(run: Path, data: Path, tmp_pat
     for name in ("scan10", "scan9", "scan1"):
         (inputs / f"{name}.bin").write_bytes(source.read_bytes())
     words = ("--out", tmp_path / "out", "--device", "cpu", "--data.write", "label")
-    found = call("predict", run, inputs, *words)
+    found = call(APP, "predict", run, inputs, *words)
     assert [row["case"] for row in found["predictions"]] == ["scan1", "scan9", "scan10"]
     (tmp_path / "out" / "scan9.label").unlink()
-    again = call("predict", run, inputs, *words, "--resume")
+    again = call(APP, "predict", run, inputs, *words, "--resume")
     assert [row["case"] for row in again["predictions"]] == ["scan9"]
     assert again["earlier"] == 2
 
 
 def test_evaluate_scores_points_and_curves_within_the_region(run: Path, data: Path):
-    found = call("evaluate", run, "--split", "test", "--device", "cpu")
+    found = call(APP, "evaluate", run, "--split", "test", "--device", "cpu")
     assert found["n"] == 2
     rows = found["tables"]["curbs"]
     assert [(row["output"], row["mean"]) for row in rows] == [
@@ -351,26 +342,35 @@ def test_evaluate_scores_points_and_curves_within_the_region(run: Path, data: Pa
         row["f1"] for row in found["tables"]["curbs with a tolerance"] if row["output"] == "points"
     ]
     assert tolerances == sorted(tolerances)
-    near = call("evaluate", run, "--device", "cpu", "--data.roi", "forward:10")
+    near = call(APP, "evaluate", run, "--device", "cpu", "--data.roi", "forward:10")
     assert 0 < near["metrics"]["points"] < found["metrics"]["points"]
 
 
 def test_compare_finds_what_evaluate_finds(run: Path, data: Path, tmp_path: Path):
     words = ("--device", "cpu", "--data.roi", "forward")
-    scores = call("evaluate", run, "--split", "test", *words)["metrics"]
+    scores = call(APP, "evaluate", run, "--split", "test", *words)["metrics"]
     out = tmp_path / "predictions"
     call(
-        "predict", run, data / "sequences", "--out", out, "--device", "cpu", "--data.write", "label"
+        APP,
+        "predict",
+        run,
+        data / "sequences",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--data.write",
+        "label",
     )
-    found = call("compare", out / "11", data / "sequences" / "11", "--out", tmp_path / "table")
+    found = call(APP, "compare", out / "11", data / "sequences" / "11", "--out", tmp_path / "table")
     assert found["n"] == 2
     for name in ("miou", "curb_f1", "curb_precision_0.1"):
         assert found["metrics"][name] == pytest.approx(scores[name])
     other = {"tolerances-m": (0.0, 0.3), "distance": ("xyz",)}
     flags = [word for name, values in other.items() for word in (f"--data.{name}", *values)]
-    scores = call("evaluate", run, "--split", "test", *words, *flags)["tables"]
+    scores = call(APP, "evaluate", run, "--split", "test", *words, *flags)["tables"]
     flags = [word for name, values in other.items() for word in (f"--{name}", *values)]
-    found = call("compare", out / "11", data / "sequences" / "11", *flags)["tables"]
+    found = call(APP, "compare", out / "11", data / "sequences" / "11", *flags)["tables"]
     title = "curbs with a tolerance"
     assert [row["tolerance_m"] for row in found[title]] == [0.0, 0.3]
     assert found[title] == [row for row in scores[title] if row["output"] == "with curves"]
@@ -379,7 +379,7 @@ def test_compare_finds_what_evaluate_finds(run: Path, data: Path, tmp_path: Path
     labels.mkdir()
     for path in (data / "sequences" / "11" / "labels").glob("*.label"):
         (labels / path.name).write_bytes(path.read_bytes())
-    bare = call("compare", labels, labels)
+    bare = call(APP, "compare", labels, labels)
     assert bare["metrics"]["curb_f1"] == 1
     assert "curbs with a tolerance" not in bare["tables"]
 
@@ -392,12 +392,12 @@ def test_a_scan_is_known_by_its_sequence_and_name():
 
 def test_view_draws_scans_with_and_without_labels(data: Path, tmp_path: Path):
     source = data / "sequences" / "00"
-    found = call("view", source, "--out", tmp_path / "labelled")
+    found = call(APP, "view", source, "--out", tmp_path / "labelled")
     assert found["n"] == 3
     assert all(row["colours"] == "classes" for row in found["scans"])
     assert len(found["files"]) == 6
     (tmp_path / "bare.bin").write_bytes((source / "velodyne" / "000000.bin").read_bytes())
-    found = call("view", tmp_path / "bare.bin", "--out", tmp_path / "values")
+    found = call(APP, "view", tmp_path / "bare.bin", "--out", tmp_path / "values")
     assert found["scans"][0]["colours"] == "intensity"
 
 
@@ -405,21 +405,21 @@ def test_streets_are_made_in_any_number_and_of_any_size(data: Path, tmp_path: Pa
     sensor = ("--sensor.beams", 24, "--sensor.azimuth-step-deg", 1, "--sensor.field-of-view-deg")
     words = ("--train", 4, "--val", 0, "--test", 1, *sensor)
     out = tmp_path / "made"
-    found = call("make-streets", out, *words, 180)
+    found = call(APP, "make-streets", out, *words, 180)
     assert found["n"] == 5
-    counts = {row["split"]: row["scans"] for row in call("check", "curbnet", out)["counts"]}
+    counts = {row["split"]: row["scans"] for row in call(APP, "check", "curbnet", out)["counts"]}
     assert counts == {"train": 4, "test": 1}
     for number in range(3):  # of the same sensor and seed
         name = f"sequences/00/velodyne/{number:06d}.bin"
         assert (out / name).read_bytes() == (data / name).read_bytes()
-    call("make-streets", tmp_path / "near", *words, 180, "--sensor.range-m", 20, "--test", 0)
+    call(APP, "make-streets", tmp_path / "near", *words, 180, "--sensor.range-m", 20, "--test", 0)
     cloud = read_cloud(tmp_path / "near/sequences/00/velodyne/000000.bin")
     assert np.linalg.norm(cloud.xyz, axis=1).max() < 21
     assert not (tmp_path / "near/sequences/11").exists()
 
 
 def test_curb_labels_are_derived_into_a_data_set_of_their_own(data: Path, tmp_path: Path):
-    found = call("make-curb-labels", data, "--out", tmp_path / "derived")
+    found = call(APP, "make-curb-labels", data, "--out", tmp_path / "derived")
     assert found["n"] == 6
     settings = NetworkData()
     scans = find_scans(tmp_path / "derived", settings, "train")
@@ -431,34 +431,34 @@ def test_curb_labels_are_derived_into_a_data_set_of_their_own(data: Path, tmp_pa
 
 def test_scores_on_derived_labels_say_so(run: Path, data: Path, tmp_path: Path):
     derived = tmp_path / "derived"
-    call("make-curb-labels", data, "--out", derived)
-    found = call("evaluate", run, "--data", derived, "--split", "val", "--device", "cpu")
+    call(APP, "make-curb-labels", data, "--out", derived)
+    found = call(APP, "evaluate", run, "--data", derived, "--split", "val", "--device", "cpu")
     assert found["metrics"]["scans_with_derived_labels"] == 1
     assert "curbs (derived labels)" in found["tables"]
-    found = call("compare", data, derived)
+    found = call(APP, "compare", data, derived)
     assert found["metrics"]["scans_with_derived_labels"] == 6
     assert all(title.endswith("(derived labels)") for title in found["tables"])
     only = derived / "sequences" / "00" / "labels"
-    assert "classes (derived labels)" in call("compare", only, only)["tables"]
-    found = call("check", "curbnet", derived)
+    assert "classes (derived labels)" in call(APP, "compare", only, only)["tables"]
+    found = call(APP, "check", "curbnet", derived)
     assert any("6 scans have derived labels" in line for line in found["warnings"])
     assert found["counts"][0]["derived labels"] == 3
-    found = call("compare", derived, data)
+    found = call(APP, "compare", derived, data)
     assert "classes" in found["tables"]
     assert "scans_with_derived_labels" not in found["metrics"]
 
 
 def test_doctor_lists_the_sparse_back_ends(monkeypatch: pytest.MonkeyPatch):
-    rows = call("doctor")["sparse_back_ends"]
+    rows = call(APP, "doctor")["sparse_back_ends"]
     assert next(row["back-end"] for row in rows if row["used"] == "yes") == "torch"
     monkeypatch.setenv("HEED_SPARSE_BACKEND", "reference")
-    rows = call("doctor")["sparse_back_ends"]
+    rows = call(APP, "doctor")["sparse_back_ends"]
     assert next(row["back-end"] for row in rows if row["used"] == "yes") == "reference"
 
 
 def test_doctor_says_that_the_environment_names_no_back_end(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HEED_SPARSE_BACKEND", "spcnov")
-    found = call("doctor")
+    found = call(APP, "doctor")
     first, *others = found["sparse_back_ends"]
     assert "HEED_SPARSE_BACKEND must be" in first["why"]
     assert "'spcnov'" in first["why"]
@@ -572,7 +572,7 @@ def test_a_scale_that_gives_nothing_has_no_share(module):
 def test_the_detector_keeps_the_thresholds_with_the_best_f1(data: Path, tmp_path: Path):
     flags = ("--training.lowest-steps-m", "0.02", "0.4", "--training.height-stds-m", "0.01",
              "--training.min-rings", "2")  # fmt: skip
-    found = call("train", "classical", "--data", data, "--out", tmp_path / "run", *flags)
+    found = call(APP, "train", "classical", "--data", data, "--out", tmp_path / "run", *flags)
     settings = classical.ClassicalSettings(
         training=classical.ClassicalTraining(
             lowest_steps_m=(0.02, 0.4), height_stds_m=(0.01,), min_rings=(2,)
@@ -591,7 +591,7 @@ def test_the_detector_keeps_the_thresholds_with_the_best_f1(data: Path, tmp_path
     assert detector.config == classical.candidates(settings)[best]
     assert detector.config.height_range_m[0] < 0.4  # no curb is that high
     assert found["metrics"]["val/curb_f1"] >= 0
-    explained = call(
+    explained = call(APP,
         "explain", tmp_path / "run", data / "sequences" / "11" / "velodyne" / "000000.bin",
         "--out", tmp_path / "why", "--device", "cpu",
     )  # fmt: skip
@@ -608,7 +608,7 @@ def test_bench_names_its_contenders_and_stages(monkeypatch: pytest.MonkeyPatch):
     flags = ("--model.width", "4", "--model.grid.shape", "48", "36", "8", "--device", "cpu")
     words = ("--rounds", "1", "--no-memory", "--modes", "inference")
     try:
-        found = call("bench", "curbnet", *words, *flags)
+        found = call(APP, "bench", "curbnet", *words, *flags)
     finally:
         benchmarks.street.cache_clear()
     names = [row["name"] for row in found["rows"]]
@@ -621,7 +621,7 @@ def test_bench_names_its_contenders_and_stages(monkeypatch: pytest.MonkeyPatch):
     stages = [row["stage"] for row in found["stages"]]
     assert stages == ["voxels", "point features", "rulebooks", "convolutions", "curb lines"]
     assert all(row["calls_per_s"] > 0 for row in found["stages"])
-    assert call("bench", "classical", *words)["rows"][0]["ms"] > 0
+    assert call(APP, "bench", "classical", *words)["rows"][0]["ms"] > 0
 
 
 def test_a_fifth_of_the_curb_points_of_the_benchmark_are_none(monkeypatch: pytest.MonkeyPatch):
