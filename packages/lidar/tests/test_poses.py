@@ -1,5 +1,6 @@
 """The times of scans, which KITTI's layout keeps in a file of the sequence."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,16 @@ def test_a_scan_has_the_time_of_the_row_that_its_name_counts(sequence: Path):
     data = LidarData()
     found = {file.name: load_scan(file, data).cloud.stamp for file in find_inputs([sequence], data)}
     assert found == {"000000": 0.0, "000002": 0.2074, "000003": None}  # there is no fourth row
+
+
+def test_a_scan_may_be_named_from_its_own_folder(
+    sequence: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(sequence / "velodyne")
+    assert time_of(Path("000002.bin")) == 0.2074
+    shutil.copy("000002.bin", tmp_path / "scan.bin")
+    monkeypatch.chdir(tmp_path)
+    assert time_of(Path("scan.bin")) is None
 
 
 def test_other_files_have_no_time(sequence: Path):

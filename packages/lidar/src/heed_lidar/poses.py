@@ -162,8 +162,9 @@ def time_of(cloud: Path) -> float | None:
         Seconds. None: the file is no such scan, or there is no such row; a `times.txt` that cannot
         be read is warned of, once, because scans are of use without their times.
     """
-    path = cloud.parent.with_name(_TIMES)
-    if cloud.parent.name != CLOUDS or not cloud.stem.isdecimal() or not path.is_file():
+    folder = cloud.absolute().parent  # as the user typed it, it may be no more than a name
+    path = folder.parent / _TIMES
+    if folder.name != CLOUDS or not cloud.stem.isdecimal() or not path.is_file():
         return None
     times, number = _known_times(path, path.stat().st_mtime_ns), int(cloud.stem)
     return float(times[number]) if number < len(times) else None
