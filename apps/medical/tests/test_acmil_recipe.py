@@ -270,8 +270,11 @@ def test_features_of_pictures_are_trained_on(tmp_path: Path):
     code, _, err = spoken(APP, *words, "--tiling.tile", 32, "--tissue.saturation", 1.0)
     assert code == 2
     assert "shows no tissue" in err  # nothing was made, so that other settings may be tried
-    found = call(APP, *words, "--tiling.tile", 32)
-    assert {(row["patches"], row["channels"]) for row in found["slides"]} == {(9, 512)}
+    code, out, err = spoken(APP, *words, "--tiling.tile", 32, "--json", "--quiet")
+    assert code == 0
+    assert err.count("resnet10t is untrained") == 1
+    slides = json.loads(out)["slides"]
+    assert {(row["patches"], row["channels"]) for row in slides} == {(9, 512)}
     again = call(APP, *words, "--tiling.tile", 32)
     assert {row["state"] for row in again["slides"]} == {"kept"}
     code, _, err = spoken(APP, *words, "--tiling.tile", 64)

@@ -79,6 +79,11 @@ def run(app: App, options: Options) -> Result:
     slides = find_tile_folders(options.slides) if options.tiles else find_slides(options.slides)
     encoder = load_encoder(options.encoder, weights=options.weights, device=options.device)
     _keep_settings(options)
+    if options.weights is None and not options.encoder.endswith(".pt2"):
+        options.terminal.warn(
+            f"warning: {options.encoder} is untrained: its features serve to try things out, no "
+            "more; give trained weights by --weights FILE"
+        )
     rows: list[Row] = []
     skipped: list[str] = []
     with options.terminal.progress("features", len(slides)) as progress:

@@ -26,7 +26,7 @@ from heed_core.dispatch import (
     explain,
     select,
 )
-from heed_core.tokens import check_broadcast, check_mask
+from heed_core.tokens import check_bias, check_finite, check_mask
 
 __all__ = [
     "BACKENDS",
@@ -166,11 +166,7 @@ def check_arguments(
     if mask is not None:
         check_mask(mask, full)
     if bias is not None:
-        if not bias.is_floating_point():
-            raise TypeError(
-                f"bias must be floating point, got {bias.dtype}; booleans go into `mask`"
-            )
-        check_broadcast("bias", bias, full)
+        check_bias(bias, full)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -187,6 +183,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise ValueError(
                 f"{name} must be on the device of query, {query.device}, got {x.device}"
             )
+    check_finite(query=query, key=key, value=value)
     batch, heads, _, dim = query.shape
     groups = key.shape[1]
     if key.shape[0] != batch or key.shape[3] != dim or dim == 0:

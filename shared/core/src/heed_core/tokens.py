@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal, cast
 
 import torch
@@ -44,11 +45,34 @@ def check_pattern(mechanism: nn.Module, *, causal: bool, context: bool) -> None:
         )
 
 
+CHECK_FINITE = os.environ.get("HEED_CHECK_FINITE") == "1"
+"""Whether tensors are looked through for NaN and infinity, which takes a pass over each: it tells
+where they begin."""
+
+
 def check_real(**tensors: Tensor | None) -> None:
     """Raise a TypeError that names a tensor that holds no floating-point numbers."""
     for name, x in tensors.items():
         if x is not None and not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
+    check_finite(**tensors)
+
+
+def check_finite(**tensors: Tensor | None) -> None:
+    """Where HEED_CHECK_FINITE is 1, raise a ValueError that names a tensor with NaN or infinity.
+
+    Graphs do not look: they cannot branch on values.
+    """
+    if not CHECK_FINITE or torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x is None or x.is_meta or (finite := x.isfinite()).all():
+            continue
+        first = tuple((~finite).nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} must be finite (HEED_CHECK_FINITE=1), got {int((~finite).sum())} of "
+            f"{x.numel()} values that are not, the first at {first}"
+        )
 
 
 def check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
@@ -164,6 +188,18 @@ def check_broadcast(name: str, x: Tensor, full: tuple[int, int, int, int]) -> No
             f"{name} must be broadcastable to (b, h, n, m) = {tuple(full)}, "
             f"got shape {tuple(x.shape)}"
         )
+
+
+def check_bias(bias: Tensor, full: tuple[int, int, int, int]) -> None:
+    """Raise a TypeError for a bias that is not real, a ValueError for one of another shape.
+
+    Args:
+        bias: Added to scores; may be -inf.
+        full: What it must be broadcastable to: batch, heads, queries, keys.
+    """
+    if not bias.is_floating_point():
+        raise TypeError(f"bias must be floating point, got {bias.dtype}; booleans go into `mask`")
+    check_broadcast("bias", bias, full)
 
 
 def check_indices(name: str, index: Int[Tensor, "*n"], length: int, *, of: str) -> None:

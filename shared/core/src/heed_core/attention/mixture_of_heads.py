@@ -54,7 +54,7 @@ from heed_core.head_skipping import by_tokens, gate_heads, gather_tokens
 from heed_core.layers import held_matrix_and_bias, matrix_and_bias, type_and_place
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend
-from heed_core.tokens import Pattern, check_broadcast, check_real, check_tokens, with_padding
+from heed_core.tokens import Pattern, check_bias, check_tokens, with_padding
 
 Linear = tuple[Tensor, Tensor | None]
 """Matrix and bias."""
@@ -327,8 +327,7 @@ class MixtureOfHeads(nn.Module):
         key, value = self._keys(x, context, positions, cache)
         mask = with_padding(mask, padding_mask, key, heads=self.heads, queries=x.shape[1])
         if bias is not None:
-            check_real(bias=bias)
-            check_broadcast("bias", bias, (x.shape[0], self.heads, x.shape[1], key.shape[2]))
+            check_bias(bias, (x.shape[0], self.heads, x.shape[1], key.shape[2]))
         skips, room = self._skips(x), self._room(x)
         later = (skips or room is not None) and self.router == "learned"
         query = None if later else self._heads(self.query(x))

@@ -24,7 +24,7 @@ from heed_core.relative import RotaryPositions, distances
 from heed_core.sites import Attend
 from heed_core.tokens import (
     Pattern,
-    check_broadcast,
+    check_bias,
     check_mask,
     check_padding,
     check_real,
@@ -180,7 +180,7 @@ class MultiHeadAttention(nn.Module):
         if self.relative_bias is not None:
             relative = self.relative_bias(query.shape[2], key.shape[2])
             if bias is not None:
-                check_broadcast("bias", bias, (*query.shape[:3], key.shape[2]))
+                check_bias(bias, (*query.shape[:3], key.shape[2]))
             bias = relative if bias is None else relative + bias
         mixed: Tensor = self.attend(query, key, values, mask=mask, bias=bias)
         if shared:
