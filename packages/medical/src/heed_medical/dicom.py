@@ -20,7 +20,7 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 
-from heed_core.errors import InputError
+from heed_core.errors import InputError, reason_of
 from heed_medical.dicom_pixels import (
     grey_values,
     is_colour,
@@ -217,13 +217,15 @@ def _read(path: Path, *, pixels: bool) -> FileDataset:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd values of fields that are not used
             dataset = pydicom.dcmread(path, stop_before_pixels=not pixels)
+            for name in (*_NUMBERS, *_WORDS):
+                dataset.get(name)  # pydicom interprets an element when it is asked for
     except FileNotFoundError:
         raise InputError("does not exist", path=path) from None
     except InvalidDicomError:
         raise InputError("is not a DICOM file", path=path, remedy="copy it again") from None
     except Exception as error:  # pydicom lets the faults of struct and zlib through
         raise InputError(
-            f"is a truncated or damaged DICOM file ({type(error).__name__}: {error})",
+            f"is a truncated or damaged DICOM file ({reason_of(error)})",
             path=path,
             remedy="copy it again",
         ) from error
@@ -241,8 +243,18 @@ _NUMBERS = {
     "InstanceNumber": 1,
     "RescaleSlope": 1,
     "RescaleIntercept": 1,
+    "Rows": 1,
+    "Columns": 1,
+    "NumberOfFrames": 1,
+    "SamplesPerPixel": 1,
+    "BitsAllocated": 1,
+    "BitsStored": 1,
+    "PixelRepresentation": 1,
+    "PixelPaddingValue": 1,
+    "PixelPaddingRangeLimit": 1,
 }
 """Fields of all files, and how many numbers they hold."""
+_WORDS = ("SeriesInstanceUID", "Modality", "PhotometricInterpretation")
 
 
 def _check_numbers(dataset: Dataset, path: Path) -> None:
@@ -259,7 +271,7 @@ def _check_numbers(dataset: Dataset, path: Path) -> None:
         if not fits or count != len(several):
             wanted = "a number was" if count == 1 else f"{count} numbers were"
             raise InputError(
-                f"has the {name} {str(value)!r}, {wanted} expected",
+                f"has the {name} {str(value)[:60]!r}, {wanted} expected",
                 path=path,
                 remedy="correct the field, or export the file again",
             )

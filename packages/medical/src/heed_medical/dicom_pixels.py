@@ -6,6 +6,7 @@ then for display VOI (a window or a table). MONOCHROME1 is turned so that larger
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,9 +38,10 @@ def stored_values(dataset: Dataset, path: Path) -> Shaped[np.ndarray, "*frames r
         InputError: There are none, their decoder is missing, or they are damaged.
     """
     if "PixelData" not in dataset and "FloatPixelData" not in dataset:
-        kind = dataset.get("Modality", "unknown")
+        kind = str(dataset.get("Modality", ""))
+        known = re.fullmatch(r"[A-Z0-9_]{1,16}", kind)
         raise InputError(
-            f"has no pixel data (modality {kind})",
+            f"has no pixel data (modality {kind if known else 'unknown'})",
             path=path,
             remedy="it is not an image: remove it from the folder",
         )
@@ -208,9 +210,12 @@ def _silent_decoders() -> Iterator[None]:
 
 def _decoding_fault(dataset: Dataset, path: Path, error: Exception) -> InputError:
     meta: Any = getattr(dataset, "file_meta", None) or {}
-    syntax = meta.get("TransferSyntaxUID")
-    name = f"{syntax.name} ({syntax})" if syntax is not None else "unknown transfer syntax"
-    if syntax is not None and syntax.is_compressed and _decoder_is_missing(error):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on characters that it should not have
+        syntax = meta.get("TransferSyntaxUID")
+    known = syntax is not None and syntax.is_transfer_syntax  # a damaged one may be anything
+    name = f"{syntax.name} ({syntax})" if known else "unknown transfer syntax"
+    if known and syntax.is_compressed and _decoder_is_missing(error):
         return InputError(
             f"is encoded as {name}, for which no decoder is installed",
             path=path,

@@ -4,7 +4,11 @@ Images come as float32 `(channels, *spatial)`, masks as integers `(*spatial)`, b
 order of the file.
 """
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +16,7 @@ from typing import Literal
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
+from nibabel import imageglobals
 from PIL import Image
 
 from heed_core.errors import InputError, reason_of
@@ -19,6 +24,9 @@ from heed_core.errors import InputError, reason_of
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 
+_LARGEST_LABEL = 2**31
+_MOST_COMPRESSED = 1032
+"""How many bytes gzip can make of one, at most."""
 _READ_AGAIN = "copy or download the file again"
 
 
@@ -66,7 +74,7 @@ def file_stem(path: Path) -> str:
 
 def is_colour(path: Path) -> bool:
     """Whether a picture has channels that differ; reads grey pictures' headers only."""
-    with _open_picture(path) as picture:
+    with open_picture(path) as picture:
         if picture.mode in {"1", "L", "LA", "I", "F"} or picture.mode.startswith("I;16"):
             return False
         return not _channels_agree(_picture_array(picture, path))
@@ -86,7 +94,7 @@ def read_picture(
         InputError: The file is missing, not a picture, truncated, or in colour where grey is
             asked for.
     """
-    with _open_picture(path) as picture:
+    with open_picture(path) as picture:
         array = _picture_array(picture, path)
     if array.ndim == 2:
         array = array[..., None]
@@ -112,7 +120,7 @@ def read_mask_picture(path: Path) -> MaskImage:
     Raises:
         InputError: The file is missing, not a picture, truncated, or in colour.
     """
-    with _open_picture(path) as picture:
+    with open_picture(path) as picture:
         indexed = picture.mode == "P"
         array = _loaded(picture, path) if indexed else _picture_array(picture, path)
     if array.ndim == 3:
@@ -126,20 +134,29 @@ def read_mask_picture(path: Path) -> MaskImage:
     return MaskImage(array=_as_integers(array, path))
 
 
-def _open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture; its pixels are decoded when they are asked for.
+
+    Raises:
+        InputError: The file is missing or not a picture.
+    """
     try:
-        return Image.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd tags, which name no file
+            return Image.open(path)
     except FileNotFoundError:
         raise InputError("does not exist", path=path) from None
     except Exception as error:  # Pillow's readers raise whatever they stumble over
         raise InputError(
-            f"is not a readable picture ({reason_of(error)})", path=path, remedy=_READ_AGAIN
+            f"is not a readable picture ({reason_of(error, path)})", path=path, remedy=_READ_AGAIN
         ) from error
 
 
 def _loaded(picture: Image.Image, path: Path) -> np.ndarray:
     try:
-        return np.asarray(picture)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(picture)
     except Exception as error:
         raise InputError(
             f"is truncated or damaged ({reason_of(error)})", path=path, remedy=_READ_AGAIN
@@ -203,7 +220,8 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
 
 def _open_nifti(path: Path) -> nib.Nifti1Pair:
     try:
-        image = nib.load(path)
+        with _silent_repairs():
+            image = nib.load(path)
     except FileNotFoundError:
         raise InputError("does not exist", path=path) from None
     except Exception as error:  # nibabel lets the faults of zlib, struct and numpy through
@@ -215,11 +233,36 @@ def _open_nifti(path: Path) -> nib.Nifti1Pair:
     return image
 
 
+@contextlib.contextmanager
+def _silent_repairs() -> Iterator[None]:
+    """Without what nibabel logs of headers that it mends, twice each and naming no file."""
+    logger = imageglobals.logger
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _nifti_values(image: nib.Nifti1Pair, path: Path) -> np.ndarray:
+    stated = math.prod(int(n) for n in image.shape) * image.get_data_dtype().itemsize
+    most = path.stat().st_size * (_MOST_COMPRESSED if path.name.lower().endswith(".gz") else 1)
+    if stated > most:
+        raise InputError(
+            f"is truncated or damaged: its header states {shape_text(image.shape)} voxels, "
+            f"{stated} bytes",
+            path=path,
+            remedy=_READ_AGAIN,
+        )
     try:
         return np.asanyarray(image.dataobj)
     except MemoryError:
-        raise
+        raise InputError(
+            f"does not fit into memory: its header states {shape_text(image.shape)} voxels",
+            path=path,
+            remedy=f"{_READ_AGAIN}, or cut it",
+        ) from None
     except Exception as error:  # nibabel lets the faults of zlib, struct and numpy through
         raise InputError(
             f"is truncated or damaged ({reason_of(error)})", path=path, remedy=_READ_AGAIN
@@ -252,7 +295,7 @@ def _affine(image: nib.Nifti1Pair, path: Path) -> Float64[np.ndarray, "4 4"]:
 def _as_integers(array: np.ndarray, path: Path) -> Int64[np.ndarray, "*spatial"]:
     if array.dtype.kind == "f":
         check_finite(array, path)
-        wrong = array != np.rint(array)
+        wrong = (array != np.rint(array)) | (np.abs(array) > _LARGEST_LABEL)
         if wrong.any():
             raise InputError(
                 f"holds labels that are not whole numbers (such as {array[wrong][0]:g})",

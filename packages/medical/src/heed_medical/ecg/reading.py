@@ -22,6 +22,7 @@ LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V
 """The order in which leads come out."""
 ECG_SUFFIXES = (".hea", ".dat")
 
+_RATES_HZ = (10, 50_000)
 _TO_MILLIVOLT = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "\u00b5v": 1e-3, "\u03bcv": 1e-3, "nv": 1e-6}
 _CANONICAL = {lead.lower(): lead for lead in LEADS}
 
@@ -62,8 +63,12 @@ def read_ecg(path: Path, *, missing_leads: Literal["error", "zero"] = "error") -
     signals, rate = record.p_signal, float(record.fs or 0.0)
     if signals is None or signals.size == 0:
         raise InputError("has no signals", path=header, remedy="copy the record again")
-    if not rate > 0:
-        raise InputError(f"has the sampling rate {rate:g} Hz", path=header)
+    if not _RATES_HZ[0] <= rate <= _RATES_HZ[1]:
+        raise InputError(
+            f"has the sampling rate {rate:g} Hz, {_RATES_HZ[0]} to {_RATES_HZ[1]} were expected",
+            path=header,
+            remedy="correct the first line of the header",
+        )
     names = [str(name or "") for name in record.sig_name or ()]
     columns = _columns(names, header)
     absent = tuple(lead for lead in LEADS if lead not in columns)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from heed_core.errors import InputError
 from heed_medical.dicom import is_dicom, read_plane
-from heed_medical.images import check_finite, file_kind, read_picture, shape_text
+from heed_medical.images import check_finite, file_kind, open_picture, read_picture, shape_text
 
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -49,7 +49,7 @@ def _values(
     if file_kind(path) != "picture" and is_dicom(path):
         return read_plane(path, voi=voi)
     grey = read_picture(path, channels="grey", convert=True).array[0]
-    with Image.open(path) as picture:
+    with open_picture(path) as picture:
         mode = picture.mode
     if mode in _WIDE_MODES:
         return grey, None
