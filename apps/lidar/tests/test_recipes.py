@@ -122,7 +122,7 @@ def test_the_released_network_is_counted_and_takes_its_weights(data: Path, tmp_p
     training = dataclasses.replace(settings.training, weights=tmp_path / "official.pt")
     settings = dataclasses.replace(settings, model=config, training=training)
     other = recipe.model(settings)
-    recipe.start(settings, other)
+    recipe.start(settings, tmp_path, other)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, made.state_dict()[name]), name
     broken = dataclasses.replace(settings, model=dataclasses.replace(config, variant="520"))

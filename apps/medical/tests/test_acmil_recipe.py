@@ -218,7 +218,7 @@ def test_a_run_starts_from_official_weights(tmp_path: Path):
     training = AcmilTraining(weights=tmp_path / "official.safetensors")
     settings = AcmilSettings(model=config, training=training)
     model = RECIPE.model(settings)
-    RECIPE.start(settings, model)
+    RECIPE.start(settings, tmp_path, model)
     for name, x in donor.state_dict().items():
         assert torch.equal(model.state_dict()[name], x), name
 

@@ -145,13 +145,13 @@ def test_a_body_trained_on_lungs_starts_a_medusa(made: Path, tmp_path: Path):
     weights = tmp_path / "body/model/model.safetensors"
     settings = replace(SETTINGS, training=MedusaTraining(body_weights=weights))
     model = RECIPE.model(settings)
-    RECIPE.start(settings, model)
+    RECIPE.start(settings, tmp_path, model)
     assert model.body is not None
     wanted = load_file(weights)
     assert torch.equal(model.body.first[0].weight, wanted["first.0.weight"])
     wider = replace(settings, model=replace(settings.model, body_widths=(8, 16)))
     with pytest.raises(InputError, match="not those of this network"):
-        RECIPE.start(wider, RECIPE.model(wider))
+        RECIPE.start(wider, tmp_path, RECIPE.model(wider))
 
 
 def test_balanced_training_runs_and_is_even(made: Path, tmp_path: Path):

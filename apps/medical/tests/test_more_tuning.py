@@ -69,7 +69,7 @@ def test_fine_tuning_drops_its_own_share_of_keys(root: Path):
         dim=64, depth=1, heads=4, hidden=128, key_drop=0.2, schedule="linear"
     )
     model = RECIPE.model(planned)
-    RECIPE.start(planned, model)
+    RECIPE.start(planned, root, model)
     assert model.xray.shares == [0.2]
 
 

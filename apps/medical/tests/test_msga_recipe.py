@@ -80,14 +80,14 @@ def test_a_run_is_rebuilt_without_the_weights_it_started_from(tmp_path: Path):
     settings = replace(settings, training=MsgaTraining(weights=tmp_path / "official.safetensors"))
     model = RECIPE.model(settings)
     before = {name: x.clone() for name, x in model.named_parameters()}
-    RECIPE.start(settings, model)
+    RECIPE.start(settings, tmp_path, model)
     for name, wanted in donor.named_parameters():
         assert torch.equal(model.get_parameter(name), wanted), name
     assert any(not torch.equal(before[name], x) for name, x in donor.named_parameters())
     (tmp_path / "official.safetensors").unlink()
     RECIPE.model(settings)
     with pytest.raises(InputError, match=r"official\.safetensors"):
-        RECIPE.start(settings, model)
+        RECIPE.start(settings, tmp_path, model)
 
 
 def test_even_attention_is_shown_as_no_preference(planned: MsgaSettings, data: Path):

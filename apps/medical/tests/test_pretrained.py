@@ -96,7 +96,7 @@ def test_imagenet_is_taken_from_the_folder_of_the_hub(
     recipe = APP.recipe(system)
     assert run.settings.training.backbone_weights == "imagenet"
     model = recipe.model(run.settings)
-    recipe.start(run.settings, model)
+    recipe.start(run.settings, tmp_path, model)
     found = {name.rpartition("layer1.")[2]: x for name, x in model.state_dict().items()}
     assert torch.equal(found["0.conv1.weight"], state["layer1.0.conv1.weight"])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from heed_medical_cli import APP
-from heed_runtime.testing.contract import call, spoken
+from heed_runtime.testing.contract import call, noticed, spoken
 
 QUICK = ("--trainer.max-steps", "2", "--trainer.batch", "4", "--device", "cpu")
 
@@ -31,7 +31,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def repeated(table: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("repeat") / "out"
-    return out, call(APP, "repeat", "acmil", "--data", table, "--out", out, "--seeds", 3, *QUICK)
+    words = ("repeat", "acmil", "--data", table, "--out", out, "--seeds", 3, *QUICK)
+    return out, noticed(APP, "acmil", *words)
 
 
 def test_mean_and_deviation_are_those_of_the_runs(repeated: tuple[Path, dict]):

@@ -37,6 +37,8 @@ def test_ivgn_writes_what_it_sees(tmp_path: Path):
     assert seeing["bleu_4"] > 0.75, seeing
     assert seeing["different_reports"] >= 8
     assert blind["different_reports"] == 1
+    assert "visual_reliance" in seeing
+    assert "visual_reliance" not in blind
     assert blind["bleu_4"] < seeing["bleu_4"] - 0.05
 
 

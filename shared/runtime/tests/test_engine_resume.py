@@ -1,7 +1,10 @@
 """Training 2k steps equals training k steps, being killed, and resuming for k."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,8 +318,6 @@ def test_kill_9_in_training(uninterrupted, data, tmp_path, rows):
 
 @pytest.mark.slow
 def test_kill_9_at_ten_random_moments(uninterrupted, data, tmp_path):
-    import time
-
     begin = time.monotonic()
     words = ["train", "tokens", "--data", str(data), "--out", str(tmp_path / "timed")]
     words += [*map(str, COMMON), "--trainer.checkpoint-every", "1"]
@@ -333,20 +334,40 @@ def test_kill_9_at_ten_random_moments(uninterrupted, data, tmp_path):
         kill_and_resume(data, uninterrupted, run, tmp_path / f"log{index}", ready)
 
 
-def test_ctrl_c_saves_and_exits_130(uninterrupted, data, tmp_path):
-    import os
-    import signal
-    import time
-
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, data, tmp_path, number, exit_code):
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["train", "tokens", "--data", str(data), "--out", str(run), *map(str, COMMON)]
     child = start(APP, words, log=log)
     while not (run / "metrics.csv").exists():
         time.sleep(0.005)
-    os.kill(child, signal.SIGINT)
+    os.kill(child, number)
     code = wait(child)
-    assert code == 130, log.read_text()
+    assert code == exit_code, log.read_text()
     assert log.read_text().splitlines()[-1].endswith(f"stopped; --resume {run} goes on from here")
     assert (run / "checkpoints" / "last.ckpt").exists()
     train("--resume", run)
     assert_same_run(uninterrupted, run)
+
+
+def test_two_programs_do_not_train_one_run(data, tmp_path, capsys):
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["train", "tokens", "--data", str(data), "--out", str(run), *map(str, COMMON)]
+    child = start(APP, [*words, "--trainer.max-epochs", "10000"], log=log)
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.005)
+    held = (run / "config.yaml").read_bytes()
+    for again in (["--resume", run], ["--data", data, "--out", run, "--overwrite"]):
+        train(*again, code=2)
+        assert "run: another process is training this run" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == held
+    os.kill(child, signal.SIGKILL)
+    assert wait(child) == KILLED
+    train("--data", data, "--out", run, *COMMON, "--overwrite")
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_a_model_without_its_run_is_not_resumed(uninterrupted, tmp_path, capsys):
+    model = shutil.copytree(uninterrupted / "model", tmp_path / "model")
+    train("--resume", model, code=2)
+    assert "is a model without its run" in capsys.readouterr().err

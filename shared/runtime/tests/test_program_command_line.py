@@ -4,16 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import yaml
 from pydantic import Field
 
+import heed_core.dispatch
 from heed_runtime.app import VERBS, App, about
 from heed_runtime.arguments import parse
 from heed_runtime.errors import UsageError
-from heed_runtime.options import SystemOptions
+from heed_runtime.options import Impl, SystemOptions
 from heed_runtime.settings import PLAIN_NAMES, TrainerSettings, load_settings
 from heed_runtime.testing import APP
 
@@ -179,6 +180,7 @@ def test_extra_arguments_of_the_engine_are_names_and_values() -> None:
     ("argv", "line"),
     [
         ("trian", "heed-example has no verb 'trian'; did you mean 'train'?"),
+        ("tokens train", "a verb comes first: heed-example train tokens"),
         ("--nope", "heed-example has no verb '--nope'; allowed: list, info,"),
         ("info", "info needs a SYSTEM; one of: tokens"),
         ("info --json", "info needs a SYSTEM; one of: tokens"),
@@ -195,6 +197,7 @@ def test_extra_arguments_of_the_engine_are_names_and_values() -> None:
         ("info tokens --trainer.extra a", "--trainer.extra: expected NAME=VALUE, got 'a'"),
         ("info tokens --config no.yaml", "no.yaml: no such file; check the path"),
         ("check tokens", "missing: DATA"),
+        ("check tokens " + "x" * 300, "file name too long"),
         ("check tokens no/where", "no/where: no such file or folder; check the path"),
         ("sample tokens", "missing: DIR"),
         ("sample tokens D --seed -1", "seed must not be negative, got -1"),
@@ -358,6 +361,31 @@ def test_an_app_finds_recipes_by_class_or_instance_and_only_those_it_knows() -> 
     assert other.recipe("t") is APP
     with pytest.raises(UsageError, match="heed-y has no system 'u'"):
         other.recipe("u")
+
+
+def test_help_of_a_verb_by_either_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("help sample", capsys) == call("sample --help", capsys)
+
+
+def test_help_breaks_lines_where_the_terminal_does_and_not_where_the_source_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call("train tokens --help", capsys)
+    assert "(0.99 to 0.9999)" in out
+
+
+def test_a_path_at_home_after_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = call("train tokens --data=~/none --out=~/run", capsys)
+    assert code == 2
+    assert f"{tmp_path}/none: no such file or folder" in err
+
+
+def test_the_back_ends_of_the_command_line_are_those_of_the_core() -> None:
+    assert get_args(Impl) == get_args(heed_core.dispatch.Impl)
 
 
 def test_main_leaves_with_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from heed_runtime.files import (
     atomic_folder,
     atomic_write,
     make_folder,
+    refuse_existing,
     to_csv,
     to_json,
     write_json,
@@ -224,6 +225,30 @@ def test_a_folder_that_holds_something_is_replaced_only_on_request(tmp_path: Pat
         (folder / "new").write_text("1")
     assert names(target) == ["new"]
     assert names(tmp_path) == ["run"]
+
+
+def test_a_folder_that_another_program_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+
+    def fill() -> None:
+        with atomic_folder(path):
+            write_text(path / "theirs", "x")
+
+    with pytest.raises(InputError, match="another program wrote here"):
+        fill()
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_the_working_directory_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "run" / "inner"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    for path in (Path(), Path(".."), inner.parent):
+        with pytest.raises(InputError, match="the folder that you are in"):
+            refuse_existing(path, overwrite=True)
+    refuse_existing(Path("new"), overwrite=False)
 
 
 def test_an_old_folder_comes_back_if_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import logging
@@ -62,15 +63,21 @@ def test_a_run_is_replaced_only_on_request_and_other_folders_never(tmp_path: Pat
     assert (tmp_path / "photos" / "a.png").exists()
 
 
-def test_the_default_path_counts_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_path_counts_up_and_is_given_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    paths = [
-        Run.create(None, system="tokens", settings=SETTINGS, command=[]).path for _ in range(2)
-    ]
-    assert [path.parent for path in paths] == [Path("runs")] * 2
-    assert [path.name[-2:] for path in paths] == ["-1", "-2"]
-    assert free_path("tokens").name.endswith("-3")
-    assert free_path("other").name.endswith("-1")
+    with free_path("tokens") as first, free_path("tokens") as second:
+        assert first.parent == second.parent == Path("runs")
+        assert [path.name[-2:] for path in (first, second)] == ["-1", "-2"]
+        make(first)
+    with free_path("other") as other:
+        assert other.name.endswith("-1")
+    with contextlib.suppress(KeyboardInterrupt), free_path("tokens") as third:
+        assert third.name.endswith("-3")
+        raise KeyboardInterrupt
+    assert not third.exists()
+    assert first.exists()
 
 
 @pytest.mark.parametrize(
@@ -201,6 +208,14 @@ def test_the_log_keeps_the_traceback_of_our_faults_and_not_of_the_users(tmp_path
         raising(ZeroDivisionError("ours"))
     assert "ZeroDivisionError: ours" in run.log.read_text()
     assert caught.value.__notes__ == [f"the traceback is in {run.log}"]
+
+
+def test_a_run_that_takes_no_log_is_used_without(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    run.log.unlink(missing_ok=True)
+    run.log.mkdir()
+    with run.logging():
+        logging.getLogger("heed_runtime.x").warning("not written")
 
 
 def test_the_fingerprint_knows_names_sizes_and_contents(tmp_path: Path) -> None:

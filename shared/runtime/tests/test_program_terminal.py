@@ -8,7 +8,7 @@ import pytest
 
 from heed_runtime.errors import USER, UsageError, guard, nearest, user_fault
 from heed_runtime.recipe import Table
-from heed_runtime.terminal import Result, Terminal, logging_to, rows_of
+from heed_runtime.terminal import NOTICE, Result, Terminal, logging_to, rows_of
 
 RESULT = Result(
     title="two cases",
@@ -95,6 +95,20 @@ def test_a_warning_of_a_library_is_one_line(capsys: pytest.CaptureFixture[str]) 
         with logging_to(Terminal(quiet=True)):
             warnings.warn("old file format", UserWarning, stacklevel=1)
     assert capsys.readouterr() == ("", "warning: old file format\n")
+
+
+def test_what_is_no_mere_news_is_shown_once_for_a_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logger = logging.getLogger("heed_runtime.x")
+    for _ in range(2):
+        with logging_to(Terminal(quiet=True)):
+            for _ in range(3):
+                logger.log(NOTICE, "for research")
+                logger.warning("no scale: %s", "a.png")
+                logger.warning("no scale: %s", "b.png")
+    shown = "for research\nwarning: no scale: a.png\nwarning: no scale: b.png\n"
+    assert capsys.readouterr() == ("", 2 * shown)
 
 
 def test_a_quiet_terminal_still_lets_the_log_file_have_the_news(tmp_path: Path) -> None:

@@ -323,7 +323,7 @@ class EccNetRecipe(Recipe[EccNetSettings, Case, Prediction]):
         """The network."""
         return EccNet(settings.model)
 
-    def start(self, settings: EccNetSettings, model: nn.Module) -> None:
+    def start(self, settings: EccNetSettings, root: Path, model: nn.Module) -> None:
         """Take over the weights that the settings name."""
         assert isinstance(model, EccNet)
         if settings.training.weights is not None:

@@ -359,7 +359,7 @@ class OatRecipe(Recipe[OatSettings, Scene, OatPrediction]):
         """The network."""
         return Oat(settings.model)
 
-    def start(self, settings: OatSettings, model: nn.Module) -> None:
+    def start(self, settings: OatSettings, root: Path, model: nn.Module) -> None:
         """Take over the official weights that the settings name."""
         assert isinstance(model, Oat)
         training = settings.training

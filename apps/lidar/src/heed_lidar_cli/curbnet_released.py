@@ -90,7 +90,7 @@ class ReleasedRecipe(NetworkRecipe[ReleasedSettings]):
         """The network, freshly initialised."""
         return ReleasedCurbNet(settings.model)
 
-    def start(self, settings: ReleasedSettings, model: nn.Module) -> None:
+    def start(self, settings: ReleasedSettings, root: Path, model: nn.Module) -> None:
         """Take over the checkpoint that the settings name."""
         if settings.training.weights is not None:
             assert isinstance(model, CylindricalNetwork)

@@ -114,7 +114,7 @@ class Cylinder3dRecipe(NetworkRecipe[Cylinder3dSettings]):
         """The network, freshly initialised."""
         return Cylinder3d(settings.model)
 
-    def start(self, settings: Cylinder3dSettings, model: nn.Module) -> None:
+    def start(self, settings: Cylinder3dSettings, root: Path, model: nn.Module) -> None:
         """Take over the official checkpoint that the settings name."""
         if settings.training.weights is not None:
             assert isinstance(model, CylindricalNetwork)

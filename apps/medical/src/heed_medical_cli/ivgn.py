@@ -392,7 +392,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
         """The network, random at first."""
         return Ivgn(settings.model)
 
-    def start(self, settings: IvgnSettings, model: nn.Module) -> None:
+    def start(self, settings: IvgnSettings, root: Path, model: nn.Module) -> None:
         """Take over the weights that the settings name."""
         assert isinstance(model, Ivgn)
         if (named := settings.training.backbone_weights) is not None:
@@ -420,6 +420,8 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
         assert prediction.references is not None
         reference = prediction.references[settings.data.protocol == "full"]
         pair = [[reference]], [prediction.report]
+        looked = settings.data.pictures == "needed"
+        reliance = {"visual_reliance": float(np.mean(prediction.reliance or [0.0]))}
         return [
             {
                 "case": prediction.name,
@@ -428,7 +430,7 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
                 "meteor_es": meteor_es(*pair).corpus,
                 "words": len(prediction.words),
                 "log_probability": prediction.log_probability,
-                "visual_reliance": float(np.mean(prediction.reliance or [0.0])),
+                **(reliance if looked else {}),
                 "reference": reference,
                 "report": prediction.report,
             }
@@ -444,9 +446,11 @@ class IvgnRecipe(Recipe[IvgnSettings, ReportCase, IvgnPrediction]):
             "cider": cider(*pair).corpus,
             "meteor_es": meteor_es(*pair).corpus,
             "different_reports": float(len(set(found))),
-            "visual_reliance": float(np.mean([float(r["visual_reliance"] or 0) for r in rows])),
         }
         data = settings.data
+        if data.pictures == "needed":
+            shares = [float(r["visual_reliance"] or 0) for r in rows]
+            metrics["visual_reliance"] = float(np.mean(shares))
         if data.meteor_jar is not None:
             metrics["meteor"] = meteor_by_program(references, found, data.meteor_jar)
         scores: list[Row] = [

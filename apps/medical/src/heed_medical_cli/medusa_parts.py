@@ -122,7 +122,7 @@ class PictureRecipe(Recipe[SettingsT, MedusaCase, PredictionT], Generic[Settings
         """The network: body and backbone start at random, every gate at 1."""
         return Medusa(settings.model)
 
-    def start(self, settings: SettingsT, model: nn.Module) -> None:
+    def start(self, settings: SettingsT, root: Path, model: nn.Module) -> None:
         """Take over the weights that the settings name."""
         assert isinstance(model, Medusa)
         named, config = settings.training.backbone_weights, settings.model

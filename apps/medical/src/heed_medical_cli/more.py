@@ -452,7 +452,7 @@ class MoreRecipe(Recipe[MoreSettings, Study, StudyPrediction]):
         """The network."""
         return More(settings.model)
 
-    def start(self, settings: MoreSettings, model: nn.Module) -> None:
+    def start(self, settings: MoreSettings, root: Path, model: nn.Module) -> None:
         """Take over the weights that the settings name."""
         assert isinstance(model, More)
         if settings.training.text_folder is not None and "text" in model.config.modalities:

@@ -31,7 +31,7 @@ def open_more(app: App, options: UseOptions, settings: Any) -> Trained:
     if system != "more":
         raise UsageError(f"{options.run} is a run of {system}, this verb needs one of more")
     trained = options.open(app, settings)
-    engine.give_notice(trained.recipe, options.terminal)
+    engine.give_notice(trained.recipe)
     return trained
 
 

@@ -323,7 +323,7 @@ class MoreFindingsRecipe(FindingsRecipe[TuningSettings, Study]):
             ecg_drop=config.ecg_drop,
         )
 
-    def start(self, settings: TuningSettings, model: nn.Module) -> None:
+    def start(self, settings: TuningSettings, root: Path, model: nn.Module) -> None:
         """Take over the towers and projectors of the pre-trained run."""
         assert isinstance(model, MoreClassifier)
         folder = settings.training.start_from

@@ -224,7 +224,7 @@ class MsgaRecipe(SegmentationRecipe[MsgaSettings]):
         """The network, as the released recipe initialises it."""
         return Msga(settings.model)
 
-    def start(self, settings: MsgaSettings, model: nn.Module) -> None:
+    def start(self, settings: MsgaSettings, root: Path, model: nn.Module) -> None:
         """Take over the weights that the settings name."""
         assert isinstance(model, Msga)
         training = settings.training

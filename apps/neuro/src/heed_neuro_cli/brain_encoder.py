@@ -132,11 +132,10 @@ class BrainEncoderRecipe(Recipe[BrainSettings, ImageSet, BrainPrediction]):
         """The encoder."""
         return BrainEncoder(settings.model)
 
-    def start(self, settings: BrainSettings, model: nn.Module) -> None:
+    def start(self, settings: BrainSettings, root: Path, model: nn.Module) -> None:
         """Take the regions of the data, and official weights where these are named."""
         assert isinstance(model, BrainEncoder)
-        if settings.data.root is not None:
-            model.settle(regions_of(settings, read_subject(settings.data.root)))
+        model.settle(regions_of(settings, read_subject(root)))
         if settings.training.weights is not None:
             load_official(model, settings.training.weights)
 

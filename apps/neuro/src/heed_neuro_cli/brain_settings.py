@@ -48,8 +48,6 @@ class BrainData:
     """The frozen network in words; set by the training."""
     regions: str = ""
     """Fingerprint of the regions; set by the training."""
-    root: Path | None = None
-    """Where the training read the regions; set by the training."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -179,7 +177,6 @@ def planned(settings: BrainSettings, root: Path) -> BrainSettings:
             settings.data,
             made_with=describe(source.identity()),
             regions=fingerprint(subject),
-            root=root.resolve(),
         ),
     )
 

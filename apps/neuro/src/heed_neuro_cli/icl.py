@@ -217,7 +217,7 @@ class IclRecipe(Recipe[IclSettings, Any, Any]):
         """The network as torch initialises it, with nothing recorded."""
         return Experiment(settings.model)
 
-    def start(self, settings: IclSettings, model: nn.Module) -> None:
+    def start(self, settings: IclSettings, root: Path, model: nn.Module) -> None:
         """Turn heads to the signs that the settings want."""
         assert isinstance(model, Experiment)
         set_signs(model.regressor, settings.training.signs)

@@ -6,8 +6,12 @@ Nothing heavy is imported here: `--help` and `--version` answer at once.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
+import os
+import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from heed_runtime import __version__
-from heed_runtime.errors import UsageError, guard, nearest
+from heed_runtime.errors import TERMINATED, Terminated, UsageError, guard, nearest
 
 if TYPE_CHECKING:
     from heed_runtime.recipe import Recipe
@@ -91,6 +95,10 @@ class App:
 
     def main(self, argv: Sequence[str] | None = None) -> NoReturn:
         """Run the command line and leave the process with its exit code."""
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # the caller has closed it
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+        signal.signal(signal.SIGTERM, functools.partial(_terminate, os.getpid()))
         sys.exit(self.call(sys.argv[1:] if argv is None else argv))
 
     def call(self, argv: Sequence[str]) -> int:
@@ -116,8 +124,11 @@ class App:
         switches: list[str] = []
         while argv and argv[0] in _SWITCHES:
             switches.append(argv.pop(0))
+        if argv[:1] == ["help"] and len(argv) > 1:
+            argv = [*argv[1:], "--help"]
         if not argv or argv[0] in ("-h", "--help", "help"):
             sys.stdout.write(self._help())
+            sys.stdout.flush()
             return 0
         if argv[0] == "--version":
             sys.stdout.write(f"{self.name} {__version__}\n")
@@ -125,23 +136,28 @@ class App:
         verb = argv[0]
         known = self._verbs()
         if verb not in known:
-            raise UsageError(f"{self.name} has no verb {verb!r}", remedy=nearest(verb, known))
+            remedy = f"a verb comes first: {self.name} train {verb}"
+            if verb not in self.systems:
+                remedy = nearest(verb, known)
+            raise UsageError(f"{self.name} has no verb {verb!r}", remedy=remedy)
         return self._run_verb(verb, [*argv[1:], *switches])
 
     def _run_verb(self, verb: str, words: list[str]) -> int:
         from heed_runtime.arguments import parse
-        from heed_runtime.terminal import logging_to
+        from heed_runtime.terminal import Terminal, logging_to
 
-        module = importlib.import_module(self._verbs()[verb].module)
-        try:
-            parsed = parse(self, verb, module.Options, module.__doc__ or "", words)
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        terminal = parsed.options.terminal
-        settings = () if parsed.settings is None else (parsed.settings,)
+        words = [_at_home(word) for word in words]
+        terminal = Terminal(quiet="--quiet" in words, json="--json" in words)
         with logging_to(terminal):
+            module = importlib.import_module(self._verbs()[verb].module)
+            try:
+                parsed = parse(self, verb, module.Options, module.__doc__ or "", words)
+            except SystemExit as stop:
+                sys.stdout.flush()
+                return int(stop.code or 0)
+            settings = () if parsed.settings is None else (parsed.settings,)
             result = module.run(self, parsed.options, *settings)
-        terminal.show(result)
+        parsed.options.terminal.show(result)
         return int(result.exit_code)
 
     def _verbs(self) -> dict[str, Verb]:
@@ -165,6 +181,20 @@ class App:
             f"{self.name} train SYSTEM --help also the settings of a system.",
         ]
         return "\n".join(lines) + "\n"
+
+
+def _at_home(word: str) -> str:
+    """A path under `~/`, which shells leave as it is in `--out=~/run`."""
+    flag, equals, path = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    if not re.match("~(/|$)", path):
+        return word
+    return flag + equals + os.path.expanduser(path)  # noqa: PTH111  (a word is no path yet)
+
+
+def _terminate(program: int, number: int, frame: object) -> NoReturn:
+    if os.getpid() != program:  # a helper that the program has forked
+        os._exit(TERMINATED)
+    raise Terminated
 
 
 def about(module: str) -> str:

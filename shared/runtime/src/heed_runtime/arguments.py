@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import io
+import itertools
 import re
+import textwrap
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
@@ -16,7 +22,14 @@ import tyro
 from heed_core.errors import InputError
 from heed_runtime.errors import UsageError
 from heed_runtime.options import CommonOptions, RunOptions, SystemOptions
-from heed_runtime.settings import PLAIN_NAMES, changed, default_settings, from_dict, to_dict
+from heed_runtime.settings import (
+    PLAIN_NAMES,
+    changed,
+    dataclasses_in,
+    default_settings,
+    from_dict,
+    to_dict,
+)
 
 if TYPE_CHECKING:
     from heed_runtime.app import App
@@ -160,8 +173,42 @@ def _default(value: Any) -> Any:
 
 
 def _cli(kind: type[Any], words: Sequence[str], *, prog: str, about: str) -> Any:
+    if _wants_help(words):
+        _give_help(kind)
     with _one_line_errors():
         return tyro.cli(kind, args=list(words), prog=prog, description=about, config=_CONFIG)
+
+
+def _give_help(kind: type[Any]) -> None:
+    """Put the docstrings of fields where tyro takes them as they are.
+
+    It would find them by itself, but break the lines where the source does.
+    """
+    for cls in filter(dataclasses.is_dataclass, kind.__mro__):
+        texts = _field_docstrings(cls)
+        for item in dataclasses.fields(cls):
+            if item.name in texts:
+                item.metadata = MappingProxyType({**item.metadata, "help": texts[item.name]})
+    for hint in typing.get_type_hints(kind, include_extras=True).values():
+        for nested in dataclasses_in(hint):
+            _give_help(nested)
+
+
+def _field_docstrings(cls: type[Any]) -> dict[str, str]:
+    try:
+        (source,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    except (OSError, TypeError):  # made while the program runs
+        return {}
+    assert isinstance(source, ast.ClassDef)
+    found: dict[str, str] = {}
+    for node, after in itertools.pairwise(source.body):
+        match node, after:
+            case (
+                ast.AnnAssign(target=ast.Name(id=name)),
+                ast.Expr(value=ast.Constant(value=str(text))),
+            ):
+                found[name] = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
+    return found
 
 
 def _system_first(app: App, words: Sequence[str]) -> list[str]:
@@ -221,6 +268,11 @@ def _usage_error(box: str) -> UsageError:
     message = re.sub(r"^Unrecognized options: (--[^ ,]+).*", r"unknown flag \1", message)
     message = re.sub(r"^Unrecognized options: ", "unexpected: ", message)
     message = re.sub(r"^Missing from .*?: ", "missing: ", message)
+    message = re.sub(
+        r"no type matching (.*) could be instantiated from \[(.*?)\].*",
+        r"expected \1, got \2",
+        message,
+    )
     remedy = None
     for section in sections[1:]:
         if section[0].startswith("Perhaps you meant"):

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from heed_runtime import distributed
+from heed_runtime.errors import Terminated
 from heed_runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -135,9 +136,16 @@ class Signals:
 
     def __init__(self, *, at_once: bool) -> None:
         self.at_once, self.wished = at_once, False
+        self.terminated = False
+        """Whether the last signal was SIGTERM."""
+
+    def stop(self, *how_to_go_on: str) -> KeyboardInterrupt:
+        """What tells the program how it was stopped."""
+        return (Terminated if self.terminated else KeyboardInterrupt)(*how_to_go_on)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note the wish."""
+        self.terminated = number == signal.SIGTERM
         if self.at_once or self.wished:
             raise Interrupted
         self.wished = True

@@ -42,6 +42,7 @@ from heed_runtime.callbacks import (
 )
 from heed_runtime.data import Data, Fault
 from heed_runtime.errors import UsageError, nearest
+from heed_runtime.terminal import NOTICE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,7 +108,7 @@ def fit(
     if (initial := run.checkpoints / INITIAL).exists():
         model.load_state_dict(_checkpoint(initial)["model"])
     elif not (run.checkpoints / LAST).exists():
-        recipe.start(run.settings, model)
+        recipe.start(run.settings, root, model)
     choose_impl(model, impl)
     module = recipe.module(run.settings, model)
     data = Data(recipe, run.settings, root=root)
@@ -130,7 +131,7 @@ def fit(
         except Interrupted:
             if distributed.rank() > 0:
                 raise SystemExit(0) from None
-            raise KeyboardInterrupt(f"--resume {run.path} goes on from here") from None
+            raise signals.stop(f"--resume {run.path} goes on from here") from None
     skipped = _gathered({name: part.faults for name, part in data.skipped.items() if part.faults})
     loader = data.pass_over_training
     return Fitted(
@@ -174,9 +175,10 @@ def predict(
     data = Data(recipe, settings, cases=cases)
     data.skipped["predict"].note = lost
     trainer_settings = settings.trainer
+    signals = Signals(at_once=True)
     with (
         _silence(),
-        Signals(at_once=True).caught(),
+        signals.caught(),
         distributed.first_speaks(),
         terminal_of_rank(terminal).progress(label, len(cases)) as progress,
     ):
@@ -187,7 +189,7 @@ def predict(
             module.predict_step = data.careful(module.predict_step)  # type: ignore[method-assign]
             trainer.predict(module, datamodule=data, return_predictions=False)
         except Interrupted:
-            raise KeyboardInterrupt from None
+            raise signals.stop() from None
         loader = data.pass_over_cases
         for fault in distributed.gather(str(loader.fault) if loader and loader.fault else ""):
             if fault:
@@ -293,10 +295,10 @@ def autocast(settings: TrainerSettings) -> contextlib.AbstractContextManager[obj
     return torch.autocast(device_of(settings).type, dtype=kind)
 
 
-def give_notice(recipe: Recipe[Any, Any, Any], terminal: Terminal) -> None:
-    """Show the caution of a system, once for all processes."""
+def give_notice(recipe: Recipe[Any, Any, Any]) -> None:
+    """Show the caution of a system, once for a command and all its processes."""
     if recipe.card.notice and distributed.rank() == 0:
-        terminal.warn(recipe.card.notice)
+        logger.log(NOTICE, recipe.card.notice)
 
 
 def terminal_of_rank(terminal: Terminal) -> Terminal:

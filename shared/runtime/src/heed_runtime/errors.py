@@ -6,12 +6,14 @@
 | 1 | a fault of ours, or `check` found problems |
 | 2 | a fault of the user's input: one line that names the file, what is wrong and what to do |
 | 130 | stopped with Ctrl-C |
+| 143 | stopped with SIGTERM |
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import logging
 import re
 import sys
@@ -20,13 +22,22 @@ from collections.abc import Callable, Iterable
 
 from heed_core.errors import InputError, MissingExtra
 
-FAULT, USER, INTERRUPTED = 1, 2, 130
+FAULT, USER, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+_OF_A_PATH = (
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
 
 
 class UsageError(InputError):
     """The command line cannot be understood or asks for what has no effect."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The program was asked to end by SIGTERM, as schedulers do, not by Ctrl-C."""
 
 
 def nearest(name: str, allowed: Iterable[str], *, prefix: str = "") -> str:
@@ -50,11 +61,10 @@ def user_fault(error: BaseException) -> str | None:
     """
     if isinstance(error, InputError | MissingExtra) or _refused_backend(error):
         return _original_line(str(error))
-    if (
-        isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
-        and error.filename
-    ):
+    if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename:
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}"
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return f"cannot write: {(error.strerror or 'the disk is full').lower()}; free some space"
     if _from_worker(error) and (line := _worker_input_error(str(error))):
         return line
     return None
@@ -74,7 +84,7 @@ def guard(name: str, body: Callable[[], int], *, debug: bool = False) -> int:
         return body()
     except KeyboardInterrupt as stop:
         _line(f"{name}: stopped; {stop}" if stop.args else f"{name}: stopped")
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except BrokenPipeError:
         _close_stdout()
         return 0

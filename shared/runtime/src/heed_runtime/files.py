@@ -101,8 +101,8 @@ def atomic_folder(
     Raises:
         InputError: `path` holds something that may not be replaced, or it cannot be written.
     """
-    path = path.resolve()
     refuse_existing(path, overwrite=overwrite, used=used)
+    path = path.resolve()
     parent = make_folder(path.parent)
     with explain_oserror(parent):
         temporary = _temporary(path, folder=True)
@@ -110,15 +110,27 @@ def atomic_folder(
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
-            if path.exists():
+            if overwrite and path.exists():
                 path.rename(old)
-            temporary.rename(path)
+            _rename_folder(temporary, path)
             _sync(parent)
         finally:
             if not path.exists() and old.exists():
                 old.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_folder(source: Path, path: Path) -> None:
+    """Rename over an empty folder at most, never over one that holds something."""
+    try:
+        source.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise InputError(
+            "another program wrote here meanwhile", path=path, remedy="choose another folder"
+        ) from None
 
 
 def _temporary(path: Path, *, folder: bool = False) -> Path:
@@ -145,9 +157,11 @@ def refuse_existing(path: Path, *, overwrite: bool, used: Iterable[Path | None] 
         used: Files and folders that are read: a folder with one of them is never replaced.
 
     Raises:
-        InputError: `path` is a file, or holds something and is not to be replaced.
+        InputError: `path` is a file, or holds something and is not to be replaced, or is the
+            working directory or a parent of it, which cannot be replaced.
     """
-    folder = path.resolve()
+    with explain_oserror(path):
+        folder, exists = path.resolve(), path.exists()
     for one in used:
         if one is not None and any(end.is_relative_to(folder) for end in ends(one)):
             raise InputError(
@@ -159,8 +173,14 @@ def refuse_existing(path: Path, *, overwrite: bool, used: Iterable[Path | None] 
         if not overwrite and any(path.iterdir()):
             what = "holds a run" if (path / "config.yaml").exists() else "is not empty"
             raise InputError(what, path=path, remedy="choose another folder or add --overwrite")
-    elif path.exists():
+    elif exists:
         raise InputError("is a file, a folder is needed", path=path, remedy="choose another path")
+    if Path.cwd().is_relative_to(folder):
+        raise InputError(
+            "is the folder that you are in, which cannot be replaced",
+            path=path,
+            remedy="name another one",
+        )
 
 
 def ends(path: Path) -> tuple[Path, Path]:

@@ -243,10 +243,11 @@ class Recipe(ABC, Generic[SettingsT, CaseT, PredictionT]):
     def model(self, settings: SettingsT) -> nn.Module:
         """The network, freshly initialised from the settings alone."""
 
-    def start(self, settings: SettingsT, model: nn.Module) -> None:
+    def start(self, settings: SettingsT, root: Path, model: nn.Module) -> None:
         """Load what a new training starts from, such as pretrained weights in a user's file.
 
-        Called once per run, before its first step: a trained model is rebuilt without these files.
+        Called once per run, before its first step: a trained model is rebuilt without these files
+        and without the training's data in `root`.
         """
         return
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -34,9 +35,22 @@ from typing import TYPE_CHECKING, Any
 from heed_core.errors import InputError
 from heed_runtime import __version__
 from heed_runtime.errors import nearest, user_fault
-from heed_runtime.files import atomic_folder, atomic_write, write_csv, write_json, write_text
+from heed_runtime.files import (
+    atomic_folder,
+    atomic_write,
+    explain_oserror,
+    make_folder,
+    write_csv,
+    write_json,
+    write_text,
+)
 from heed_runtime.settings import load_settings, merge, to_dict, to_yaml
 from heed_runtime.terminal import is_heard
+
+try:
+    import fcntl
+except ImportError:  # Windows, where runs are not locked
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -45,6 +59,7 @@ if TYPE_CHECKING:
     from heed_runtime.recipe import Recipe
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
 LIBRARIES = (
     "torch",
     "lightning",
@@ -123,7 +138,7 @@ class Run:
     @classmethod
     def create(
         cls,
-        path: Path | None,
+        path: Path,
         *,
         system: str,
         settings: Any,
@@ -133,7 +148,7 @@ class Run:
         """Make the folder of a new run, whole or not at all.
 
         Args:
-            path: The folder; None makes `runs/<system>-<date>-<n>`.
+            path: The folder.
             system: The system's name.
             settings: All four groups.
             command: The command line, program first.
@@ -142,7 +157,6 @@ class Run:
         Raises:
             InputError: The folder holds something, or cannot be written.
         """
-        path = free_path(system) if path is None else path
         if overwrite and path.is_dir() and any(path.iterdir()) and not is_run(path):
             raise InputError(
                 "holds files that are no run", path=path, remedy="choose another folder"
@@ -265,8 +279,14 @@ class Run:
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
-        """Append the log to `log.txt`, and the traceback of a fault that is not the user's."""
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        """Append the log to `log.txt`, and the traceback of a fault that is not the user's.
+
+        A run that may only be read is used without a log, and so is a bare model folder.
+        """
+        handler: logging.Handler = logging.NullHandler()
+        if self.config.exists():
+            with contextlib.suppress(OSError):
+                handler = logging.FileHandler(self.log, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.addFilter(is_heard)
         logging.getLogger().addHandler(handler)
@@ -288,11 +308,52 @@ def is_run(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / "environment.json").is_file()
 
 
-def free_path(system: str) -> Path:
-    """The first of `runs/<system>-<date>-<n>` that does not exist."""
+@contextlib.contextmanager
+def free_path(system: str) -> Iterator[Path]:
+    """Make the first of `runs/<system>-<date>-<n>` that does not exist, empty, to be filled.
+
+    No other process gets the same; where the body raises, it goes again.
+    """
     today = datetime.date.today().isoformat()
-    names = (Path("runs") / f"{system}-{today}-{n}" for n in itertools.count(1))
-    return next(path for path in names if not path.exists())
+    for n in itertools.count(1):
+        path = make_folder(Path("runs")) / f"{system}-{today}-{n}"
+        with explain_oserror(path.parent):
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+        break
+    try:
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def training_in(path: Path) -> Iterator[None]:
+    """Let no other process train into the run at `path`; ends with the process at the latest.
+
+    Raises:
+        InputError: Another process trains into it.
+    """
+    with explain_oserror(path):
+        file = (path / LOCK).open("a")
+    with file:
+        try:
+            # Unlike `flock`, held by this process alone, not by loaders that outlive its death.
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise InputError(
+                    "another process is training this run",
+                    path=path,
+                    remedy="wait for it, stop it, or choose another folder",
+                ) from None
+            # Any other error: a file system without locks.
+        yield
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -246,10 +246,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise InputError("no such file", path=path, remedy="check the path") from None
     except IsADirectoryError:
         raise InputError("is a folder, a YAML file is needed", path=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError("is nested too deeply", path=path, remedy="correct the file") from None
+    except (yaml.YAMLError, ValueError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
+        textual = isinstance(error, yaml.YAMLError | UnicodeDecodeError)
+        other = "not a text file" if textual else "a value is not what its tag says"
         raise InputError(
-            f"is not valid YAML: {getattr(error, 'problem', None) or 'not a text file'}",
+            f"is not valid YAML: {getattr(error, 'problem', None) or other}",
             path=path,
             place=f"line {mark.line + 1}" if mark else None,
             remedy="correct the file",
@@ -266,7 +270,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.2: 1e-3 is a number, `no` and 2020-01-01 are texts; a key stands once."""
+    """Safe YAML 1.2: 1e-3 is a number, `no` and 2020-01-01 are texts; a key stands once.
+
+    It gives what JSON knows and nothing else: no bytes, sets or dates.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Make the parts of an object before it, which refuses one that holds itself."""
+        return super().construct_object(node, deep=True)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that appears twice."""
@@ -298,6 +309,9 @@ def _read_plain_words_as_yaml_1_2() -> None:
         "float": (f"{number}|{words}", list("-+.0123456789")),
         "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     }
+    kinds = ("null", "bool", "int", "float", "str", "seq", "map")
+    tags = [None, *(f"tag:yaml.org,2002:{name}" for name in kinds)]
+    _Loader.yaml_constructors = {tag: _Loader.yaml_constructors[tag] for tag in tags}
     _Loader.yaml_implicit_resolvers = {}
     for name, (pattern, first) in rules.items():
         for kind in (_Loader, _Dumper):
@@ -328,7 +342,7 @@ def _refuse_unknown(cls: type, data: object, *, path: Path | None, prefix: str =
             raise InputError(
                 "unknown key", path=path, place=f"{prefix}{key}", remedy=nearest(str(key), names)
             )
-        kinds = list(_dataclasses_in(hints[key]))
+        kinds = list(dataclasses_in(hints[key]))
         if len(kinds) != 1:
             continue
         items = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
@@ -337,13 +351,13 @@ def _refuse_unknown(cls: type, data: object, *, path: Path | None, prefix: str =
             _refuse_unknown(kinds[0], item, path=path, prefix=place)
 
 
-def _dataclasses_in(hint: Any) -> Iterator[type]:
+def dataclasses_in(hint: Any) -> Iterator[type]:
     """The dataclasses in a type such as `Optional[Window]` or `tuple[Stage, ...]`."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         yield hint
     elif typing.get_origin(hint) is not Literal:
         for part in typing.get_args(hint):
-            yield from _dataclasses_in(part)
+            yield from dataclasses_in(part)
 
 
 def _input_error(error: ValidationError, *, path: Path | None) -> InputError:

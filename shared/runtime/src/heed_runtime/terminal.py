@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 LISTED = 100
 """Files that are named one by one."""
 
+NOTICE = logging.WARNING - 5
+"""The level of what is shown also when quiet, without the word `warning`."""
+logging.addLevelName(NOTICE, "NOTICE")
+
 OURS = "heed_"
 """Loggers whose names begin so are heard from INFO on, all others from WARNING on."""
 
@@ -224,7 +228,11 @@ def _cell(value: str | int | float | None) -> str:
 
 
 def _console(stream: object) -> Console:
-    from rich.console import Console
+    from rich.console import Console as RichConsole
+
+    class Console(RichConsole):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1
 
     # A pipe has no width: rows must not be cut at a guessed one.
     width = None if stream.isatty() else 200  # type: ignore[attr-defined]
@@ -237,18 +245,23 @@ def is_heard(record: logging.LogRecord) -> bool:
 
 
 class _Handler(logging.Handler):
-    """Shows a log record as one line on standard error."""
+    """Shows a log record as one line on standard error; what is no mere news only once."""
 
     def __init__(self, terminal: Terminal) -> None:
-        super().__init__(logging.WARNING if terminal.quiet else logging.INFO)
+        super().__init__(NOTICE if terminal.quiet else logging.INFO)
         self.addFilter(is_heard)
         self._terminal = terminal
+        self._told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         text = self.format(record)
         if record.name == "py.warnings":  # file:line: Category: message, then the line of code
             text = re.sub(r"^.*?:\d+: \w+: ", "", text.splitlines()[0])
+        if record.levelno >= NOTICE:
+            if text in self._told:
+                return
+            self._told.add(text)
         self._terminal.warn(prefix + text)
 
 

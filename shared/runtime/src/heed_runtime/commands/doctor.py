@@ -50,8 +50,8 @@ def run(app: App, options: Options) -> Result:
 
 
 def _versions(app: App) -> list[Row]:
-    command = next(iter(app.systems.values()), "").partition(".")[0].partition(":")[0]
-    owners = importlib.metadata.packages_distributions().get(command, []) if command else []
+    scripts = importlib.metadata.entry_points(group="console_scripts", name=app.name)
+    owners = [script.dist.name for script in scripts if script.dist is not None]
     names = dict.fromkeys([*INFRASTRUCTURE, *owners, *_requirements(owners)])
     rows: list[Row] = [{"name": "python", "version": platform.python_version()}]
     rows += [{"name": name, "version": version} for name in names if (version := _version(name))]

@@ -38,7 +38,7 @@ def run(app: App, options: Options, settings: Any) -> Result:
     distributed.join(cuda=engine.uses_cuda(trained.settings.trainer))
     recipe, settings = trained.recipe, trained.settings
     terminal = engine.terminal_of_rank(options.terminal)
-    engine.give_notice(recipe, terminal)
+    engine.give_notice(recipe)
     root = data_of(trained.run, options.data)
     with trained.run.logging():
         scored = engine.predict(

@@ -38,7 +38,7 @@ def run(app: App, options: Options, settings: Any) -> Result:
     paths = expand(options.inputs)
     trained = options.open(app, settings)
     recipe, settings = trained.recipe, trained.settings
-    engine.give_notice(recipe, options.terminal)
+    engine.give_notice(recipe)
     module = recipe.module(settings, trained.model).to(engine.device_of(settings.trainer)).eval()
     cases = recipe.inputs(settings, paths)
     skip = settings.data.on_error == "skip"

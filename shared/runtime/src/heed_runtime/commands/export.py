@@ -51,9 +51,15 @@ def run(app: App, options: Options) -> Result:
     """Export, read the file back, compare with the model on all examples, then put it in place."""
     kind = options.format or SUFFIXES.get(options.out.suffix)
     if kind is None:
-        raise InputError("the suffix names no format", path=options.out, remedy="add --format")
+        raise InputError(
+            "the suffix names no format",
+            path=options.out,
+            remedy=f"end it in {' or '.join(SUFFIXES)}, or add --format",
+        )
     if options.out.is_dir():
-        raise InputError("is a folder, a file is needed", path=options.out)
+        raise InputError(
+            "is a folder, a file is needed", path=options.out, remedy="name a file in it"
+        )
     if options.out.exists() and not options.overwrite:
         raise InputError("exists already", path=options.out, remedy="add --overwrite")
     trained = open_trained(app, options.run, device="cpu", precision="32-true")

@@ -70,7 +70,7 @@ def run(app: App, options: Options, settings: Any) -> Result:
     distributed.join(cuda=engine.uses_cuda(trained.settings.trainer))
     recipe, settings = trained.recipe, trained.settings
     terminal = engine.terminal_of_rank(options.terminal)
-    engine.give_notice(recipe, terminal)
+    engine.give_notice(recipe)
     cases = recipe.inputs(settings, paths)
     outputs = Outputs(
         options.out,
@@ -112,8 +112,8 @@ def run(app: App, options: Options, settings: Any) -> Result:
 def _told_to_resume() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command with --resume goes on from here") from None
+    except KeyboardInterrupt as stop:
+        raise type(stop)("the same command with --resume goes on from here") from None
 
 
 def remaining(cases: SizedData, there: Collection[str]) -> Remaining:

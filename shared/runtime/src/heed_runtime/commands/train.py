@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -10,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heed_core.dispatch import Impl
 from heed_core.errors import InputError
 from heed_runtime.errors import UsageError
 from heed_runtime.files import atomic_folder, refuse_existing, write_json, write_text
-from heed_runtime.options import Flag, OptionalPath, SystemOptions
+from heed_runtime.options import Flag, Impl, OptionalPath, SystemOptions
 from heed_runtime.recipe import Table
-from heed_runtime.run import Run, fingerprint, free_path, is_run, load_weights
+from heed_runtime.run import Run, fingerprint, free_path, is_run, load_weights, training_in
 from heed_runtime.settings import changed, to_yaml
-from heed_runtime.terminal import Result, rows_of
+from heed_runtime.terminal import Result, Terminal, rows_of
 from heed_runtime.trained import SAMPLE, data_of, uses_sample
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ class Options(SystemOptions):
         run = Run.open(self.resume, app)
         if run.system != self.system:
             raise UsageError(f"{self.resume} is a run of {run.system!r}, not of {self.system!r}")
+        if not run.config.exists():
+            raise InputError(
+                "is a model without its run, there is nothing to go on from",
+                path=self.resume,
+                remedy="start a new run with --init",
+            )
         return run.settings
 
 
@@ -85,14 +91,23 @@ def run(app: App, options: Options, settings: Any) -> Result:
     engine.check_trainer(trainer)
     distributed.join(cuda=engine.uses_cuda(trainer))
     terminal = engine.terminal_of_rank(options.terminal)
-    if options.resume is None:
-        path = distributed.settle_folder(lambda: _create(app, recipe, options, settings))
-    else:
-        path = distributed.settle_folder(lambda: _reopen(app, options, settings))
+    with contextlib.ExitStack() as held:  # by the first process, for all
+        if options.resume is None:
+            path = distributed.settle_folder(lambda: _create(app, recipe, options, settings, held))
+        else:
+            path = distributed.settle_folder(lambda: _reopen(app, options, settings, held))
+        return _train(app, recipe, options, path, terminal)
+
+
+def _train(
+    app: App, recipe: Recipe[Any, Any, Any], options: Options, path: Path, terminal: Terminal
+) -> Result:
+    from heed_runtime import distributed, engine
+
     run = Run.open(path, app)
     root = data_of(run, options.data)
     with run.logging():
-        engine.give_notice(recipe, terminal)
+        engine.give_notice(recipe)
         if distributed.rank() == 0:
             logger.info("%s: run folder %s, data %s", recipe.card.name, run.path, root)
             if uses_sample(run) and options.data is None:
@@ -103,16 +118,37 @@ def run(app: App, options: Options, settings: Any) -> Result:
         return _finish(recipe, run, fitted)
 
 
-def _create(app: App, recipe: Recipe[Any, Any, Any], options: Options, settings: Any) -> Path:
+def _create(
+    app: App,
+    recipe: Recipe[Any, Any, Any],
+    options: Options,
+    settings: Any,
+    held: contextlib.ExitStack,
+) -> Path:
     """Make the whole run folder, with sample and initial weights, at once."""
-    from heed_runtime import engine
-
-    out = options.out if options.out is not None else free_path(options.system)
-    refuse_existing(out, overwrite=options.overwrite)
-    if options.overwrite and out.is_dir() and any(out.iterdir()) and not is_run(out):
-        raise InputError("holds files that are no run", path=out, remedy="choose another folder")
     if options.data is not None and not options.data.exists():
         raise InputError("no such file or folder", path=options.data, remedy="check --data")
+    with contextlib.ExitStack() as making:
+        out = options.out
+        if out is None:
+            out = making.enter_context(free_path(options.system))
+        refuse_existing(out, overwrite=options.overwrite, used=[options.data])
+        if out.is_dir() and any(out.iterdir()):
+            if not is_run(out):
+                raise InputError(
+                    "holds files that are no run", path=out, remedy="choose another folder"
+                )
+            making.enter_context(training_in(out))
+        _make(app, recipe, options, settings, out)
+    held.enter_context(training_in(out))
+    return out
+
+
+def _make(
+    app: App, recipe: Recipe[Any, Any, Any], options: Options, settings: Any, out: Path
+) -> None:
+    from heed_runtime import engine
+
     with atomic_folder(out, overwrite=options.overwrite) as folder:
         root = options.data
         if root is None:
@@ -125,12 +161,11 @@ def _create(app: App, recipe: Recipe[Any, Any, Any], options: Options, settings:
         recipe.cases(settings, root, "val")
         model = recipe.model(settings)
         engine.choose_impl(model, options.impl)
-        recipe.start(settings, model)
+        recipe.start(settings, root, model)
         facts = fingerprint(root)
         if options.data is None:
             facts |= {"sample": True, "path": SAMPLE}
         _fill(app, recipe, options, folder, settings, facts)
-    return out
 
 
 def _fill(
@@ -167,7 +202,7 @@ def _save_initial(app: App, recipe: Recipe[Any, Any, Any], run: Run, source: Pat
     AtomicCheckpoints().save_checkpoint({"model": model.state_dict()}, run.checkpoints / INITIAL)
 
 
-def _reopen(app: App, options: Options, settings: Any) -> Path:
+def _reopen(app: App, options: Options, settings: Any, held: contextlib.ExitStack) -> Path:
     """Check what the flags change, and write it to the run."""
     assert options.resume is not None
     run = Run.open(options.resume, app)
@@ -183,10 +218,11 @@ def _reopen(app: App, options: Options, settings: Any) -> Path:
         before, after = getattr(old, name), getattr(new, name)
         if before is not None and after is not None and after < before:
             raise UsageError(f"trainer.{name} can only be raised: it is {before}, got {after}")
+    root = data_of(run, options.data)
+    held.enter_context(training_in(run.path))
     if names:
         write_text(run.config, to_yaml(settings, system=run.system))
         run = dataclasses.replace(run, settings=settings)
-    root = data_of(run, options.data)
     if options.data is not None:
         run.update_environment({"data": fingerprint(root)})
     return run.path

@@ -69,12 +69,14 @@ def check_life(
 ) -> Path:
     """Train, resume, evaluate, predict, explain; every result is written and can be read.
 
-    Each gives the notice of the system's card once.
+    Each gives the notice of the system's card once. The training is what a newcomer types first,
+    without data; nothing in the run names the folder in which it was made before it was put in
+    place, and it goes on with the data elsewhere.
 
     Args:
         app: The program.
         system: The system.
-        data: Its data set, such as `check_sample` made.
+        data: The sample, as `check_sample` made it.
         tmp_path: Where to write.
         flags: Settings that make the model small.
         part: What of the data set is predicted and explained.
@@ -84,9 +86,12 @@ def check_life(
     """
     run = tmp_path / "run"
     words = (*QUICK, *flags)
-    first = noticed(app, system, "train", system, "--data", data, "--out", run, *words)
+    first = noticed(app, system, "train", system, "--out", run, *words)
     assert first["steps"] == 2
-    again = noticed(app, system, "train", system, "--resume", run, "--trainer.max-steps", 3)
+    for path in run.glob("*.*"):
+        assert b".tmp-" not in path.read_bytes(), f"{path.name} names a temporary folder"
+    further = ("--data", data, "--trainer.max-steps", 3)
+    again = noticed(app, system, "train", system, "--resume", run, *further)
     assert again["steps"] == 3
     for name in ("config.yaml", "metrics.csv", "metrics.json", "curves.png", "environment.json"):
         assert (run / name).stat().st_size > 0, f"{name} is missing"
