@@ -4,14 +4,18 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 from pydicom.uid import RLELossless
 
 from heed_core.errors import InputError, MissingExtra
+from heed_medical.bags.bag import BagFile
+from heed_medical.bags.files import read_bag
 from heed_medical.dicom import list_series, read_plane, read_series
 from heed_medical.ecg.reading import LEADS, read_ecg, stated_duration_s
 from heed_medical.ecg.signals import prepare_ecg
@@ -44,8 +48,10 @@ def damaged(data: bytes, *, seed: int) -> Iterator[bytes]:
 
 
 def try_all(path: Path, readers: list[Callable[[Path], object]], *, seed: int) -> None:
-    """Each reader on each damaged copy; warnings are errors in this test run."""
+    """Each reader on the file and on each damaged copy; warnings are errors in this test run."""
     refused = 0
+    for reader in readers:
+        reader(path)  # whole
     for data in damaged(path.read_bytes(), seed=seed):
         path.write_bytes(data)
         for reader in readers:
@@ -120,3 +126,23 @@ def test_ecg(tmp_path: Path, part: str):
         tmp_path / "rec", leads, rate_hz=100, names=LEADS, unit="mV", steps_per_unit=1000.0
     )
     try_all(tmp_path / part, [lambda p: prepare_ecg(read_ecg(p)), stated_duration_s], seed=0)
+
+
+@pytest.mark.parametrize("name", ["bag.h5", "bag.pt", "bag.npy", "bag.npz"])
+def test_bags_of_features(tmp_path: Path, name: str):
+    path = tmp_path / name
+    features = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
+    match path.suffix:
+        case ".h5":
+            with h5py.File(path, "w") as file:
+                file.update(features=features, coords=np.zeros((9, 2), np.int64))
+        case ".pt":
+            torch.save(torch.from_numpy(features), path)
+        case ".npy":
+            np.save(path, features)
+        case _:
+            np.savez(path, features=features)
+    for seed in range(2):
+        whole = path.read_bytes()
+        try_all(path, [lambda p: read_bag(BagFile(name="a", path=p))], seed=seed)
+        path.write_bytes(whole)

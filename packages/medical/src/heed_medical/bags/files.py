@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -170,7 +171,9 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
     import torch
 
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of an unusual pickle version, which names no file
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader lets anything escape from a damaged file
         reason = reason_of(error)
         raise InputError(f"cannot be read ({reason})", path=path, remedy=_READ_AGAIN) from None
