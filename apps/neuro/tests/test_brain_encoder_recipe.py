@@ -55,7 +55,7 @@ def spoil_nan(root: Path) -> str:
 def spoil_file(root: Path) -> str:
     path = root / "responses.npy"
     path.write_bytes(path.read_bytes()[:200])
-    return "cannot be read as a numpy array"
+    return "is not a numpy array"
 
 
 def spoil_regions(root: Path) -> str:

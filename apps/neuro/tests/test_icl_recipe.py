@@ -117,7 +117,7 @@ def test_settings_that_cannot_be_are_refused(words, said, tmp_path):
     [
         ("a.csv", b"x1,x2,y\n1,2,3\n", "a.csv"),
         ("a.csv", b"x1,x2,x3,x4,x5,y\n1,2,3,4,nope,6\n", "row 2: the column 'x5' holds 'nope'"),
-        ("a.npz", b"PK\x03\x04 broken", "is not an npz file"),
+        ("a.npz", b"PK\x03\x04 broken", "is not an archive of arrays"),
         ("a.npy", b"", "is a .npy file"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_users_own_scenes_are_read(tmp_path):
         ({"cells": np.full((50, 40), 255, np.uint8)}, r"not \(cells"),
         ({"cells": np.full((1, 50, 40), np.nan)}, "NaN"),
         ({"cells": np.zeros((1, 50, 40), np.uint8)}, "cell without pixels"),
-        ({"cells": np.array([["a"]], dtype=object)}, "cannot be read as an array"),
+        ({"cells": np.array([["a"]], dtype=object)}, "is not a numpy array"),
     ],
 )
 def test_scenes_that_do_not_fit_name_the_file(tmp_path, parts, said):

@@ -67,7 +67,7 @@ def test_tables_say_their_unit(tmp_path: Path, text: str, values: list[float], u
         (f"{TASK}.npy", hits(1, -1, 1) * np.nan, "row 1: is not one 1"),
         (f"{TASK}.npy", np.zeros((0, 9)), "has no trial"),
         (f"{TASK}.npy", np.zeros(9), r"has the shape \(9,\)"),
-        (f"{TASK}.npy", b"\x93NUMPY", "cannot be read as an array"),
+        (f"{TASK}.npy", b"\x93NUMPY", "is not a numpy array"),
         ("notes.txt", "nothing", "holds no results"),
     ],
 )

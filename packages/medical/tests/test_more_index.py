@@ -63,8 +63,8 @@ NAN = np.full((3, 4), np.nan, dtype=np.float32)
         (arrays(xray=np.zeros((14, 14))), r"'xray' is float64 of shape \(14, 14\)"),
         (arrays(xray=ROWS[0], words=np.array(["clear"])), "'words' is <U5"),
         (arrays(xray=NAN[0]), "b.npz: has embeddings of 'xray' that are not finite"),
-        (torn, "b.npz: is no file of embeddings"),
-        (single, "b.npz: is no file of embeddings"),
+        (torn, "b.npz: is not an archive of arrays"),
+        (single, "b.npz: is not an archive of arrays"),
     ],
 )
 def test_what_is_no_index_is_refused(write: Write, said: str, tmp_path: Path):

@@ -109,15 +109,15 @@ def truncated(path: Path) -> None:
 SPOILT = {
     "training_split/training_fmri/lh_training_fmri.npy": [
         (lambda p: np.save(p, np.zeros((4, LEFT))), "has 4 images where there are 5"),
-        (truncated, "cannot be read as a numpy array"),
-        (lambda p: p.write_bytes(b""), "cannot be read as a numpy array"),
+        (truncated, "is not a numpy array"),
+        (lambda p: p.write_bytes(b""), "is not a numpy array"),
         (lambda p: np.save(p, np.zeros(5)), r"has the shape \(5,\)"),
         (lambda p: np.save(p, np.full((5, LEFT), "a")), "not numbers"),
         (Path.unlink, "no such file"),
     ],
     "roi_masks/rh.streams_challenge_space.npy": [
         (lambda p: np.save(p, np.zeros(LEFT, int)), "has 9 vertices where there are 7"),
-        (truncated, "cannot be read as a numpy array"),
+        (truncated, "is not a numpy array"),
     ],
     "roi_masks/mapping_floc-faces.npy": [
         (lambda p: np.save(p, np.zeros(3)), "is no table of id -> name"),
@@ -300,7 +300,9 @@ def test_a_damaged_cache_is_told(made: Path, tmp_path: Path):
     cached(tmp_path, network, images)
     table = tmp_path / "features.npy"
     table.write_bytes(table.read_bytes()[:200])
-    with pytest.raises(InputError, match=r"features.npy: is damaged .*; delete the folder"):
+    with pytest.raises(
+        InputError, match=r"features.npy: is not a numpy array .*; delete the folder"
+    ):
         cached(tmp_path, network, images)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(InputError, match="is no manifest of features"):

@@ -349,7 +349,7 @@ def test_a_broken_npz_is_told_in_one_line(change, said, tmp_path):
     np.savez(path, **GOOD)
     assert read_sequences(path).groups[0].y.shape == (2, 4, 1)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(InputError, match="is not an npz file"):
+    with pytest.raises(InputError, match="is not an archive of arrays"):
         read_sequences(path)
 
 

@@ -1,8 +1,8 @@
-"""What is quoted of a library's fault is one short line."""
+"""A fault, and what is quoted of a library's, is one short line."""
 
 import pytest
 
-from heed_core.errors import reason_of
+from heed_core.errors import InputError, reason_of
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,9 @@ from heed_core.errors import reason_of
 )
 def test_the_reason_of_a_fault(error: Exception, reason: str) -> None:
     assert reason_of(error, "a/b.png") == reason
+
+
+def test_what_a_damaged_file_holds_breaks_no_line() -> None:
+    fault = InputError("has no column 'x1', but x\x0b, \x1b[2Jy\x85, z\u2028", path="a.csv")
+    assert str(fault) == "a.csv: has no column 'x1', but x ,  [2Jy , z "
+    assert len(str(fault).splitlines()) == 1

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from heed_core.arrays import load_array
 from heed_core.errors import InputError
 from heed_core.sites import observe
 from heed_gaze.metrics.behaviour import BEHAVIOUR, behaviours, delta
@@ -479,10 +480,7 @@ def read_table(path: Path) -> Tensor:
     Raises:
         InputError: It is no table of numbers.
     """
-    try:
-        table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"is no .npy of numbers ({error})", path=path) from None
+    table = load_array(path)
     if table.ndim != 2 or not np.issubdtype(table.dtype, np.floating):
         raise InputError(f"must be rows x channels of numbers, got {table.shape}", path=path)
     if not np.isfinite(table).all():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import tyro
 
+from heed_core.arrays import load_array
 from heed_core.errors import InputError
 from heed_gaze.comparison.pairs import Labels, PairSettings
 from heed_gaze.comparison.scoring import CompareSettings
@@ -120,10 +121,7 @@ def _label_map(path: Path) -> Labels:
         with opened(path) as picture:
             values = np.asarray(picture)
     else:
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"cannot be read ({error})", path=path) from None
+        values = load_array(path)
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise InputError(
             f"must be (rows, columns) of whole numbers, it is {values.shape} of {values.dtype}",

@@ -218,4 +218,5 @@ def _plot(summaries: dict[str, ScoreSummary]) -> Figure:
         values = [float(row[column]) for row in final.scans]
         right.bar(range(len(values)), np.nan_to_num(values))
         right.set(xlabel="scan", ylabel=label, ylim=(0, 1), title="scans")
+        right.xaxis.get_major_locator().set_params(integer=True)
     return figure

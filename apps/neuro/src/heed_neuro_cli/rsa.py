@@ -7,7 +7,6 @@ and which give a noise ceiling. `--runs` adds what the queries of trained encode
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 import tyro
 
-from heed_core.errors import InputError, reason_of
+from heed_core.arrays import load_arrays
+from heed_core.errors import InputError
 from heed_neuro.brain_encoder.backbones import BackboneConfig
 from heed_neuro.brain_encoder.routing import routed_representation
 from heed_neuro.brain_encoder.source import FeatureSource
@@ -105,13 +105,7 @@ def read_matrices(path: Path, images: int, names: tuple[str, ...]) -> dict[str, 
     """
     if not path.is_file():
         raise InputError("no such file", path=path, remedy="give a .npz of matrices")
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            tables = {name: file[name] for name in file.files if file[name].dtype.kind in "fiu"}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"cannot be read ({reason_of(error)})", path=path, remedy="copy it again"
-        ) from None
+    tables = {name: array for name, array in load_arrays(path).items() if array.dtype.kind in "fiu"}
     square = {n: a for n, a in tables.items() if a.ndim > 1 and a.shape[-1] == a.shape[-2]}
     if missing := [name for name in names if name not in square]:
         raise InputError(

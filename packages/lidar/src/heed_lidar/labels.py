@@ -315,7 +315,7 @@ def read_label_map(path: Path) -> LabelMap:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         first = reason_of(error)
         raise InputError(f"is not yaml ({first})", path=path) from None
     if not isinstance(content, dict):

@@ -14,7 +14,6 @@ last, so that its labels follow the response already, and a shift loses. `decode
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ import torch
 from jaxtyping import Float
 from scipy import signal  # type: ignore[import-untyped]
 
-from heed_core.errors import InputError, reason_of
+from heed_core.arrays import load_arrays
+from heed_core.errors import InputError
 from heed_neuro.noise_ceiling import pearson
 from heed_neuro.ridge import RidgeOptions, ridge_cv
 
@@ -68,18 +68,11 @@ def read_blocks(path: Path) -> BlockDesign:
     """
     if not path.is_file():
         raise InputError("no such file", path=path, remedy="give a .npz with bold, label, run")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-            missing = sorted({"bold", "label", "run"} - set(found.files))
-            if missing:
-                raise InputError(f"has no array {missing[0]!r}", path=path, remedy="add it")
-            bold, labels, runs = found["bold"], found["label"].astype(str), found["run"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"cannot be read ({reason_of(error)})", path=path, remedy="copy it again"
-        ) from None
+    found = load_arrays(path)
+    missing = sorted({"bold", "label", "run"} - set(found))
+    if missing:
+        raise InputError(f"has no array {missing[0]!r}", path=path, remedy="add it")
+    bold, labels, runs = found["bold"], found["label"].astype(str), found["run"]
     if bold.ndim != 2 or labels.shape != runs.shape or labels.shape != bold.shape[:1]:
         raise InputError(
             f"has bold {bold.shape}, label {labels.shape} and run {runs.shape}; they must be "

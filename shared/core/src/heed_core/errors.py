@@ -9,6 +9,8 @@ from pathlib import Path
 
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 """The codes by which a terminal changes its colours."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+"""Characters that break a line or command a terminal."""
 
 
 class InputError(ValueError):
@@ -38,7 +40,8 @@ class InputError(ValueError):
         self.problem, self.path, self.place, self.remedy = problem, path, place, remedy
         where = ", ".join(str(part) for part in (path, place) if part is not None)
         line = f"{where}: {problem}" if where else problem
-        super().__init__(f"{line}; {remedy}" if remedy else line)
+        line = f"{line}; {remedy}" if remedy else line
+        super().__init__(_CONTROLS.sub(" ", line))  # of what a damaged file holds
 
 
 class MissingExtra(ImportError):  # noqa: N818 (reads as what happened)

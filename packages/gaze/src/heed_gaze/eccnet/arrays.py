@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from heed_core.errors import InputError, reason_of
+from heed_core.arrays import load_array
+from heed_core.errors import InputError
 
 
 def read_numbers(path: Path, axes: Sequence[str], *, remedy: str | None = None) -> np.ndarray:
@@ -21,19 +22,11 @@ def read_numbers(path: Path, axes: Sequence[str], *, remedy: str | None = None) 
     Raises:
         InputError: It cannot be read, has another number of axes, or holds no numbers.
     """
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    array = load_array(path)
+    if array.dtype.kind not in "biuf" or array.ndim != len(axes):
         raise InputError(
-            f"cannot be read as an array ({reason_of(error)})",
-            path=path,
-            remedy="write it with numpy.save",
-        ) from None
-    numbers = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
-    if not numbers or array.ndim != len(axes):
-        raise InputError(
-            f"has the shape {getattr(array, 'shape', '?')}, not ({', '.join(axes)}) of numbers",
+            f"has the shape {array.shape}, not ({', '.join(axes)}) of numbers",
             path=path,
             remedy=remedy,
         )
-    return np.asarray(array)
+    return array

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -154,7 +155,7 @@ def read_idx(path: Path) -> UInt8[np.ndarray, ...]:
             data = file.read()
     except FileNotFoundError:
         raise InputError("no such file", path=path, remedy="add it") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"cannot be unpacked ({error})", path=path, remedy="copy it again"
         ) from None

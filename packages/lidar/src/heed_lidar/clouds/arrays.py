@@ -1,13 +1,12 @@
 """Files that are plain arrays: `.bin` (KITTI, nuScenes), `.npy` and `.npz`."""
 
-import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Num, Shaped
 
-from heed_core.errors import InputError, reason_of
+from heed_core.arrays import load_array, load_arrays
+from heed_core.errors import InputError
 from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 
 KITTI = ("x", "y", "z", "intensity")
@@ -66,10 +65,7 @@ def read_npy(path: Path, options: CloudOptions) -> FileColumns:
     """
     if path.stat().st_size == 0:
         raise InputError("is empty, an array was expected", path=path)
-    try:
-        array = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except Exception as error:  # of numpy, and of the parser of the header
-        raise InputError(f"is not a numpy array ({reason_of(error)})", path=path) from None
+    array = np.asarray(load_array(path, mapped=True))
     return FileColumns(values=_columns_of(array, options.columns, path=path))
 
 
@@ -79,12 +75,7 @@ def read_npz(path: Path, options: CloudOptions) -> FileColumns:
     Raises:
         InputError: The file is no archive of arrays, is damaged, or its arrays do not fit.
     """
-    try:
-        _check_archive(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # of numpy, zipfile and zlib
-        raise InputError(f"is not an archive of arrays ({reason_of(error)})", path=path) from None
+    arrays = load_arrays(path)
     points = next((name for name in _POINT_ARRAYS if name in arrays), None)
     values: dict[str, Num[np.ndarray, " n"]] = {}
     if points == "xyz" or (points is not None and not set("xyz") <= set(arrays)):
@@ -100,23 +91,6 @@ def read_npz(path: Path, options: CloudOptions) -> FileColumns:
                 path=path,
             )
     return FileColumns(values=_numbers(values, path=path))
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse arrays whose headers promise more than their part of the archive holds."""
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as stream:
-                version = np.lib.format.read_magic(stream)
-                read = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }.get(version)
-                if read is None:
-                    raise ValueError(f"{info.filename} has the unknown version {version}")
-                shape, _, dtype = read(stream)
-            if math.prod(shape) * dtype.itemsize > info.file_size:
-                raise ValueError(f"{info.filename} is shorter than its header says")
 
 
 def _columns_of(

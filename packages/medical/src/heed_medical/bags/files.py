@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int64
 
+from heed_core.arrays import load_array, load_arrays
 from heed_core.errors import InputError, MissingExtra, reason_of
 from heed_medical.bags.bag import Bag, BagFile, patch_side
 
@@ -183,13 +184,7 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
 
 
 def _read_numpy(path: Path) -> Mapping[str, Any]:
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            return dict(loaded) if path.suffix.lower() == ".npz" else {"features": loaded}
-    except Exception as error:  # a zip or numpy fault of any kind
-        reason = reason_of(error)
-        raise InputError(f"cannot be read ({reason})", path=path, remedy=_READ_AGAIN) from None
+    return load_arrays(path) if path.suffix.lower() == ".npz" else {"features": load_array(path)}
 
 
 def _features(

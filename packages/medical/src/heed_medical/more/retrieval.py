@@ -6,11 +6,11 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
+from heed_core.arrays import load_arrays
 from heed_core.checkpoints import state_digest
 from heed_core.errors import InputError, MissingExtra
 from heed_core.folders import files_under
@@ -101,12 +101,7 @@ class EmbeddingIndex:
         rows: dict[str, list[np.ndarray]] = {}
         names: dict[str, list[str]] = {}
         for path in (file for file in files_under(folder) if file.suffix == ".npz"):
-            try:
-                with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                    found = {key: arrays[key] for key in arrays.files}
-            except (OSError, ValueError, TypeError, BadZipFile) as error:
-                raise InputError(f"is no file of embeddings ({error})", path=path) from None
-            for key, vector in found.items():
+            for key, vector in load_arrays(path).items():
                 _check(vector, key, path, axes=1)
                 if key in rows and len(vector) != len(rows[key][0]):
                     raise InputError(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from heed_core.arrays import load_array
 from heed_core.errors import InputError
 
 _PLAIN = frozenset(
@@ -45,13 +46,7 @@ def read_array(
     """
     if not path.is_file():
         raise InputError("no such file", path=path, remedy="see the layout in info")
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise InputError(
-            f"cannot be read as a numpy array ({reason})", path=path, remedy="copy the file again"
-        ) from None
+    array = load_array(path, mapped=True)
     if array.dtype.kind not in kinds:
         raise InputError(
             f"holds {array.dtype}, not numbers", path=path, remedy="save it as numbers"
@@ -109,15 +104,7 @@ def read_mapping(path: Path) -> dict[int, str]:
         return {int(key): str(name) for key, name in table.items()}
     except _NotPlainError as error:
         raise InputError(str(error), path=path, remedy="use the file of the challenge") from None
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        EOFError,
-        AttributeError,
-        TypeError,
-        KeyError,
-        IndexError,
-    ) as error:
+    except Exception as error:  # of pickle, of numpy, of the parser of its headers
         raise InputError(
             f"is no table of id -> name ({type(error).__name__})",
             path=path,

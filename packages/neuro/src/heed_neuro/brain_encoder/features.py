@@ -23,7 +23,8 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
-from heed_core.errors import InputError
+from heed_core.arrays import load_array
+from heed_core.errors import InputError, reason_of
 from heed_neuro.brain_encoder.backbones import Backbone
 
 MANIFEST, TABLE = "manifest.json", "features.npy"
@@ -135,12 +136,12 @@ def _counts(manifest: dict[str, Any]) -> bool:
 
 def _load_table(path: Path, images: int, mode: Literal["r", "r+"]) -> np.ndarray:
     try:
-        table: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        table = load_array(path, mapped=True)
         if mode == "r+":  # checked above: numpy would fill a file that is too short with zeros
-            table = np.load(path, mmap_mode="r+", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0] if path.is_file() else "it is missing"
-        raise InputError(f"is damaged ({reason})", path=path, remedy="delete the folder") from None
+            table = np.lib.format.open_memmap(path, mode="r+")
+    except (InputError, OSError) as error:
+        problem = error.problem if isinstance(error, InputError) else reason_of(error, path)
+        raise InputError(problem, path=path, remedy="delete the folder") from None
     if table.ndim != 4 or len(table) != images:
         raise InputError(
             f"has the shape {table.shape} for {images} images",

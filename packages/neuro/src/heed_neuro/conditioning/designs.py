@@ -266,7 +266,7 @@ def _load(path: Path) -> object:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise InputError("no such file", path=path, remedy="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         raise InputError(
             f"is not valid YAML: {getattr(error, 'problem', None) or 'not a text file'}",

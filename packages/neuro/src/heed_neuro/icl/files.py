@@ -9,7 +9,6 @@ npz: arrays x (b, l, d), y (b, l) or (b, l, n), query (b, d) or (b, q, d), and, 
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import torch
 import yaml
 
+from heed_core.arrays import load_arrays
 from heed_core.errors import InputError, reason_of
 from heed_neuro.icl.tasks import LinearTask, Sequences
 
@@ -57,7 +57,7 @@ def read_task(path: Path) -> LinearTask:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError("no such file", path=path, remedy="see the layout in info") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"line {mark.line + 1}" if mark else None
         raise InputError("is not valid YAML", path=path, place=place, remedy="correct it") from None
@@ -189,13 +189,7 @@ def _one_sequence(
 
 
 def _read_npz(path: Path, name: str) -> NamedSequences:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, KeyError):
-        raise InputError(
-            "is not an npz file of plain arrays", path=path, remedy="write it with numpy.savez"
-        ) from None
+    arrays = load_arrays(path)
     for key in ("x", "y", "query"):
         if key not in arrays:
             raise InputError(f"has no array {key!r}", path=path, remedy="add it")
