@@ -2,6 +2,7 @@
 # Needs Python 3.11 or newer with pip, nothing else.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset VIRTUAL_ENV  # of the shell that calls: uv would warn of it at every step
 
 if command -v uv >/dev/null 2>&1; then
     uv=(uv)

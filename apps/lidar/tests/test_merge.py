@@ -13,6 +13,7 @@ from heed_lidar.curves import Curb, length_of
 from heed_lidar.map_files import read_geojson, write_geojson
 from heed_lidar.merging import transform_curbs
 from heed_lidar_cli import APP
+from heed_lidar_cli.merge import draw
 
 STEP_M, SCANS = 4.0, 8
 LEFT = np.stack([np.linspace(0, 60, 121), 4.0 + 0.02 * np.linspace(0, 60, 121), np.zeros(121)], 1)
@@ -218,3 +219,16 @@ def test_folders_that_are_read_are_not_replaced(drive: Path, out: str):
     assert code == 2
     assert "holds files that are read here" in err
     assert sorted(drive.rglob("*")) == before
+
+
+def test_a_straight_drive_is_drawn_on_the_whole_picture():
+    poses = np.tile(np.eye(4), (20, 1, 1))
+    poses[:, 0, 3] = np.arange(20) * 50.0
+    figure = draw([], poses)
+    figure.draw_without_rendering()
+    box = figure.axes[0].get_position()
+    assert box.height > 0.7
+    left, right, low, high = figure.axes[0].axis()
+    width_in, height_in = figure.get_size_inches()
+    shown = (box.width * width_in) / (box.height * height_in)
+    assert (right - left) / (high - low) == pytest.approx(shown)  # a metre is a metre both ways

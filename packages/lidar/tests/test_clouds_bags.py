@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heed_core.errors import InputError
+from heed_core.testing.damage import check_readers
 from heed_lidar.clouds.bags import Recordings, count_frames, decode_points, is_recording
 from heed_lidar.clouds.cloud import CloudOptions
 from heed_lidar.clouds.reading import read_cloud
@@ -176,6 +177,15 @@ def test_a_recording_is_one_path_with_many_scans(recording):
     assert len(copy[2]) == 5
 
 
+def test_a_recording_cannot_count_more_scans_than_bytes(tmp_path):
+    folder = write_recording(tmp_path / "drive", "mcap")
+    path = folder / "metadata.yaml"
+    assert len(find_inputs([folder], LidarData())) == 4
+    path.write_text(path.read_text().replace("message_count: 4", "message_count: 9000000000"))
+    with pytest.raises(InputError, match="drive: counts 9000000000 scans, more than it has bytes"):
+        find_inputs([folder], LidarData())
+
+
 def test_empty_scans_in_a_recording_give_empty_results(tmp_path, caplog):
     path = write_recording(tmp_path / "drive.bag", "ros1", empty=(1,))
     data = LidarData()
@@ -211,3 +221,23 @@ def test_truncated_recordings_are_refused_in_one_line(tmp_path, kind, share):
         [read_cloud(path, frame=n) for n in range(4)]
     assert "drive" in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("kind", ["ros1", "mcap", "ros2"])
+def test_damaged_recordings_are_read_or_refused_in_one_line(tmp_path, kind):
+    path = write_recording(tmp_path / ("drive.bag" if kind == "ros1" else "drive"), kind)
+    parts = [path] if kind == "ros1" else [storage_file(path), path / "metadata.yaml"]
+
+    def read(part):
+        whole = path if part.suffix == ".yaml" else part
+        scans = Recordings()
+        try:
+            for frame in range(min(4, count_frames(whole, CloudOptions()))):
+                read_cloud(whole, frame=frame, recordings=scans)
+        except InputError as fault:
+            raise InputError(fault.problem, path=part) from None  # of a folder, its name is told
+        finally:
+            scans.close()
+
+    for part in parts:
+        check_readers(part, [read])

@@ -517,3 +517,12 @@ def test_a_pcd_point_of_senseless_size_is_refused(tmp_path, count, mode):
     with pytest.raises(InputError) as fault:
         read_cloud(path)
     assert "has a header that cannot be used" in one_line(fault)
+
+
+def test_coordinates_beyond_any_place_are_left_out(tmp_path):
+    """Some drivers write the greatest number where nothing returned."""
+    rows = np.array([[1, 2, 3, 0.5], [3.4e38, 0, 0, 0.5], [0, -1e30, 0, 0.5], [5e6, 0, 0, 0.5]])
+    rows.astype("<f4").tofile(tmp_path / "a.bin")
+    cloud = read_cloud(tmp_path / "a.bin")
+    assert cloud.rows.tolist() == [0, 3]
+    assert cloud.not_finite == 2

@@ -95,6 +95,24 @@ def test_a_header_of_too_many_points_is_refused(tmp_path, places):
         read_cloud(path)
 
 
+@pytest.mark.parametrize("points", [60, 120_001])
+def test_layers_that_cannot_be_there_are_refused(tmp_path, points):
+    """The decompressor allocates what each layer of a chunk claims, and ends the process."""
+    path = tmp_path / "tile.laz"
+    write_las(path, np.random.default_rng(0).uniform(0, 50, (points, 3)))
+    assert len(read_cloud(path)) == points
+    content = bytearray(path.read_bytes())
+    at = int.from_bytes(content[96:100], "little") + 8  # the first chunk: a point, their number
+    for _ in range((points - 1) // 50_000):
+        first, at = at, at + 36 + 4 + 40
+        at += int(np.frombuffer(content, "<u4", count=10, offset=first + 40).sum())
+    assert int.from_bytes(content[at + 36 : at + 40], "little") == points % 50_000
+    content[at + 43] = 0xB8
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="counts more records than the file holds"):
+        read_cloud(path)
+
+
 @pytest.mark.parametrize(("name", "at"), [("tile.las", 100), ("tile.las", 243), ("tile.laz", 0)])
 def test_counts_of_records_that_cannot_be_there_are_refused(tmp_path, places, name, at):
     path = tmp_path / name

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from heed_core.errors import InputError
+from heed_core.testing.damage import check_readers
 from heed_lidar.curbnet.released import ReleasedConfig, ReleasedCurbNet
 from heed_lidar.cylinder3d import Cylinder3d, Cylinder3dConfig, load_official
 from heed_lidar.cylinder3d.weights import load_official_state, official_name, read_state
@@ -161,3 +162,11 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path):
     torch.save({"epoch": 3}, path)
     with pytest.raises(InputError, match="holds no state dict"):
         read_state(path)
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.safetensors"])
+def test_damaged_weights_are_read_or_refused_in_one_line(tmp_path, official, name):
+    save = torch.save if name == "net.pth" else save_file
+    save({key: tensor.clone() for key, tensor in official.items()}, tmp_path / name)
+    network = build()
+    check_readers(tmp_path / name, [lambda path: load_official(network, path)])

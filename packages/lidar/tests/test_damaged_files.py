@@ -10,6 +10,7 @@ import yaml
 from heed_core.errors import InputError
 from heed_core.testing.damage import check_readers
 from heed_lidar.clouds.las import write_las
+from heed_lidar.clouds.ply import write_ply
 from heed_lidar.clouds.reading import read_cloud
 from heed_lidar.curb_labels import read_curb_rows
 from heed_lidar.curves import Curb
@@ -82,3 +83,55 @@ def test_tiles(tmp_path: Path, name: str):
     write_las(tmp_path / name, places, intensity=np.linspace(0, 1, 60, dtype=np.float32))
     for seed in range(2):
         check_readers(tmp_path / name, [read_cloud], seed=seed)
+
+
+@pytest.mark.parametrize("name", ["scan.bin", "scan.pcd.bin", "scan.npy", "scan.npz"])
+def test_arrays(tmp_path: Path, name: str):
+    points = np.random.default_rng(0).uniform(1, 50, (60, 5)).astype("<f4")
+    match name:
+        case "scan.npy":
+            np.save(tmp_path / name, points[:, :4])
+        case "scan.npz":
+            np.savez_compressed(tmp_path / name, xyz=points[:, :3], intensity=points[:, 3])
+        case _:
+            points[:, : 5 if ".pcd" in name else 4].tofile(tmp_path / name)
+    for seed in range(2):
+        check_readers(tmp_path / name, [read_cloud], seed=seed, refused=5)
+
+
+@pytest.mark.parametrize("form", ["ascii", "binary", "binary_compressed"])
+def test_pcd(tmp_path: Path, form: str):
+    points = np.random.default_rng(0).uniform(-50, 50, (60, 3)).astype("<f4")
+    body = points.tobytes()
+    if form == "ascii":
+        body = "\n".join(" ".join(f"{v:.3f}" for v in row) for row in points).encode()
+    elif form == "binary_compressed":  # columns, as runs of at most 32 bytes as they are
+        columns = points.T.tobytes()
+        runs = [columns[k : k + 32] for k in range(0, len(columns), 32)]
+        packed = b"".join(bytes([len(run) - 1]) + run for run in runs)
+        body = np.array([len(packed), len(columns)], "<u4").tobytes() + packed
+    header = f"VERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nPOINTS 60\nDATA {form}\n"
+    (tmp_path / "scan.pcd").write_bytes(header.encode() + body)
+    np.testing.assert_allclose(read_cloud(tmp_path / "scan.pcd").xyz, points, atol=6e-4)
+    for seed in range(2):
+        check_readers(tmp_path / "scan.pcd", [read_cloud], seed=seed)
+
+
+@pytest.mark.parametrize("form", ["binary", "ascii"])
+def test_ply(tmp_path: Path, form: str):
+    points = np.random.default_rng(0).uniform(-50, 50, (60, 3))
+    write_ply(tmp_path / "scan.ply", points)
+    if form == "ascii":
+        lines = (" ".join(f"{v:.3f}" for v in row) for row in points)
+        head = "ply\nformat ascii 1.0\nelement vertex 60\n"
+        head += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
+        (tmp_path / "scan.ply").write_text(head + "\n".join(lines))
+    for seed in range(2):
+        check_readers(tmp_path / "scan.ply", [read_cloud], seed=seed)
+
+
+def test_text(tmp_path: Path):
+    rows = "\n".join(f"{k}.5,{k},-1.7,{k / 60:.2f}" for k in range(60))
+    (tmp_path / "scan.csv").write_text("x,y,z,intensity\n" + rows)
+    for seed in range(2):
+        check_readers(tmp_path / "scan.csv", [read_cloud], seed=seed)

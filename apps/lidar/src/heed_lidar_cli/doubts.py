@@ -48,8 +48,8 @@ def tell_lost(scan: Scan) -> bool:
     lost, rows = scan.cloud.not_finite, scan.cloud.rows_in_file
     if lost:
         logger.warning(
-            "%s: %d of its %d rows (%.3g %%) have an x, y or z that is NaN or infinite; they are "
-            "left out (said once)",
+            "%s: %d of its %d rows (%.3g %%) have an x, y or z that is NaN or infinite, or beyond "
+            "10^9 m; they are left out (said once)",
             *(scan.name, lost, rows, 100 * lost / rows),
         )
     return lost > 0

@@ -135,6 +135,7 @@ def draw(curbs: Sequence[Curb], poses: Poses) -> Figure:
             colour = COLOURS[0] if curb.side == "left" else COLOURS[1]
             axes.plot(curb.polyline[:, 0], curb.polyline[:, 1], color=colour, label=label)
         axes.set(xlabel="x (m)", ylabel="y (m)", aspect="equal")
+        axes.set_adjustable("datalim")  # a long straight drive would leave a strip as its picture
         axes.legend()
     return figure
 

@@ -210,7 +210,7 @@ def _plot(summaries: dict[str, ScoreSummary]) -> Figure:
                 label = f"{name}, {output}"
                 left.plot(reach, values, lines, marker="o", ms=3, color=f"C{place}", label=label)
         left.set(xlabel="tolerance (cm)", ylabel="score", ylim=(0, 1), title="curb points")
-        left.legend(fontsize=7, loc="lower right")
+        left.legend(fontsize=7, loc="best", handlelength=4)  # a dash is longer than its marker
         final = summaries[FINAL]
         column, label = ("miou", "mean IoU")
         if "curb_f1" in final.metrics:

@@ -58,6 +58,11 @@ def count_frames(path: Path, options: CloudOptions) -> int:
         return recording.count
 
 
+def _bytes_of(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 class Recordings:
     """Recordings that stay open between calls, so that going through one reads it once.
 
@@ -108,6 +113,13 @@ class _Recording:
         self._finish = weakref.finalize(self, self._reader.close)
         self._connections = self._choose()
         self.count: int = sum(connection.msgcount for connection in self._connections)
+        if self.count > _bytes_of(path):
+            self.close()
+            raise InputError(
+                f"counts {self.count} scans, more than it has bytes",
+                path=path,
+                remedy="the file is damaged: copy it again",
+            )
         self._messages: Iterator[tuple[Any, int, bytes]] = iter(())
         self._next = self.count
 

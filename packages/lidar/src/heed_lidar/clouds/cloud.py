@@ -21,6 +21,9 @@ TIME_NAMES = ("time", "t", "timestamp", "gps_time", "scalar_time")
 FAR_M = 10_000.0
 """Coordinates beyond this are a map's, not a sensor's: the origin is moved before they are used."""
 ORIGIN_STEP_M = 100.0
+NOWHERE_M = 1e9
+"""No frame of coordinates reaches this far: drivers write such numbers where nothing returned."""
+_SHOWN_COLUMNS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +80,7 @@ class PointCloud:
     rows_in_file: int
     """Rows before any were removed."""
     not_finite: int = 0
-    """Rows that were removed because x, y or z is NaN or infinite."""
+    """Rows that were removed because x, y or z is NaN, infinite or at least `NOWHERE_M`."""
     zeros: int = 0
     """Rows that were removed because they lie at (0, 0, 0)."""
 
@@ -156,8 +159,8 @@ def make_cloud(
 ) -> PointCloud:
     """Clean the columns of a file and put them together.
 
-    Rows with a coordinate that is NaN or infinite are removed, and rows at (0, 0, 0) unless they
-    are to be kept. An intensity that is not finite becomes 0.
+    Rows with a coordinate that is NaN, infinite or at least `NOWHERE_M` are removed, and rows at
+    (0, 0, 0) unless they are to be kept. An intensity that is not finite becomes 0.
 
     Raises:
         InputError: No column x, y or z; two columns of one name; no point that can be used and
@@ -167,13 +170,15 @@ def make_cloud(
     columns = {name.lower(): values for name, values in found.values.items()}
     missing = [axis for axis in "xyz" if axis not in columns]
     if missing:
+        names = list(found.values)
+        listed = ", ".join(names[:_SHOWN_COLUMNS]) + ", ..." * (len(names) > _SHOWN_COLUMNS)
         raise InputError(
-            f"has no column {' and no column '.join(missing)} (it has: {', '.join(found.values)})",
+            f"has no column {' and no column '.join(missing)} (it has: {listed})",
             path=path,
             remedy="points need x, y and z; --data.columns names the columns of text",
         )
     raw = np.stack([_doubles(columns[axis]) for axis in "xyz"], axis=1)
-    finite = np.isfinite(raw).all(axis=1)
+    finite = (np.abs(raw) < NOWHERE_M).all(axis=1)  # false of NaN too
     zero = np.zeros_like(finite) if options.keep_zeros else (raw == 0).all(axis=1)
     keep = finite & ~zero
     rows = np.flatnonzero(keep)

@@ -1,9 +1,10 @@
 """LAS and LAZ files, with the optional library laspy."""
 
+import os
 import struct
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float32, Float64, Integer, UInt8
@@ -17,6 +18,10 @@ _HEADER_BYTES = 375
 _RECORD_COUNTS = (100, 243)
 """Where the header counts the variable length records, and in LAS 1.4 the extended ones."""
 _RECORD_BYTES = 54
+_LAYERED = 3
+"""The compressor of LAS 1.4's points, which puts each kind of value in a layer of its own."""
+_LAYERS = {10: 9, 11: 1, 12: 2, 13: 1}
+"""Of the compressed items point, colours, with infrared, wave packet; extra bytes: one each."""
 _COMPRESSION = 1000
 """No LAZ file is smaller than its points by more than this."""
 
@@ -55,6 +60,8 @@ def read_las(path: Path, options: CloudOptions) -> FileColumns:
                     path=path,
                     remedy="the file is truncated: copy it again",
                 )
+            if packed and not _layers_fit(path, header, size):
+                raise _too_many(path)
             points = reader.read()
     except InputError:
         raise
@@ -86,11 +93,34 @@ def _check_tables(path: Path, size: int) -> None:
         records = [struct.unpack_from("<I", start, at)[0] for at in places if at + 4 <= len(start)]
         chunks = _count_chunks(stream, start, size) if start[104:105] >= b"\x80" else 0
     if chunks > size or any(count * _RECORD_BYTES > size for count in records):
-        raise InputError(
-            "has a header that counts more records than the file holds",
-            path=path,
-            remedy="the file is damaged: copy it again",
-        )
+        raise _too_many(path)
+
+
+def _too_many(path: Path) -> InputError:
+    return InputError(
+        "has a header that counts more records than the file holds",
+        path=path,
+        remedy="the file is damaged: copy it again",
+    )
+
+
+def _layers_fit(path: Path, header: Any, size: int) -> bool:
+    """Whether the layers of all chunks lie in the file: the decompressor allocates what they claim.
+
+    A chunk is its first point, the number of points, the bytes of each layer, and the layers.
+    """
+    coding: bytes = header.vlrs.get("LasZipVlr")[0].record_data
+    if int.from_bytes(coding[:2], "little") != _LAYERED:
+        return True
+    items = struct.iter_unpack("<3H", coding[34:])
+    sizes = struct.Struct(f"<{sum(_LAYERS.get(kind, width) for kind, width, _ in items)}I")
+    with path.open("rb") as stream:
+        stream.seek(header.offset_to_point_data)
+        end = struct.unpack("<q", stream.read(8))[0]
+        while stream.tell() < min(end, size):
+            stream.seek(header.point_format.size + 4, os.SEEK_CUR)
+            stream.seek(sum(sizes.unpack(stream.read(sizes.size))), os.SEEK_CUR)
+        return stream.tell() <= size
 
 
 def _count_chunks(stream: BinaryIO, start: bytes, size: int) -> int:
