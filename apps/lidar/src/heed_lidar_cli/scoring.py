@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float64, Int64
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from heed_core.errors import InputError
 from heed_lidar.curves import Curb
@@ -218,5 +219,5 @@ def _plot(summaries: dict[str, ScoreSummary]) -> Figure:
         values = [float(row[column]) for row in final.scans]
         right.bar(range(len(values)), np.nan_to_num(values))
         right.set(xlabel="scan", ylabel=label, ylim=(0, 1), title="scans")
-        right.xaxis.get_major_locator().set_params(integer=True)
+        right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure

@@ -122,8 +122,7 @@ def curves(
                     markersize=4 if len(points) < 40 else 0,
                 )
             axes.set(xlabel="epoch", ylabel=title)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             if monitor is not None and monitor[0] in names:
                 _mark_best(axes, rows, monitor)
             if axes.get_legend_handles_labels()[0]:
