@@ -12,10 +12,14 @@ import pytest
 from PIL import Image
 
 from heed_gaze.eccnet.experiments import EXPERIMENTS
-from heed_gaze.eccnet.layouts import write_stimuli
+from heed_gaze.eccnet.layouts import Trial, write_stimuli
+from heed_gaze.eccnet.retina import RetinaConfig
 from heed_gaze.eccnet.sample import write_sample_array
-from heed_gaze_cli import APP
+from heed_gaze.eccnet.search import PixelMatchSearcher, Scene, SearchConfig, search
+from heed_gaze_cli import APP, eccnet_pictures
+from heed_gaze_cli.eccnet_pictures import draw_steps
 from heed_gaze_cli.eccnet_scoring import report_searches
+from heed_gaze_cli.eccnet_settings import SearchPrediction
 from heed_runtime.testing.contract import call
 
 DATA = Path(os.environ.get("HEED_DATA", Path(__file__).parents[4] / "shared" / "data"))
@@ -98,6 +102,20 @@ def test_a_single_picture_is_searched(run, tmp_path):
         assert film.n_frames == 2
     said = fault("predict", run, tmp_path / "scene.png", "--out", tmp_path / "again")
     assert "--data.target" in said
+
+
+def test_steps_that_are_left_out_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    image, target = (rng.integers(0, 255, shape, np.uint8) for shape in ((60, 90, 3), (9, 9, 3)))
+    scene = Scene(name="a", image=image, target=target)
+    rules = SearchConfig(max_fixations=4)
+    trial = Trial(name="a", task="", scene=scene, rules=rules, set_size=None, path=tmp_path)
+    found = search(scene, PixelMatchSearcher(), rules, keep_steps=True)
+    prediction = SearchPrediction(name="a", trial=trial, search=found)
+    titles = [draw_steps(prediction, RetinaConfig()).get_suptitle()]
+    monkeypatch.setattr(eccnet_pictures, "MOST_PANELS", 2)
+    titles.append(draw_steps(prediction, RetinaConfig()).get_suptitle())
+    assert titles == ["a: 3 saccades", "a: 3 saccades (the first 2 are shown)"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,41 @@ def test_view_draws_a_picture_of_each(data: Path, tmp_path: Path):
     drawn = sorted((tmp_path / "drawn").glob("*.png"))
     assert [path.name for path in drawn] == ["a.png", "b.png"]
     assert np.asarray(Image.open(drawn[0])).std() > 5
+
+
+def test_view_names_drawings_as_the_pictures(tmp_path: Path):
+    """Names beyond ASCII, equal names in two folders, tasks; nothing outside the folder."""
+    names = ("x/a.png", "y/a.png", "\u00fc \u00e9.png", "../up.png")
+    paths = [replace(viewer(name, "1", 0), size_px=SIZE, task="big cup") for name in names[:1]]
+    paths += [replace(viewer(name, "1", 0), size_px=SIZE) for name in names[1:]]
+    file = write_scanpaths(tmp_path / "viewers.csv", paths)
+    out = tmp_path / "out" / "drawn"
+    code, _, err = call("view", file, "--out", out)
+    assert code == 0, err
+    drawn = {str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*.png")}
+    wanted = ("x/a-big-cup.png", "y/a.png", "\u00fc \u00e9.png", "up.png")
+    assert drawn == {f"drawn/{name}" for name in wanted}
+
+
+def test_scanpaths_without_saccades_are_scored_without_warnings(tmp_path: Path):
+    paths = [viewer("a.png", str(v), v).keep(slice(0, 1)) for v in range(3)]
+    file = write_scanpaths(tmp_path / "viewers.csv", paths)
+    words = ("ceiling", file, "--size", *SIZE, "--no-maps", "--out", tmp_path / "out")
+    code, shown, err = call(*words)
+    assert code == 0, err
+    assert "warning" not in err
+    assert "1 pictures, 3 pairs" in shown
+
+
+def test_tasks_are_counted_beside_pictures(data: Path):
+    paths = [
+        replace(viewer("a.png", str(v), v), task=task) for task in ("cup", "fork") for v in range(2)
+    ]
+    (data / "scanpaths.csv").unlink()
+    write_scanpaths(data / "scanpaths.csv", paths)
+    code, shown, err = call("ceiling", data, "--no-maps")
+    assert code == 0, err
+    assert "2 tasks in 1 pictures, 2 pairs of scanpaths; means over tasks" in shown
 
 
 def rewrite(path: Path, old: str, new: str) -> None:

@@ -347,7 +347,7 @@ def _pickled(path: Path) -> Path:
         (_array(np.zeros(64)), "'features' must be a table of numbers"),
         (_array(np.full((3, 64), np.nan)), "3 patches have features that are not numbers"),
         (_array(np.array([["a", "b"]])), "'features' must be a table of numbers"),
-        (_pickled, "cannot be read"),
+        (_pickled, "is not a numpy array"),
         (_pt, "cannot be read"),
         (_text, "is not a readable h5 file"),
     ],

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from heed_neuro.brain_encoder.made_data import write_made_subject
+from heed_neuro.rsa import dissimilarities
 from heed_neuro_cli import APP, brain_bench
 from heed_neuro_cli.brain_pictures import draw_surfaces
 from heed_runtime.testing.contract import call
@@ -88,6 +89,34 @@ def test_another_brain_or_backbone_is_refused(data: Path, tmp_path: Path):
     regions["faces"] = regions["faces"][:-1]
     (data / "rois.json").write_text(json.dumps(regions))
     assert "regions of another subject" in refused("evaluate", run, "--data", data)
+
+
+@pytest.mark.bad_input
+def test_verbs_without_weights_name_their_flag(data: Path, tmp_path: Path):
+    for words in (("baselines", data), ("features", data, "--out", tmp_path / "cache")):
+        said = refused(*words)
+        assert "dinov2_q needs its weights" in said
+        assert "give --backbone.weights" in said
+
+
+def test_runs_and_brains_of_one_name_stand_beside_each_other(data: Path, tmp_path: Path):
+    own = ("--backbone.name", "pixels", "--backbone.patch", 4)
+    runs = [tmp_path / folder / "run" for folder in ("a", "b")]
+    for run in runs:
+        words = ("--data", data, "--out", run, "--trainer.max-steps", 1, "--device", "cpu")
+        call(APP, "train", "brain-encoder", *words)
+    brain = dissimilarities(np.random.default_rng(0).normal(size=(6, 9)))
+    np.savez(tmp_path / "rdms.npz", IT=brain, it=brain**2)
+    words = (data / "test_images", "--rdms", tmp_path / "rdms.npz", "--draws", 2, "--runs", *runs)
+    found = call(APP, "rsa", *words, *own, "--out", tmp_path / "rsa")
+    names = {row["representation"] for row in found["similarities"]}
+    assert {"a/run: all queries", "b/run: all queries"} <= names
+    assert {"rsa-it.png", "rsa-it-2.png"} < {path.name for path in (tmp_path / "rsa").iterdir()}
+    with np.load(tmp_path / "rsa" / "rdms.npz") as written:
+        assert len(written.files) == len(names)
+    found = call(APP, "baselines", data, *own, "--components", 3, "--folds", 2, "--runs", *runs)
+    encoders = {row["encoder"] for row in found["encoders"]}
+    assert {"transformer (a/run)", "transformer (b/run)"} <= encoders
 
 
 def make_gaps(root: Path) -> None:

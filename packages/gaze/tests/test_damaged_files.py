@@ -41,14 +41,12 @@ def test_scanpaths(tmp_path: Path, suffix: str):
 
 
 def test_matlab(tmp_path: Path):
-    """Cut short only: scipy's reader takes any number of bytes in a tag for true."""
     cells = np.empty((1, 1), dtype=object)
     viewers = np.empty((1, 1), dtype=object)
     viewers[0, 0] = {"fix_x": XY[:, 0], "fix_y": XY[:, 1], "fix_duration": [100, 250, 400]}
     cells[0, 0] = {"img": "a.png", "subjects": viewers}
     savemat(tmp_path / "fixations.mat", {"fixations": cells})
-    for seed in range(6):
-        check_readers(tmp_path / "fixations.mat", [read_scanpaths], seed=seed, changed=0)
+    check_readers(tmp_path / "fixations.mat", [read_scanpaths], changed=5, refused=8)
 
 
 def test_shelves(tmp_path: Path):

@@ -90,6 +90,14 @@ def test_indices_of_special_slopes():
     assert asymmetry_index(-1.0, 2.0) == -1
 
 
+def test_level_tasks_have_no_asymmetry():
+    level = ([3, 6, 9], [1.0, 2.0, 1.0])
+    for experiment in EXPERIMENTS:
+        easy, hard = (task.name for task in experiment.tasks)
+        found = score_experiment(experiment, {easy: ([3, 6, 9], [1.0] * 3), hard: level})
+        assert (found.index, found.tasks[hard].slope_ms) == (0.0, 0.0)
+
+
 def test_slopes_are_of_the_means_and_the_line_is_fitted():
     rng = np.random.default_rng(0)
     sizes, counts = np.repeat([2, 4, 9], 5), rng.integers(1, 6, 15).astype(float)

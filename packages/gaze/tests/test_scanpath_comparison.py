@@ -1,5 +1,7 @@
 """Predictions beside viewers: who is compared with whom, ceilings, chance and intervals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -76,6 +78,21 @@ def test_pictures_are_matched_by_name_without_folder_or_suffix():
     np.testing.assert_allclose(case.predicted[0].xy_px, path.xy_px)
     with pytest.raises(InputError, match=r"9\.png: no viewer saw"):
         match(HUMAN, predicted([Scanpath(image="9.png", subject="m", xy_px=path.xy_px)]))
+
+
+def test_predictions_of_another_split_are_left_out():
+    human = ScanpathSet(
+        scanpaths=tuple(
+            replace(path, split="test" if path.image < "2" else "train") for path in HUMAN.scanpaths
+        )
+    )
+    every = [replace(viewers_of(f"{k}.png", k)[0], image=f"{k}.jpg") for k in range(6)]
+    cases = match(human, predicted(every), split="test")
+    assert [(case.image, len(case.predicted)) for case in cases] == [("0.png", 1), ("1.png", 1)]
+    with pytest.raises(InputError, match="no prediction is of a picture of the split 'test'"):
+        match(human, predicted(every[2:]), split="test")
+    with pytest.raises(InputError, match=r"9\.png: no viewer saw"):
+        match(human, predicted([*every, replace(every[0], image="9.png")]), split="test")
 
 
 def test_a_task_matters_only_where_viewers_have_one():

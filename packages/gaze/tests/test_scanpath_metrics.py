@@ -238,6 +238,15 @@ def test_lines_are_fitted_by_least_squares():
     assert np.isnan(fit_line(x[:1], x[:1])).all()
 
 
+@pytest.mark.parametrize("y", [[0.1, 0.1, 0.1], [628.63, 880.989, 628.63], [0.3, 0.0, 0.3]])
+@pytest.mark.parametrize("x", [[3.0, 6.0, 9.0], [0.1, 0.4, 0.7]])
+def test_a_level_line_has_no_slope(x: list[float], y: list[float]):
+    slope, rest = fit_line(np.array(x), np.array(y))
+    assert (slope, rest) == (0.0, pytest.approx(np.mean(y)))
+    slope, _ = fit_line(np.array(x), np.array(y) + 1e-6 * (np.array(x) - x[0]))
+    assert slope == pytest.approx(1e-6, rel=1e-3)
+
+
 def test_fixations_of_one_place_share_their_numbers():
     places = [(0.0, 0.0)] * 3 + [(5.0, 1.0)] * 2 + [(0.0, 0.0)]
     path = Scanpath(image="a", subject="1", xy_px=np.array(places))

@@ -1,6 +1,7 @@
 """Every layout is recognised and lands in pixels and seconds; what is broken is named."""
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +274,26 @@ def test_a_matlab_file_that_takes_scipy_down_is_named(tmp_path: Path):
     content[921] = 61
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"fixations\.mat: is no whole MATLAB file"):
+        read_scanpaths(tmp_path)
+
+
+def test_a_matlab_file_that_claims_too_much_is_named(tmp_path: Path):
+    """Rows and columns of the first array: 3 GB of cells, in a file of 1 kB."""
+    file = osie_mat(tmp_path) / "fixations.mat"
+    content = bytearray(file.read_bytes())
+    assert content[160:168] == struct.pack("<2i", 2, 1)
+    content[160:168] = struct.pack("<2i", 20_000, 20_000)
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"fixations\.mat: is no whole MATLAB file .Memory"):
+        read_scanpaths(tmp_path)
+
+
+def test_a_matlab_file_of_version_7_3_is_named(tmp_path: Path):
+    file = osie_mat(tmp_path) / "fixations.mat"
+    content = bytearray(file.read_bytes())
+    content[124:128] = b"\0\2IM"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"fixations\.mat: is a MATLAB file of version 7\.3"):
         read_scanpaths(tmp_path)
 
 

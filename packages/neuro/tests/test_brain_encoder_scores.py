@@ -22,6 +22,7 @@ from heed_neuro.brain_encoder.surface import COARSE, draw_surface, on_surface
 from heed_neuro.haxby import (
     REST,
     BlockDesign,
+    clean,
     decode,
     decode_by_delay,
     encode,
@@ -221,6 +222,9 @@ GOOD = {
         ({"bold": np.full((8, 3), np.nan)}, "NaN or infinite"),
         ({"run": np.zeros(8)}, "two categories and two runs"),
         ({"label": np.array(["a"] * 8)}, "two categories and two runs"),
+        ({"bold": np.full((8, 3), 0.1) * [1, 2, 3]}, "no voxel that varies"),
+        ({"bold": 1e308 * np.sign(GOOD["bold"])}, r"values above 1e\+100"),
+        ({"run": np.array([0.0] * 4 + [1.0] * 3 + [np.nan])}, "infinite values in run"),
     ],
 )
 def test_a_broken_block_design_is_told_in_one_line(change, said: str, tmp_path: Path):
@@ -232,6 +236,29 @@ def test_a_broken_block_design_is_told_in_one_line(change, said: str, tmp_path: 
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(InputError, match="is not an archive"):
         read_blocks(path)
+
+
+def test_a_voxel_that_does_not_vary_tells_nothing():
+    """Rounding of its trend is no signal."""
+    rng = np.random.default_rng(0)
+    labels, runs = np.tile(np.repeat(["a", "b"], 6), 3), np.repeat([1, 2, 3], 12)
+    bold = rng.normal(size=(36, 3))
+    bold[:, 1] = 7.3
+    bold[:, 2] = 1e4 + 0.1 * np.arange(36)
+    design = BlockDesign(bold=bold, labels=labels, runs=runs)
+    assert (clean(design)[:, 1:] == 0).all()
+    assert clean(design)[:, 0].std() == pytest.approx(1.0)
+    assert np.isfinite(encode(design, delay=0)).tolist() == [True, False, False]
+
+
+def test_a_delay_that_leaves_no_blocks_is_refused():
+    design = BlockDesign(bold=GOOD["bold"], labels=GOOD["label"], runs=GOOD["run"])
+    for delay in (2, 3, 4, 6, 100):
+        with pytest.raises(InputError, match=f"a delay of {delay} volumes leaves too few blocks"):
+            decode(design, delay=delay)
+    found = decode_by_delay(design, (1, 3))
+    assert np.isnan(found[3])
+    assert 0 <= found[1] <= 1
 
 
 @pytest.mark.skipif(not HAXBY.is_file(), reason="needs the series of Haxby et al.; set HEED_DATA")

@@ -76,7 +76,8 @@ def test_tasks_and_sequences(tmp_path: Path):
 
 def test_blocks(tmp_path: Path):
     labels, runs = np.array(["face", "house"] * 4), np.repeat([1, 2], 4)
-    np.savez(tmp_path / "a.npz", bold=np.ones((8, 5)), label=labels, run=runs)
+    bold = np.random.default_rng(0).normal(size=(8, 5))
+    np.savez(tmp_path / "a.npz", bold=bold, label=labels, run=runs)
     for seed in range(3):
         check_readers(tmp_path / "a.npz", [read_blocks], seed=seed)
 

@@ -90,7 +90,9 @@ def draw_steps(prediction: SearchPrediction, retina: RetinaConfig) -> Figure:
             draw_rings(axes, rings_in_window(retina, scene.size[0], 5), step.fixation, pool=5)
             _draw_move(axes, step)
             axes.set_title(f"saccade {number + 1}")
-        figure.suptitle(title_of(prediction), fontsize=9)
+        left_out = len(prediction.search.steps) - len(steps)
+        note = f" (the first {len(steps)} are shown)" if left_out else ""
+        figure.suptitle(title_of(prediction) + note, fontsize=9)
     return figure
 
 

@@ -87,8 +87,14 @@ def score(
     if options.out is not None:
         files = _write(options, facts, found, tables, data.images)
     count = found.pairs["predicted" if predicted else "human"]
+    kinds, unit = f"{len(cases)} pictures", "pictures"
+    if any(case.task for case in cases):
+        kinds, unit = (
+            f"{len(cases)} tasks in {len({case.image for case in cases})} pictures",
+            "tasks",
+        )
     return Result(
-        title=f"{len(cases)} pictures, {count} pairs of scanpaths; means over pictures",
+        title=f"{kinds}, {count} pairs of scanpaths; means over {unit}",
         tables=tables,
         data=facts,
         files=files,

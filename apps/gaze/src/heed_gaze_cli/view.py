@@ -7,9 +7,10 @@ they looked for how long.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +30,7 @@ from heed_gaze_cli.scanpath_options import DataOptions, DataPath
 from heed_runtime.options import Flag, OutPath
 from heed_runtime.outputs import Outputs
 from heed_runtime.recipe import Row, Table
-from heed_runtime.report import new_figure, save_figure, slug, style
+from heed_runtime.report import new_figure, save_figure, style
 from heed_runtime.terminal import Result
 
 if TYPE_CHECKING:
@@ -105,11 +106,20 @@ def _of(case: Case, subject: str) -> Scanpath | None:
 
 
 def _write(case: Case, options: Options, file: Path | None, folder: Path) -> list[Path]:
-    stem = slug(f"{Path(case.image).stem} {case.task}")
+    file_of_case = folder / _name(case)
+    file_of_case.parent.mkdir(parents=True, exist_ok=True)
     picture = None if file is None else read_picture(file)
     numbered = _of(case, options.subject) or case.human[0]
     with style():
-        return [save_figure(_figure(case, numbered, picture), folder / f"{stem}.png")]
+        return [save_figure(_figure(case, numbered, picture), file_of_case)]
+
+
+def _name(case: Case) -> Path:
+    """The drawing's file: the picture's own folders and name, and the task."""
+    image = PurePath(case.image)
+    folders = [part for part in image.parts[:-1] if part not in ("..", image.anchor)]
+    task = re.sub(r"[^\w.-]+", "-", f" {case.task}") if case.task else ""
+    return Path(*folders, f"{image.stem}{task}.png")
 
 
 def _figure(case: Case, numbered: Scanpath, picture: np.ndarray | None) -> Figure:

@@ -25,7 +25,7 @@ from heed_neuro.ridge import ALPHAS, RidgeOptions
 from heed_neuro_cli.brain_cases import ImageSet, OneSplit
 from heed_neuro_cli.brain_module import predict_images
 from heed_neuro_cli.brain_scoring import REGION, score_rows
-from heed_neuro_cli.brain_settings import BrainData, BrainSettings, planned
+from heed_neuro_cli.brain_settings import BrainData, BrainSettings, labelled, planned
 from heed_neuro_cli.features import DataPath
 from heed_runtime.files import atomic_folder, write_csv
 from heed_runtime.options import CommonOptions, Flag, OptionalPath
@@ -76,11 +76,11 @@ def run(app: App, options: Options) -> Result:
     case = OneSplit(settings, options.data, options.split)[0]
     train = OneSplit(settings, options.data, "train")[0]
     predictions = _solve(train, case, options)
-    for path in options.runs:
+    for label, path in labelled(options.runs).items():
         trained = open_trained(app, path, device="cpu")
         own = OneSplit(trained.settings, options.data, options.split)[0]
         model: Any = trained.model
-        predictions[f"{trained.settings.model.kind} ({path.name})"] = predict_images(
+        predictions[f"{trained.settings.model.kind} ({label})"] = predict_images(
             model.eval(), own, batch=16
         )
     rows: list[Row] = []

@@ -45,7 +45,7 @@ def draw_regions(rows: Sequence[Row]) -> Figure:
 
 
 def draw_ceiling(rows: Sequence[Row]) -> Figure:
-    """r^2 of each vertex against its noise ceiling."""
+    """r^2 of each vertex (0 where r is negative) against its noise ceiling."""
     points = [
         (_number(row["ceiling"]), max(_number(row["r"]), 0.0) ** 2)
         for row in rows
@@ -61,7 +61,8 @@ def draw_ceiling(rows: Sequence[Row]) -> Figure:
         else:
             axes.plot(x, y, "o", color=COLOURS[0], markersize=4)
         axes.plot([0, 1], [0, 1], color="0.4", linewidth=0.8)
-        axes.set(xlabel="noise ceiling", ylabel="r squared", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel="noise ceiling", ylabel="r squared (0 where r < 0)")
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -219,6 +220,14 @@ def opened(settings: BrainSettings, root: Path) -> Subject:
             remedy="use its own subject's masks",
         )
     return subject
+
+
+def labelled(runs: Sequence[Path]) -> dict[str, Path]:
+    """Runs by name, with as many of the folders above as tell them apart."""
+    different, depth = list(dict.fromkeys(path.resolve() for path in runs)), 1
+    while len({path.parts[-depth:] for path in different}) < len(different):
+        depth += 1
+    return {"/".join(path.parts[-depth:]): path for path in different}
 
 
 def checked_source(settings: BrainSettings) -> FeatureSource:

@@ -215,6 +215,7 @@ def draw_depth(depth: Rows, width: Rows, heads: Rows) -> Figure:
         left.plot(layers, [row["independent"] for row in depth], "-", label="independent")
         left.plot(layers, [row["worst"] for row in depth], "--", label="worst case")
         left.set(xlabel="layers", ylabel="relative error")
+        left.xaxis.get_major_locator().set_params(integer=True)
         for number, name in enumerate(name for name in width[0] if name != "d_k"):
             values = [row[name] for row in width]
             middle.plot([row["d_k"] for row in width], values, label=name, marker="os^"[number % 3])

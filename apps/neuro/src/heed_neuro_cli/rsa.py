@@ -7,7 +7,7 @@ and which give a noise ceiling. `--runs` adds what the queries of trained encode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ from heed_neuro.brain_encoder.source import FeatureSource
 from heed_neuro.brain_encoder.subject import find_images
 from heed_neuro.rsa import Comparison, compare_with_interval, dissimilarities, noise_ceiling
 from heed_neuro_cli.brain_explaining import query_names, used_queries
-from heed_neuro_cli.brain_settings import checked_source
+from heed_neuro_cli.brain_settings import checked_source, labelled
 from heed_runtime.files import atomic_folder, write_csv
 from heed_runtime.options import CommonOptions, Flag, OptionalPath
 from heed_runtime.recipe import Row, Table
@@ -135,7 +135,7 @@ def _representations(app: App, options: Options, images: tuple[Path, ...]) -> di
         f"{options.backbone.name}, all tokens": features.reshape(len(images), -1),
         f"{options.backbone.name}, mean token": features.mean(axis=(1, 2)),
     }
-    for path in options.runs:
+    for label, path in labelled(options.runs).items():
         trained = open_trained(app, path, device="cpu")
         model: Any = trained.model.eval()
         own = torch.from_numpy(checked_source(trained.settings).compute(images))
@@ -151,9 +151,20 @@ def _representations(app: App, options: Options, images: tuple[Path, ...]) -> di
         ).numpy()
         names = query_names(model)
         for query in used_queries(model):
-            found[f"{path.name}: {names[query]}"] = routed[:, query]
-        found[f"{path.name}: all queries"] = routed.reshape(len(images), -1)
+            found[f"{label}: {names[query]}"] = routed[:, query]
+        found[f"{label}: all queries"] = routed.reshape(len(images), -1)
     return found
+
+
+def _stems(names: Iterable[str]) -> dict[str, str]:
+    """A stem of files for each name; those that come again are numbered."""
+    stems: dict[str, str] = {}
+    for name in names:
+        stem, number = slug(name), 2
+        while stem in stems.values():
+            stem, number = f"{slug(name)}-{number}", number + 1
+        stems[name] = stem
+    return stems
 
 
 def _write(
@@ -169,9 +180,10 @@ def _write(
         options.out, overwrite=options.overwrite, used=[options.images, options.rdms, *options.runs]
     ) as folder:
         write_csv(folder / "rsa.csv", rows)
-        matrices = {slug(name): dissimilarities(own) for name, own in models.items()}
+        stems = _stems(models)
+        matrices = {stems[name]: dissimilarities(own) for name, own in models.items()}
         np.savez_compressed(folder / "rdms.npz", **matrices)  # type: ignore[arg-type]
-        for brain in brains:
+        for brain, stem in _stems(brains).items():
             own = [row for row in rows if row["brain"] == brain]
             values = {str(r["representation"]): float(r[options.how] or 0.0) for r in own}
             spans = {
@@ -181,5 +193,5 @@ def _write(
             low, high = own[0]["ceiling_low"], own[0]["ceiling_high"]
             band = None if low is None or high is None else (float(low), float(high))
             figure = draw_bars(values, label=f"{options.how}, {brain}", spans=spans, band=band)
-            save_figure(figure, folder / f"rsa-{slug(brain)}.png")
+            save_figure(figure, folder / f"rsa-{stem}.png")
     return sorted(options.out.iterdir())

@@ -29,6 +29,9 @@ _LARGEST_RADIUS = 0.045
 _SMALLEST_RADIUS = 0.012
 _NUMBERED = 40
 """Longer scanpaths would be numbers on numbers."""
+_LEGEND_LINE = 0.13
+"""Of the height of the axes."""
+_ROUNDING = 1e-12
 
 
 def draw_picture(
@@ -240,12 +243,16 @@ def draw_search_slopes(
             label=f"{name}: {slope:.3g} {unit}",
         )
     axes.set(xlabel="set size (items)", ylabel=ylabel, xticks=sizes)
-    axes.legend()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + _LEGEND_LINE * len(times) * (high - low))
+    axes.legend(loc="upper left")
     return slopes
 
 
 def fit_line(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Slope and intercept of the least-squares line; NaN with fewer than two different x.
+
+    A slope that is within the rounding of the values is 0: shares of slopes stay what they mean.
 
     Example:
         >>> fit_line(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 5.0]))
@@ -255,7 +262,9 @@ def fit_line(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> tuple[fl
     variance = float(spread @ spread)
     if variance == 0:
         return float("nan"), float("nan")
-    slope = float(spread @ y) / variance
+    slope = float(spread @ (y - y.mean())) / variance
+    if abs(slope) * np.ptp(x) <= _ROUNDING * np.abs(y).max():
+        slope = 0.0
     return slope, float(y.mean() - slope * x.mean())
 
 
@@ -286,7 +295,10 @@ def draw_amplitudes(
                 linewidth=1.5,
             )  # fmt: skip
     axes.set(xlabel=f"saccade amplitude ({unit})", ylabel=f"density (1/{unit})", xlim=(0, None))
-    axes.legend()
+    if len(everything):
+        axes.legend()
+    else:
+        axes.set_title("no saccade")
 
 
 def draw_directions(
@@ -312,7 +324,8 @@ def draw_directions(
     axes.set_xticks(np.arange(4) * np.pi / 2, ["right", "up", "left", "down"])
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.15, -0.15))
+    if any(len(values) for values in directions_rad.values()):
+        axes.legend(loc="lower right", bbox_to_anchor=(1.15, -0.15))
 
 
 def draw_attainment(axes: Axes, scores: Mapping[str, Float[np.ndarray, " 4"]]) -> None:

@@ -29,6 +29,8 @@ from heed_neuro.noise_ceiling import pearson
 from heed_neuro.ridge import RidgeOptions, ridge_cv
 
 REST = "rest"
+_ROUNDING = 1e-10
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +82,35 @@ def read_blocks(path: Path) -> BlockDesign:
             path=path,
             remedy="save them so",
         )
-    if not np.isfinite(bold).all():
-        raise InputError("holds NaN or infinite values in bold", path=path, remedy="correct it")
+    for name in ("bold", "run"):
+        if found[name].dtype.kind == "f" and not np.isfinite(found[name]).all():
+            raise InputError(
+                f"holds NaN or infinite values in {name}", path=path, remedy="correct it"
+            )
     design = BlockDesign(bold=bold.astype(np.float64), labels=labels, runs=runs)
     if len(design.categories) < 2 or len(np.unique(runs)) < 2:
-        raise InputError("needs at least two categories and two runs", path=path, remedy="add runs")
+        raise InputError(
+            "needs at least two categories and two runs", path=path, remedy="correct label and run"
+        )
+    if np.abs(design.bold).max(initial=0.0) > _LARGEST:
+        raise InputError(f"holds values above {_LARGEST:g}", path=path, remedy="correct bold")
+    if not clean(design).any():
+        raise InputError("has no voxel that varies", path=path, remedy="correct bold")
     return design
 
 
 def clean(design: BlockDesign) -> Float[np.ndarray, "volumes voxels"]:
-    """Remove linear trends and bring each voxel to mean 0 and deviation 1, run by run."""
+    """Remove linear trends and bring each voxel to mean 0 and deviation 1, run by run.
+
+    A voxel that is a line in a run but for rounding is 0 there.
+    """
     result = np.empty_like(design.bold)
     for run in np.unique(design.runs):
         own = design.runs == run
         trendless = signal.detrend(design.bold[own], axis=0)
         std = trendless.std(axis=0)
-        result[own] = trendless / np.where(std > 0, std, 1.0)
+        varies = std > _ROUNDING * np.abs(design.bold[own]).max(axis=0)
+        result[own] = np.where(varies, trendless, 0.0) / np.where(varies, std, 1.0)
     return result
 
 
@@ -104,7 +119,7 @@ def shifted(design: BlockDesign, volumes: int) -> np.ndarray:
     labels = np.full(design.labels.shape, REST, dtype=design.labels.dtype)
     for run in np.unique(design.runs):
         own = np.flatnonzero(design.runs == run)
-        labels[own[volumes:]] = design.labels[own[: len(own) - volumes]]
+        labels[own[volumes:]] = design.labels[own[: max(len(own) - volumes, 0)]]
     return labels
 
 
@@ -114,6 +129,9 @@ def decode(design: BlockDesign, *, delay: int = 2) -> Decoding:
     Args:
         design: The volumes.
         delay: Volumes between a stimulus and its blood response.
+
+    Raises:
+        InputError: Within some runs the delay leaves less than two categories to learn from.
     """
     from sklearn.multiclass import OneVsRestClassifier  # type: ignore[import-untyped]
     from sklearn.svm import SVC  # type: ignore[import-untyped]
@@ -127,7 +145,13 @@ def decode(design: BlockDesign, *, delay: int = 2) -> Decoding:
                 means.append(bold[own].mean(axis=0))
                 names.append(category)
                 runs.append(run)
-    x, y, run_of = np.stack(means), np.array(names), np.array(runs)
+    y, run_of = np.array(names), np.array(runs)
+    if any(len(set(y[run_of != run])) < 2 for run in np.unique(design.runs)):
+        raise InputError(
+            f"a delay of {delay} volumes leaves too few blocks to learn from",
+            remedy="lower it, or give longer runs",
+        )
+    x = np.stack(means)
     predicted = np.empty_like(y)
     for run in np.unique(run_of):
         held = run_of == run
@@ -139,9 +163,16 @@ def decode(design: BlockDesign, *, delay: int = 2) -> Decoding:
 def decode_by_delay(design: BlockDesign, delays: Sequence[int]) -> dict[int, float]:
     """Accuracy of `decode` for each delay: where labels fit the blood response.
 
+    NaN for a delay that leaves too few blocks.
     To choose a delay by it and to report its accuracy is to choose on the test.
     """
-    return {delay: decode(design, delay=delay).accuracy for delay in delays}
+    found: dict[int, float] = {}
+    for delay in delays:
+        try:
+            found[delay] = decode(design, delay=delay).accuracy
+        except InputError:
+            found[delay] = float("nan")
+    return found
 
 
 def encode(

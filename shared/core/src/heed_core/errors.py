@@ -40,8 +40,10 @@ class InputError(ValueError):
         self.problem, self.path, self.place, self.remedy = problem, path, place, remedy
         where = ", ".join(str(part) for part in (path, place) if part is not None)
         line = f"{where}: {problem}" if where else problem
-        line = f"{line}; {remedy}" if remedy else line
-        super().__init__(_CONTROLS.sub(" ", line))  # of what a damaged file holds
+        super().__init__(f"{line}; {remedy}" if remedy else line)
+
+    def __str__(self) -> str:
+        return _CONTROLS.sub(" ", super().__str__())  # what a damaged file holds breaks no line
 
 
 class MissingExtra(ImportError):  # noqa: N818 (reads as what happened)

@@ -60,7 +60,7 @@ def user_fault(error: BaseException) -> str | None:
     message is a traceback; its last line is the original one.
     """
     if isinstance(error, InputError | MissingExtra) or _refused_backend(error):
-        return _original_line(str(error))
+        return _original_line(error)
     if isinstance(error, OSError) and error.errno in _OF_A_PATH and error.filename:
         return f"{error.filename}: {(error.strerror or 'cannot be read').lower()}"
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
@@ -126,9 +126,10 @@ def _worker_input_error(message: str) -> str | None:
     return found[-1] if found else None
 
 
-def _original_line(message: str) -> str:
+def _original_line(error: BaseException) -> str:
+    message = str(next(iter(error.args), ""))  # of a worker, the lines of its traceback too
     line = _worker_input_error(message) if "Traceback" in message else None
-    return line or " ".join(part.strip() for part in message.splitlines() if part.strip())
+    return line or " ".join(part.strip() for part in str(error).splitlines() if part.strip())
 
 
 def _line(text: str) -> None:

@@ -37,7 +37,7 @@ def match(
 
     A prediction is of a picture if it has its name, also without folders or suffix. A prediction
     without a task is of the only task of its picture; where viewers' tasks are not told, one of any
-    task is. Predictions of another size are scaled.
+    task is. Predictions of another size are scaled, those of another split are left out.
 
     Args:
         human: The viewers.
@@ -46,7 +46,7 @@ def match(
 
     Raises:
         InputError: A prediction of a picture that no viewer saw, a picture without a size, nothing
-            left of the split.
+            or no prediction left of the split.
     """
     groups: dict[Key, list[Scanpath]] = {}
     for path in human.scanpaths:
@@ -60,9 +60,16 @@ def match(
     if predicted is None:
         return [_case(key, paths, []) for key, paths in groups.items()]
     names = _Names(list(groups))
+    seen = {PurePath(path.image).stem for path in human.scanpaths}
     found: dict[Key, list[Scanpath]] = {}
     for path in predicted.scanpaths:
-        found.setdefault(names.key_of(path), []).append(path)
+        if names.image_of(path) is not None or PurePath(path.image).stem not in seen:
+            found.setdefault(names.key_of(path), []).append(path)
+    if not found:
+        raise InputError(
+            f"no prediction is of a picture of the split {split!r}",
+            remedy="predict its pictures, or leave the split away",
+        )
     return [_case(key, paths, found[key]) for key, paths in groups.items() if key in found]
 
 
@@ -83,19 +90,27 @@ class _Names:
             for short in (PurePath(image).name, PurePath(image).stem):
                 self._short.setdefault(short, set()).add(image)
 
+    def image_of(self, path: Scanpath) -> str | None:
+        """The picture that is meant; None: no viewer saw it."""
+        if path.image in self._tasks:
+            return path.image
+        name = PurePath(path.image)
+        found = self._short.get(name.name) or self._short.get(name.stem, set())
+        if len(found) > 1:
+            raise InputError(
+                "fits several pictures", path=path.image, remedy="name its folder and suffix too"
+            )
+        return next(iter(found), None)
+
     def key_of(self, path: Scanpath) -> Key:
-        tasks = self._tasks.get(path.image)
-        image = path.image
-        if tasks is None:
-            found = self._short.get(PurePath(image).name) or self._short.get(PurePath(image).stem)
-            if found is None or len(found) > 1:
-                raise InputError(
-                    "no viewer saw the picture" if found is None else "fits several pictures",
-                    path=path.image,
-                    remedy="predict the pictures of the data set (and of the split)",
-                )
-            image = next(iter(found))
-            tasks = self._tasks[image]
+        image = self.image_of(path)
+        if image is None:
+            raise InputError(
+                "no viewer saw the picture",
+                path=path.image,
+                remedy="predict the pictures of the data set",
+            )
+        tasks = self._tasks[image]
         if (image, path.task) in self._keys:
             return image, path.task
         if len(tasks) == 1 and not (path.task and tasks[0]):

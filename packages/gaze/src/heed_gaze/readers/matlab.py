@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -50,35 +51,45 @@ def read_osie_mat(path: Path) -> Trials:
             )
 
 
-_TRY = """
+_MEMORY_BYTES = 1 << 30
+"""For reading a file, beside 64 times its size."""
+
+_TRY = f"""
 import sys
+from pathlib import Path
 from scipy.io import loadmat
-loadmat(sys.argv[1], struct_as_record=False, squeeze_me=True, variable_names="fixations")
+path = Path(sys.argv[1])
+try:
+    import resource
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + {_MEMORY_BYTES} + 64 * path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+except (ImportError, OSError):
+    pass  # not Linux: without a limit
+try:
+    loadmat(path, struct_as_record=False, squeeze_me=True, variable_names="fixations")
+except Exception as error:
+    sys.exit(" ".join(f"{{type(error).__name__}}: {{error}}".split())[:200])
 """
-"""Ends with 0 or with a Python error, 1, unless the reader takes the process down."""
+"""Reads the file within bounds and writes what is wrong with it to standard error."""
 
 
 def _variable(path: Path) -> np.ndarray:
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
-    # On some damaged files scipy's reader ends the whole process: another one goes first.
+    # Damaged files end scipy's reader with its process or take all memory: another one goes first.
     tried = subprocess.run(
-        [sys.executable, "-c", _TRY, str(path)], capture_output=True, check=False
+        [sys.executable, "-c", _TRY, str(path)], capture_output=True, text=True, check=False
     )
-    if tried.returncode not in (0, 1):
-        raise InputError("is no whole MATLAB file", path=path, remedy="get the file again")
-    try:
+    told = next(reversed(tried.stderr.splitlines()), "")
+    if told.startswith("NotImplementedError"):
+        raise InputError("is a MATLAB file of version 7.3", path=path, remedy="save it with -v7")
+    if tried.returncode:
+        why = f" ({told})" if tried.returncode == 1 else ""
+        raise InputError(f"is no whole MATLAB file{why}", path=path, remedy="get the file again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on odd variables, which name no file
         found = loadmat(path, struct_as_record=False, squeeze_me=True, variable_names="fixations")
-    except NotImplementedError:
-        raise InputError(
-            "is a MATLAB file of version 7.3", path=path, remedy="save it with -v7"
-        ) from None
-    except Exception as error:  # a damaged file fails anywhere inside scipy
-        raise InputError(
-            f"is no whole MATLAB file ({type(error).__name__}: {error})",
-            path=path,
-            remedy="get the file again",
-        ) from None
     if "fixations" not in found:
         raise InputError("holds no variable 'fixations'", path=path, remedy="give OSIE's file")
     return np.atleast_1d(found["fixations"])

@@ -44,6 +44,7 @@ Name = Literal[
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_SIZE = 224
 EXTRA = "heed-neuro[backbones]"
+WEIGHTS_FLAG = "--backbone.weights (train: --data.backbone.weights)"
 DINOV2_BASE = "vit_base_patch14_dinov2"
 _DINOV2_FOLDERS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 """Type in config.json -> class of the transformers library."""
@@ -167,7 +168,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     if config.weights is None:
         raise InputError(
             f"the backbone {config.name} needs its weights",
-            remedy="give --data.backbone.weights FOLDER_OR_FILE, or use the features of a cache",
+            remedy=f"give {WEIGHTS_FLAG} FOLDER_OR_FILE, or use the features of a cache",
         )
     if not config.weights.exists():
         raise InputError("no such file or folder", path=config.weights, remedy="check the path")
@@ -266,7 +267,7 @@ def _block(layers: nn.ModuleList | nn.Sequential, layer: int, config: BackboneCo
         raise InputError(
             f"has {len(layers)} blocks; layer {layer} from the end is none of them",
             path=config.weights,
-            remedy="lower --data.backbone.layer",
+            remedy="lower backbone.layer",
         )
     return layers[len(layers) - layer]
 
@@ -365,7 +366,7 @@ def _timm_dinov2(architecture: str, path: Path) -> Any:
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
     state = read_state(path)
-    remedy = "correct --data.backbone.architecture"
+    remedy = "correct backbone.architecture"
     if not timm.is_model(architecture):
         raise InputError(f"timm has no network named {architecture!r}", remedy=remedy)
     try:
@@ -389,5 +390,5 @@ def _fill(network: nn.Module, state: dict[str, Tensor], architecture: str, path:
         raise InputError(
             f"are not the weights of {architecture} ({reason})",
             path=path,
-            remedy="give its state dict, or name the network in --data.backbone.architecture",
+            remedy="give its state dict, or name the network in backbone.architecture",
         ) from None

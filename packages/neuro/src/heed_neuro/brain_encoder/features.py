@@ -106,7 +106,7 @@ def open_table(folder: Path) -> np.ndarray:
         raise InputError(
             f"holds features of {manifest['done']} of {total} images",
             path=folder,
-            remedy="run features again: it goes on",
+            remedy="run features again, with the weights: it goes on",
         )
     return _load_table(folder / TABLE, total, "r")
 
@@ -173,13 +173,13 @@ def _refuse_others(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
             f"holds features of {describe(found['backbone'])}, not of "
             f"{describe(wanted['backbone'])}",
             path=folder,
-            remedy="choose another --data.cache, or the backbone that made it",
+            remedy="choose another cache, or the backbone that made it",
         )
     if found["images"] != wanted["images"]:
         raise InputError(
             f"holds features of {len(found['images'])} other images",
             path=folder,
-            remedy="choose another --data.cache",
+            remedy="choose another cache",
         )
 
 
@@ -196,7 +196,7 @@ def _extend(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = (error.strerror or "cannot be written").lower()
-        raise InputError(reason, path=folder, remedy="choose another --data.cache") from None
+        raise InputError(reason, path=folder, remedy="choose another cache") from None
     table = _load_table(folder / TABLE, len(images), "r+") if done else None
     for part in _batches(backbone, images, *how, start=done):
         if table is None:

@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 
 from heed_core.errors import InputError
-from heed_neuro.brain_encoder.backbones import Backbone, BackboneConfig, build_backbone
+from heed_neuro.brain_encoder.backbones import (
+    WEIGHTS_FLAG,
+    Backbone,
+    BackboneConfig,
+    build_backbone,
+)
 from heed_neuro.brain_encoder.features import (
     Progress,
     cached,
@@ -91,7 +96,9 @@ class FeatureSource:
         manifest = read_manifest(folder)
         if manifest is None:
             raise InputError(
-                "holds no features", path=folder, remedy="run features, or give the weights"
+                f"holds no features, and {self.config.name} needs its weights to compute them",
+                path=folder,
+                remedy=f"give {WEIGHTS_FLAG} FOLDER_OR_FILE, or the cache of an earlier call",
             )
         own = {"name": self.config.name, "layer": self.config.layer}
         theirs = {key: manifest["backbone"].get(key) for key in own}
@@ -99,13 +106,13 @@ class FeatureSource:
             raise InputError(
                 f"holds features of {describe(manifest['backbone'])}, not of {describe(own)}",
                 path=folder,
-                remedy="choose another --data.cache, or the backbone that made it",
+                remedy="choose another cache, or the backbone that made it",
             )
         if manifest["images"] != [content_hash(path) for path in images]:
             raise InputError(
                 f"holds features of {len(manifest['images'])} other images",
                 path=folder,
-                remedy="choose another --data.cache",
+                remedy="choose another cache",
             )
 
 
