@@ -111,7 +111,7 @@ def test_runs_and_brains_of_one_name_stand_beside_each_other(data: Path, tmp_pat
     found = call(APP, "rsa", *words, *own, "--out", tmp_path / "rsa")
     names = {row["representation"] for row in found["similarities"]}
     assert {"a/run: all queries", "b/run: all queries"} <= names
-    assert {"rsa-it.png", "rsa-it-2.png"} < {path.name for path in (tmp_path / "rsa").iterdir()}
+    assert {"rsa-it.png", "rsa-it_2.png"} < {path.name for path in (tmp_path / "rsa").iterdir()}
     with np.load(tmp_path / "rsa" / "rdms.npz") as written:
         assert len(written.files) == len(names)
     found = call(APP, "baselines", data, *own, "--components", 3, "--folds", 2, "--runs", *runs)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from heed_core.folders import files_under
-from heed_medical.files import unique_names
+from heed_core.folders import files_under, unique_names
 from heed_medical.more import studies as more
 from heed_medical.more.settings import MoreData
 from heed_medical.pictures import layouts as pictures

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from heed_runtime import callbacks
+from heed_runtime import run as run_module
 from heed_runtime.callbacks import AtomicCheckpoints
 from heed_runtime.testing import APP
 from heed_runtime.testing.processes import KILLED, kill_when, start, wait
@@ -350,7 +351,8 @@ def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, data, tmp_path, nu
     assert_same_run(uninterrupted, run)
 
 
-def test_two_programs_do_not_train_one_run(data, tmp_path, capsys):
+def test_two_programs_do_not_train_one_run(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, "WAIT_S", 0.0)
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["train", "tokens", "--data", str(data), "--out", str(run), *map(str, COMMON)]
     child = start(APP, [*words, "--trainer.max-epochs", "10000"], log=log)

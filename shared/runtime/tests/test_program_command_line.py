@@ -4,17 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, get_args
+from typing import Annotated
 
 import pytest
 import yaml
 from pydantic import Field
 
-import heed_core.dispatch
 from heed_runtime.app import VERBS, App, about
 from heed_runtime.arguments import parse
 from heed_runtime.errors import UsageError
-from heed_runtime.options import Impl, SystemOptions
+from heed_runtime.options import SystemOptions
 from heed_runtime.settings import PLAIN_NAMES, TrainerSettings, load_settings
 from heed_runtime.testing import APP
 
@@ -384,8 +383,29 @@ def test_a_path_at_home_after_an_equals_sign(
     assert f"{tmp_path}/none: no such file or folder" in err
 
 
-def test_the_back_ends_of_the_command_line_are_those_of_the_core() -> None:
-    assert get_args(Impl) == get_args(heed_core.dispatch.Impl)
+@pytest.mark.parametrize(
+    ("line", "redirected", "exit_code", "err"),
+    [
+        ("os.kill(os.getpid(), signal.SIGTERM)", "", 143, "heed-example: stopped\n"),
+        ("sys.stdout.write('news')", ">&-", 0, ""),
+        ("sys.stderr.write('fault')", "2>&-", 0, ""),
+    ],
+)
+def test_main_is_ended_in_order_and_lives_without_streams(
+    line: str, redirected: str, exit_code: int, err: str
+) -> None:
+    code = (
+        "import os, signal, sys; from heed_runtime.app import App; "
+        f"App._run = lambda app, argv: ({line}, 0)[1]; "
+        "App(name='heed-example', about='', systems={}).main([])"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {redirected}', sys.executable, code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (exit_code, err)
 
 
 def test_main_leaves_with_the_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from heed_medical.files import unique_names
+from heed_core.folders import unique_names
 from heed_medical.reports.data import StudyData
 from heed_medical.reports.layouts import Study
 from heed_medical.reports.settings import ReportData

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from heed_core.dispatch import Impl
 from heed_core.errors import InputError
+from heed_core.impl import Impl
 from heed_runtime.commands import evaluate, train
 from heed_runtime.errors import UsageError
 from heed_runtime.files import atomic_folder, write_csv, write_json, write_yaml

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from heed_core.errors import InputError
+from heed_core.folders import unique_names
 from heed_neuro.brain_encoder.backbones import BackboneConfig
 from heed_neuro.brain_encoder.features import describe
 from heed_neuro.brain_encoder.network import BrainEncoderConfig, Group
@@ -224,10 +225,7 @@ def opened(settings: BrainSettings, root: Path) -> Subject:
 
 def labelled(runs: Sequence[Path]) -> dict[str, Path]:
     """Runs by name, with as many of the folders above as tell them apart."""
-    different, depth = list(dict.fromkeys(path.resolve() for path in runs)), 1
-    while len({path.parts[-depth:] for path in different}) < len(different):
-        depth += 1
-    return {"/".join(path.parts[-depth:]): path for path in different}
+    return dict(zip(unique_names([path.resolve().name for path in runs], runs), runs, strict=True))
 
 
 def checked_source(settings: BrainSettings) -> FeatureSource:

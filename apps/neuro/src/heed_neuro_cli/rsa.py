@@ -7,7 +7,7 @@ and which give a noise ceiling. `--runs` adds what the queries of trained encode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ import tyro
 
 from heed_core.arrays import load_arrays
 from heed_core.errors import InputError
+from heed_core.folders import unique_names
 from heed_neuro.brain_encoder.backbones import BackboneConfig
 from heed_neuro.brain_encoder.routing import routed_representation
 from heed_neuro.brain_encoder.source import FeatureSource
@@ -156,15 +157,10 @@ def _representations(app: App, options: Options, images: tuple[Path, ...]) -> di
     return found
 
 
-def _stems(names: Iterable[str]) -> dict[str, str]:
+def _stems(names: Collection[str]) -> dict[str, str]:
     """A stem of files for each name; those that come again are numbered."""
-    stems: dict[str, str] = {}
-    for name in names:
-        stem, number = slug(name), 2
-        while stem in stems.values():
-            stem, number = f"{slug(name)}-{number}", number + 1
-        stems[name] = stem
-    return stems
+    stems = unique_names([slug(name) for name in names], [Path()] * len(names))
+    return dict(zip(names, stems, strict=True))
 
 
 def _write(

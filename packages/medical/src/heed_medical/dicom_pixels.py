@@ -4,11 +4,8 @@ The order is that of PS3.3 C.7.6.16 and C.11: stored values, modality (RescaleSl
 then for display VOI (a window or a table). MONOCHROME1 is turned so that larger is brighter.
 """
 
-import contextlib
-import logging
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from pydicom.pixels.processing import (
 
 from heed_core.errors import InputError
 from heed_medical.images import check_finite
+from heed_medical.logs import silenced
 
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 """Of red, green and blue (ITU-R BT.601)."""
@@ -46,7 +44,7 @@ def stored_values(dataset: Dataset, path: Path) -> Shaped[np.ndarray, "*frames r
             remedy="it is not an image: remove it from the folder",
         )
     try:
-        with warnings.catch_warnings(), _silent_decoders():
+        with warnings.catch_warnings(), silenced("pydicom"):  # of each decoder that failed
             warnings.simplefilter("ignore")  # padding bytes after the pixels are harmless
             stored = dataset.pixel_array
             if dataset.get("PhotometricInterpretation") == _PALETTE:
@@ -194,18 +192,6 @@ def padding_mask(
     limit = dataset.get("PixelPaddingRangeLimit")
     ends = sorted((int(value), int(value if limit is None else limit)))
     return np.asarray((stored >= ends[0]) & (stored <= ends[1]))
-
-
-@contextlib.contextmanager
-def _silent_decoders() -> Iterator[None]:
-    """Without the tracebacks that pydicom logs of each decoder that failed."""
-    logger = logging.getLogger("pydicom")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _decoding_fault(dataset: Dataset, path: Path, error: Exception) -> InputError:

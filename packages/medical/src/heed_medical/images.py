@@ -4,11 +4,9 @@ Images come as float32 `(channels, *spatial)`, masks as integers `(*spatial)`, b
 order of the file.
 """
 
-import contextlib
-import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,10 +14,10 @@ from typing import Literal
 import nibabel as nib
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
-from nibabel import imageglobals
 from PIL import Image
 
 from heed_core.errors import InputError, reason_of
+from heed_medical.logs import silenced
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
@@ -220,7 +218,7 @@ def nifti_shape(path: Path) -> tuple[int, ...]:
 
 def _open_nifti(path: Path) -> nib.Nifti1Pair:
     try:
-        with _silent_repairs():
+        with silenced("nibabel.global"):  # headers that it mends, twice each and naming no file
             image = nib.load(path)
     except FileNotFoundError:
         raise InputError("does not exist", path=path) from None
@@ -231,18 +229,6 @@ def _open_nifti(path: Path) -> nib.Nifti1Pair:
     if not isinstance(image, nib.Nifti1Pair):
         raise InputError(f"is a {type(image).__name__}, not NIfTI", path=path)
     return image
-
-
-@contextlib.contextmanager
-def _silent_repairs() -> Iterator[None]:
-    """Without what nibabel logs of headers that it mends, twice each and naming no file."""
-    logger = imageglobals.logger
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _nifti_values(image: nib.Nifti1Pair, path: Path) -> np.ndarray:

@@ -20,12 +20,12 @@ from heed_core.dispatch import (
     Backend,
     BackendReport,
     Facts,
-    Impl,
     UnsupportedBackend,
     autocasting,
     explain,
     select,
 )
+from heed_core.impl import Impl
 from heed_core.tokens import check_bias, check_finite, check_mask
 
 __all__ = [

@@ -28,7 +28,7 @@ from heed_core.attention.multi_head import (
     check_heads,
 )
 from heed_core.cache import CrossCache, LayerCache, StackCache, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.relative import RotaryPositions
 from heed_core.tokens import check_tokens
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Impl = Literal["auto", "reference", "sdpa", "flex"]
-"""The name of a back-end, or "auto"."""
 
 
 class Facts(NamedTuple):

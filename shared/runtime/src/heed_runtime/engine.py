@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
 
-from heed_core.dispatch import Impl
 from heed_core.errors import InputError
+from heed_core.impl import Impl
 from heed_core.sites import use_impl
 from heed_runtime import distributed
 from heed_runtime.callbacks import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
@@ -14,9 +14,6 @@ from heed_runtime.terminal import Terminal
 if TYPE_CHECKING:
     from heed_runtime.app import App
     from heed_runtime.recipe import Recipe
-
-Impl = Literal["auto", "reference", "sdpa", "flex"]
-"""The core's `Impl`; importing that imports torch, for which no `--help` should wait."""
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 """A switch that is off by default: `--json`, with no `--no-json`."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
-import errno
 import hashlib
 import importlib.metadata
 import itertools
@@ -31,6 +30,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from heed_core.errors import InputError
 from heed_runtime import __version__
@@ -47,11 +48,6 @@ from heed_runtime.files import (
 from heed_runtime.settings import load_settings, merge, to_dict, to_yaml
 from heed_runtime.terminal import is_heard
 
-try:
-    import fcntl
-except ImportError:  # Windows, where runs are not locked
-    fcntl = None  # type: ignore[assignment]
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -60,6 +56,8 @@ if TYPE_CHECKING:
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+WAIT_S = 8.0
+"""For a run that is in use: loaders of a killed training hold its lock until they notice, 5 s."""
 LIBRARIES = (
     "torch",
     "lightning",
@@ -338,22 +336,20 @@ def training_in(path: Path) -> Iterator[None]:
     Raises:
         InputError: Another process trains into it.
     """
-    with explain_oserror(path):
-        file = (path / LOCK).open("a")
-    with file:
-        try:
-            # Unlike `flock`, held by this process alone, not by loaders that outlive its death.
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise InputError(
-                    "another process is training this run",
-                    path=path,
-                    remedy="wait for it, stop it, or choose another folder",
-                ) from None
-            # Any other error: a file system without locks.
+    lock = FileLock(path / LOCK, timeout=WAIT_S)
+    try:
+        with explain_oserror(path), contextlib.suppress(NotImplementedError):
+            lock.acquire()  # where the file system has locks
+    except Timeout:
+        raise InputError(
+            "another process is training this run",
+            path=path,
+            remedy="wait for it, stop it, or choose another folder",
+        ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

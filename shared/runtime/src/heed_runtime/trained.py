@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from heed_core.errors import InputError
-from heed_runtime.options import Impl, RunOptions
+from heed_core.impl import Impl
+from heed_runtime.options import RunOptions
 from heed_runtime.run import Run
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Num, UInt8
 
 from heed_core.errors import InputError, MissingExtra, reason_of
+from heed_core.folders import files_under
 from heed_lidar.clouds.cloud import CloudOptions, FileColumns, refuse_twice
 
 CLOUD_TYPE = "sensor_msgs/msg/PointCloud2"
@@ -59,8 +60,8 @@ def count_frames(path: Path, options: CloudOptions) -> int:
 
 
 def _bytes_of(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    files = files_under(path) if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 class Recordings:

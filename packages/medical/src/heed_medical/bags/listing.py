@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from heed_core.errors import InputError, reason_of
-from heed_core.folders import files_under
+from heed_core.folders import files_under, unique_names
 from heed_medical.bags.bag import BagFile
 from heed_medical.bags.files import H5_SUFFIXES, SUFFIXES, read_table, slide_groups
 from heed_medical.bags.settings import BagData
 from heed_medical.bags.splits import assign_splits, few_shot, names_without_bag, strip_suffix
-from heed_medical.files import unique_names
 from heed_medical.manifests import folder_and_table, is_table
 from heed_medical.pictures.records import JSON_LINES, read_rows
 from heed_medical.splits import SPLIT_NAMES, SPLITS, Split

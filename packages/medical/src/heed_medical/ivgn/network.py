@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from heed_core.blocks import BlockConfig, Encoder
 from heed_core.cache import StackCache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.positions import SinePositions
 from heed_medical.ivgn.decoding import Decoded, beam_search
 from heed_medical.ivgn.gia import GlobalIntensiveAttention

@@ -11,11 +11,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from heed_core.errors import InputError
-from heed_core.folders import files_under
+from heed_core.folders import files_under, unique_names
 from heed_medical.ecg.ptbxl import DATABASE, SUPERCLASSES, list_ptbxl
 from heed_medical.ecg.reading import read_ecg
 from heed_medical.ecg.signals import prepare_ecg
-from heed_medical.files import unique_names
 from heed_medical.images import PICTURE_SUFFIXES
 from heed_medical.more.network import MODALITIES, MoreConfig
 from heed_medical.more.prompts import with_prompt_file

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from heed_core.errors import InputError
-from heed_core.folders import files_under
-from heed_medical.files import unique_names
+from heed_core.folders import files_under, unique_names
 from heed_medical.manifests import folder_and_table
 from heed_medical.other_layout import other_layout
 from heed_medical.pictures.findings import findings_of

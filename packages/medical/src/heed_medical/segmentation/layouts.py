@@ -7,9 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from heed_core.errors import InputError
-from heed_core.folders import files_under
+from heed_core.folders import files_under, unique_names
 from heed_medical.dicom import is_dicom, list_series
-from heed_medical.files import unique_names
 from heed_medical.images import file_kind, file_stem
 from heed_medical.other_layout import other_layout
 from heed_medical.segmentation.cases import CaseFiles

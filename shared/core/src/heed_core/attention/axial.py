@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from heed_core.attend import attend
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import KVCache, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import type_and_place
 from heed_core.sites import Attend
 from heed_core.tokens import check_real, check_shape, check_type

@@ -33,7 +33,7 @@ from heed_core.attention.axial import check_cell_mask, check_grid
 from heed_core.attention.multi_axis import partition, unpartition
 from heed_core.attention.multi_head import check_heads
 from heed_core.backends import flex
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.kernels.gather_attention import gather_attention
 from heed_core.kernels.triton_calls import KernelImpl
 from heed_core.precision import at_least_float32, without_autocast

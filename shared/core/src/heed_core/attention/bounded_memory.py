@@ -34,7 +34,7 @@ from heed_core.attention.projected import (
     rename_projections,
 )
 from heed_core.cache import StateCache, check_sequences, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.kernels.state_scan import state_scan
 from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast

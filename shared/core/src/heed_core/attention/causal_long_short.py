@@ -29,7 +29,7 @@ from heed_core.attention.long_short import Norm, check_long_short, normed_heads,
 from heed_core.attention.multi_head import check_heads
 from heed_core.attention.projected import check_positive
 from heed_core.cache import KVCache, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32
 from heed_core.recurrence import join, split

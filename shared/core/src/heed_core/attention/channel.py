@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from heed_core.attend import attend
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.sites import Attend
 from heed_core.tokens import check_real
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from heed_core.attend import attend
 from heed_core.attention.multi_head import MultiHeadAttention, check_heads
 from heed_core.blocks import FeedForward
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.tokens import Pattern, check_some, check_tokens
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import KVCache, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import type_and_place
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence

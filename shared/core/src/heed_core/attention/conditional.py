@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from heed_core import masks
 from heed_core.attention.multi_head import check_heads
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import matrix_and_bias
 from heed_core.sites import Attend
 from heed_core.tokens import Pattern, check_padding, check_tokens

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from heed_core.attend import attend
 from heed_core.attention.multi_head import check_heads
 from heed_core.attention.projected import check_positive
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Attend
 from heed_core.tokens import Pattern, check_indices, check_real, check_shape, check_type

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from heed_core.attention.mixture_of_heads import Mixture, mixture_from_dit
 from heed_core.attention.multi_head import check_heads
-from heed_core.dispatch import Impl
 from heed_core.head_routing import Gating, balance_loss, check_routing, mixture_gates
 from heed_core.head_skipping import gate_heads
+from heed_core.impl import Impl
 from heed_core.layers import matrix_and_bias, type_and_place
 from heed_core.precision import at_least_float32
 from heed_core.sites import Attend

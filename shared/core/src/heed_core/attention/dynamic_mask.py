@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from heed_core.attention.multi_head import build_norm, check_heads
 from heed_core.backends.reference import permission
 from heed_core.cache import ScoredKVCache, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.kernels.dynamic_blocks import LEAST_BLOCK as BLOCK
 from heed_core.kernels.dynamic_blocks import blockwise_attention
 from heed_core.kernels.gather_attention import gather_attention

@@ -28,7 +28,7 @@ from heed_core.attention.axial import check_grid
 from heed_core.attention.bilevel import depthwise
 from heed_core.attention.multi_axis import PartitionAttention
 from heed_core.attention.multi_head import check_heads
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.sites import Probe
 from heed_core.tokens import Pattern, check_padding, check_some, check_tokens

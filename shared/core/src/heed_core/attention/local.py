@@ -30,7 +30,7 @@ from heed_core.attention.projected import (
     rename_projections,
 )
 from heed_core.cache import WindowCache, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import type_and_place
 from heed_core.recurrence import join, split
 from heed_core.sites import Attend

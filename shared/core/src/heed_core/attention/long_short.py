@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from heed_core import masks
 from heed_core.attention.projected import ProjectedAttention, check_positive
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.recurrence import check_recurrence, join, split
 from heed_core.sites import Attend
 from heed_core.tokens import Pattern, check_padding, check_shape, check_some

@@ -38,7 +38,6 @@ from torch import Tensor, nn
 from heed_core.attend import attend, check_arguments
 from heed_core.attention.multi_head import MultiHeadAttention, Norm, build_norm, check_heads
 from heed_core.cache import KVCache, restores_cache
-from heed_core.dispatch import Impl
 from heed_core.head_routing import (
     Gating,
     Router,
@@ -51,6 +50,7 @@ from heed_core.head_routing import (
     without_padding,
 )
 from heed_core.head_skipping import by_tokens, gate_heads, gather_tokens
+from heed_core.impl import Impl
 from heed_core.layers import held_matrix_and_bias, matrix_and_bias, type_and_place
 from heed_core.relative import RotaryPositions
 from heed_core.sites import Attend

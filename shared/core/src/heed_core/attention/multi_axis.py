@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from heed_core.attend import attend
 from heed_core.attention.axial import check_cell_mask, check_grid
 from heed_core.attention.multi_head import check_heads
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.relative import GridRelativeBias
 from heed_core.sites import Attend
 

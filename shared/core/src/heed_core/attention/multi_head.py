@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Real
 from torch import Tensor, nn
 
 from heed_core.cache import CrossCache, KVCache, WindowCache, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import type_and_place
 from heed_core.relative import RotaryPositions, distances
 from heed_core.sites import Attend

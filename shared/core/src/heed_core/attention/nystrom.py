@@ -35,7 +35,7 @@ from heed_core.attention.projected import (
     check_positive,
     rename_projections,
 )
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.precision import at_least_float32, without_autocast
 from heed_core.recurrence import check_recurrence
 from heed_core.segments import segment_weights

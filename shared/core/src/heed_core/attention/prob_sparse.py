@@ -30,7 +30,7 @@ from torch import Tensor
 
 from heed_core import masks
 from heed_core.attention.projected import ProjectedAttention, check_positive
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.precision import at_least_float32
 from heed_core.recurrence import check_recurrence
 from heed_core.sites import Attend

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from heed_core.attention.multi_head import MultiHeadAttention
 from heed_core.blocks import FeedForward
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.tokens import Pattern, check_real, check_tokens, check_type
 
 

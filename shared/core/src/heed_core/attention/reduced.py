@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from heed_core.cache import KVCache, restores_cache
 from heed_core.constants import WithConstants
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import held_matrix_and_bias, type_and_place
 from heed_core.sites import Attend
 from heed_core.tokens import Pattern, check_dtype, check_tokens, with_padding

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from heed_core.attend import default_scale
 from heed_core.attention.multi_head import check_heads
 from heed_core.cache import KVCache, check_sequences, restores_cache
-from heed_core.dispatch import Impl
+from heed_core.impl import Impl
 from heed_core.layers import type_and_place
 from heed_core.recurrence import check_recurrence
 from heed_core.relative import distances

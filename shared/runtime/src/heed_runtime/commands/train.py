@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heed_core.errors import InputError
+from heed_core.impl import Impl
 from heed_runtime.errors import UsageError
 from heed_runtime.files import atomic_folder, refuse_existing, write_json, write_text
-from heed_runtime.options import Flag, Impl, OptionalPath, SystemOptions
+from heed_runtime.options import Flag, OptionalPath, SystemOptions
 from heed_runtime.recipe import Table
 from heed_runtime.run import Run, fingerprint, free_path, is_run, load_weights, training_in
 from heed_runtime.settings import changed, to_yaml
